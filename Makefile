@@ -1,0 +1,32 @@
+# Two commands do all the set-up: `make quickstart` runs the main job, `make test` passes the tests.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: quickstart test slow lint install clean
+
+quickstart: install   ## fine-tune a real model on eight simulated clients at epsilon 8
+	$(BIN)/fedlora simulate configs/quickstart.yaml
+
+test: install         ## the test suite
+	$(BIN)/python -m pytest
+
+slow: install         ## the tests that take minutes
+	$(BIN)/python -m pytest -m slow
+
+lint: install         ## format, lint, types, import contracts
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/lint-imports
+	$(BIN)/pyright
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable '.[quickstart,dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs

@@ -1,0 +1,30 @@
+"""The Flower ClientApp of a data owner's node: decode, answer, encode.
+
+FEDLORA_NODE is the path of node.yaml; FEDLORA_NODE_SET may hold `key=value` overrides, separated by spaces.
+"""
+
+import os
+
+from flwr.app import Context
+
+from fedlora.config.load import load_node
+from fedlora.config.node import NodeConfig
+from fedlora.runtime.flower_client import Hello, client_app
+
+
+def _config() -> NodeConfig:
+    return load_node(os.environ["FEDLORA_NODE"], os.environ.get("FEDLORA_NODE_SET", "").split())
+
+
+def _greet(context: Context) -> Hello:
+    config = _config()
+    return Hello(client=config.client, records=config.declared_records, classes=tuple(config.classes))
+
+
+def _answer(context: Context, frame: bytes) -> bytes:
+    from fedlora.runtime.node import DeployedNode  # imports torch: only where there is work
+
+    return DeployedNode(_config()).answer(frame)
+
+
+app = client_app(_greet, _answer)

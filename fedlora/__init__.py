@@ -1,0 +1,1 @@
+"""fedlora: federated LoRA fine-tuning under record-level differential privacy."""

@@ -1,0 +1,83 @@
+"""What commands print: text for people or one JSON document for programs; nothing else reaches stdout."""
+
+import contextlib
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any, TypeAlias
+
+import typer
+
+
+class Format(StrEnum):
+    """How a command prints what it found."""
+
+    TEXT = "text"
+    JSON = "json"
+
+
+FormatOption: TypeAlias = Annotated[
+    Format, typer.Option("--format", help="One JSON document, or text.", show_default=False)
+]
+SetOption: TypeAlias = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override one key of the config; repeatable."),
+]
+ConfigArgument: TypeAlias = Annotated[Path, typer.Argument(metavar="CONFIG", help="A run's YAML file.")]
+RunDirArgument: TypeAlias = Annotated[
+    Path, typer.Argument(metavar="RUN_DIR", help="What simulate left behind.")
+]
+
+
+@contextlib.contextmanager
+def only_ours() -> Iterator[None]:
+    """Whatever libraries print meanwhile goes to stderr, so that stdout stays one document."""
+    with contextlib.redirect_stdout(sys.stderr):
+        yield
+
+
+def show(value: Any, text: str, form: Format) -> None:
+    """Prints `value` as JSON or `text` as it is."""
+    print(json.dumps(value, indent=2) if form is Format.JSON else text)
+
+
+def pairs(rows: Sequence[tuple[str, str]]) -> str:
+    """Names and values in two columns, without trailing blanks."""
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"  {name.ljust(width)}  {value}".rstrip() for name, value in rows)
+
+
+def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns under their heads: the first to the left, figures to the right."""
+    lines = [list(heads), *[list(row) for row in rows]]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(heads))]
+    return "\n".join(
+        "  "
+        + "  ".join(
+            [line[0].ljust(widths[0]), *[cell.rjust(w) for cell, w in zip(line[1:], widths[1:], strict=True)]]
+        )
+        for line in lines
+    )
+
+
+def summary_text(summary: Mapping[str, Any], run_dir: Path) -> str:
+    """The final table of a run."""
+    from fedlora.export.statement import METHODS, headline, noise_label
+    from fedlora.export.words import duration, score
+
+    metric = str(summary["metric"])
+    before, after = score(metric, summary["score_before"]), score(metric, summary["score"])
+    private = bool(summary["private"])
+    rows = [
+        ("method", METHODS.get(summary["method"], str(summary["method"]))),
+        (f"test {metric}", f"{before} before, {after} after"),
+        ("privacy", headline(summary)),
+        ("noise", noise_label(summary["noise_source"]) if private else "none"),
+        ("rounds", f"{summary['rounds_completed']} with {summary['clients']} clients"),
+        ("time", duration(summary["seconds"])),
+        ("adapter", str(run_dir / "adapter")),
+        ("report", str(run_dir / "report.html")),
+    ]
+    return pairs(rows)

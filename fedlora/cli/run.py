@@ -1,0 +1,135 @@
+"""Commands that work: check, simulate, resume."""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fedlora.cli.output import (
+    ConfigArgument,
+    Format,
+    FormatOption,
+    RunDirArgument,
+    SetOption,
+    only_ours,
+    pairs,
+    show,
+    summary_text,
+    table,
+)
+from fedlora.errors import IncompleteError
+
+if TYPE_CHECKING:
+    from fedlora.runtime.events import Listener
+    from fedlora.runtime.preview import Preview
+
+
+def add_to(app: typer.Typer) -> None:
+    """The app knows these commands."""
+    app.command("check", short_help="Preview a run: clients, noise, epsilon, bytes, memory, time.")(check)
+    app.command("simulate", short_help="Run the federation; get an adapter and a report.")(simulate)
+    app.command("resume", short_help="Go on with an interrupted run.")(resume)
+
+
+def check(config: ConfigArgument, overrides: SetOption = None, form: FormatOption = Format.TEXT) -> None:
+    """Tell what a run would be, without training: clients, noise, epsilon, bytes, memory and time."""
+    from fedlora.config.load import dump_config, load_config
+
+    loaded = load_config(config, overrides or [])
+    from fedlora.cli.progress import watching
+    from fedlora.runtime.preview import preview
+
+    with only_ours(), watching() as listener:
+        found = preview(loaded, listener)
+    value = {"config": loaded.model_dump(mode="json"), **asdict(found)}
+    show(value, f"{dump_config(loaded)}\n{preview_text(found)}", form)
+
+
+def simulate(
+    config: ConfigArgument,
+    overrides: SetOption = None,
+    run_dir: Annotated[
+        Path | None, typer.Option("--run-dir", metavar="DIR", help="Instead of the config's `output`.")
+    ] = None,
+    form: FormatOption = Format.TEXT,
+) -> None:
+    """Run the whole federation with simulated clients; ends with a table, the adapter and the report."""
+    from fedlora.config.load import load_config
+
+    loaded = load_config(config, overrides or [])
+    target = Path(loaded.output) if run_dir is None else run_dir
+    from fedlora.runtime import simulate as runtime
+
+    _to_the_end(target, lambda listener: runtime.simulate(loaded, target, listener), form)
+
+
+def resume(run_dir: RunDirArgument, form: FormatOption = Format.TEXT) -> None:
+    """Go on after any interruption; a finished run is left alone."""
+    from fedlora.runtime import simulate as runtime
+
+    _to_the_end(run_dir, lambda listener: runtime.resume(run_dir, listener), form)
+
+
+def _to_the_end(run_dir: Path, work: "Callable[[Listener], Path]", form: Format) -> None:
+    """Does the work, writes the adapter and the report where they are missing, prints the table."""
+    from fedlora.cli.progress import watching
+    from fedlora.runtime.rundir import finished_summary
+
+    was_finished = finished_summary(run_dir) is not None
+    try:
+        with only_ours(), watching() as listener:
+            work(listener)
+            summary = deliver(run_dir, listener)
+    except KeyboardInterrupt:
+        raise IncompleteError(interruption(run_dir)) from None
+    heading = f"{run_dir} is finished already; nothing was done" if was_finished else f"{run_dir} is finished"
+    show(summary, f"{heading}\n{summary_text(summary, run_dir)}", form)
+
+
+def interruption(run_dir: Path) -> str:
+    """What to say to somebody who pressed Ctrl-C."""
+    if (run_dir / "config.yaml").exists():
+        return f"interrupted; every finished round is kept, go on with: fedlora resume {run_dir}"
+    return "interrupted before the first round; nothing was written, give the same command again"
+
+
+def deliver(run_dir: Path, listener: "Listener") -> dict[str, Any]:
+    """The finished run's adapter/ and report.html are there; what was there before is whole, and kept."""
+    from fedlora.cli.write import write_report
+    from fedlora.export.peft_directory import write_adapter
+    from fedlora.runtime.events import Stage
+    from fedlora.runtime.rundir import adapters_of
+
+    summary = json.loads((run_dir / "summary.json").read_text())
+    if not (run_dir / "adapter").exists():
+        listener(Stage(name="writing the adapter, and loading it again to be sure"))
+        config, adapters, classes = adapters_of(run_dir)
+        write_adapter(run_dir / "adapter", config=config, adapters=adapters, classes=classes, summary=summary)
+    if not (run_dir / "report.html").exists():
+        write_report(run_dir, run_dir / "report.html")
+    return summary
+
+
+def preview_text(found: "Preview") -> str:
+    """The preview as people read it."""
+    from fedlora.export.words import bytes_text, duration, epsilon, number
+
+    rows = [
+        (c.client, f"{c.records:,}", number(c.sample_rate), number(c.noise_multiplier), epsilon(c.epsilon))
+        for c in found.clients
+    ]
+    facts = [
+        ("trained", f"{found.trained_parameters:,} numbers"),
+        (
+            "each round a client",
+            f"sends {bytes_text(found.bytes_up)}, receives {bytes_text(found.bytes_down)}",
+        ),
+        ("steps", f"{found.steps_per_participation} in each round that a client answers"),
+        ("memory", f"about {bytes_text(found.memory_bytes)}"),
+        ("time", f"about {duration(found.training_seconds)}"),
+    ]
+    heads = ("client", "records", "sample rate", "noise multiplier", "epsilon at most")
+    return "\n".join([table(heads, rows), "", pairs(facts), *[f"  note: {note}" for note in found.notes]])

@@ -1,0 +1,1 @@
+"""What a run is told: the schema, and YAML that becomes it."""

@@ -1,0 +1,40 @@
+"""Which values of a run cannot go together, though each is fine by itself."""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fedlora.config.schema import RunConfig
+
+
+def conflicts(config: "RunConfig") -> list[str]:
+    """Every impossible combination, as `key: what is wrong; what to write instead`."""
+    return [*_labels(config), *_cohort(config), *_runtime(config)]
+
+
+def _labels(config: "RunConfig") -> Iterator[str]:
+    if config.data.source == "docstrings" or config.data.label is not None:
+        return
+    if config.task.kind == "sequence-classification":
+        yield "data.label: missing, but task.kind is sequence-classification; name the label column"
+    if config.data.partition.kind in ("dirichlet", "pathological"):
+        kind = config.data.partition.kind
+        yield f"data.partition.kind: {kind} deals out labels, but data.label is null; write iid or column"
+
+
+def _cohort(config: "RunConfig") -> Iterator[str]:
+    cohort, clients = config.federation.cohort, getattr(config.data.partition, "clients", None)
+    least = config.federation.min_clients
+    if isinstance(cohort, int) and clients is not None and cohort > clients:
+        there = f"data.partition.clients is {clients}"
+        yield f"federation.cohort: {cohort} clients asked, but {there}; write {clients} or less"
+    if isinstance(cohort, int) and least > cohort:
+        yield f"federation.min_clients: {least} answers needed, but {cohort} asked; write {cohort} or less"
+    if not isinstance(cohort, int) and clients is not None and least > clients:
+        yield f"federation.min_clients: {least} answers needed of {clients} clients; write {clients} or less"
+
+
+def _runtime(config: "RunConfig") -> Iterator[str]:
+    if config.runtime.address is not None and config.runtime.kind != "ray":
+        kind = config.runtime.kind
+        yield f"runtime.address: only Ray has one, but runtime.kind is {kind}; write null, or kind: ray"

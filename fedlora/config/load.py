@@ -1,0 +1,140 @@
+"""From YAML and `--set` options to a checked config, or to errors that name file, line, key and mend."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path as FilePath
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
+
+from fedlora.config.explain import Problem, problems, shown
+from fedlora.config.node import NodeConfig
+from fedlora.config.schema import RunConfig, Section
+from fedlora.config.yaml_text import Path, parse, render
+from fedlora.errors import ConfigError
+
+_Kind = TypeVar("_Kind", bound=Section)
+
+_ELSEWHERE = {"output", "runtime"}
+"""Keys that say where a run happens, not what it computes."""
+
+
+def load_config(path: FilePath | str, overrides: Sequence[str] = ()) -> RunConfig:
+    """The run that a YAML file describes, with the overrides put in its place.
+
+    Args:
+        path: YAML file.
+        overrides: `dotted.key=value`, the value being YAML; later ones win.
+
+    Raises:
+        ConfigError: all that is wrong, one `FILE:LINE: key: what is wrong; what to write instead` a line.
+    """
+    return _load(RunConfig, FilePath(path), overrides)
+
+
+def load_node(path: FilePath | str, overrides: Sequence[str] = ()) -> NodeConfig:
+    """The node that a data owner's YAML file describes; errors as in `load_config`."""
+    return _load(NodeConfig, FilePath(path), overrides)
+
+
+def dump_config(config: Section) -> str:
+    """YAML text that loads back to an equal config, every default spelled out."""
+    return render(config.model_dump(mode="json"))
+
+
+def config_digest(config: RunConfig) -> str:
+    """Hex SHA-256 of what the run computes: equal for the same run in another place or runtime."""
+    values = config.model_dump(mode="json", exclude=_ELSEWHERE)
+    return hashlib.sha256(json.dumps(values, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON Schema of `run.yaml`, for editors that complete and check while one types."""
+    schema = RunConfig.model_json_schema()
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "fedlora run.yaml"}
+
+
+def _load(kind: type[_Kind], path: FilePath, overrides: Sequence[str]) -> _Kind:
+    document = parse(_text(path), str(path))
+    value = {} if document.value is None else document.value
+    origins = {key: f"{path}:{line}" for key, line in document.lines.items()}
+    if not isinstance(value, dict):
+        raise ConfigError(
+            f"{path}:1: {shown(value)} is not a config; write `key: value` lines, see `fedlora init`"
+        )
+    for override in overrides:
+        _override(value, origins, override)
+    if found := list(problems(value, kind)):
+        raise ConfigError(_report(found, origins))
+    try:
+        return kind.model_validate(value)
+    except ValidationError as error:
+        raise ConfigError(_report([_combination(line) for line in _messages(error)], origins)) from None
+
+
+def _text(path: FilePath) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file; `fedlora init` writes one to start from") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: byte {error.start} is not UTF-8 text; save the file as UTF-8") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); name a YAML file") from None
+
+
+def _override(value: dict[str, Any], origins: dict[Path, str], override: str) -> None:
+    """Puts one `key=value` into `value`, and its own text in place of the file's lines in `origins`."""
+    origin = f"--set {override}"
+    name, equals, text = override.partition("=")
+    keys = tuple(name.strip().split("."))
+    if not equals or not all(keys):
+        raise ConfigError(f"{origin}: not `key=value`; write for example --set privacy.target_epsilon=3")
+    section = value
+    for depth, key in enumerate(keys[:-1], start=1):
+        section = section.setdefault(key, {})
+        if not isinstance(section, dict):
+            above = ".".join(keys[:depth])
+            raise ConfigError(
+                f"{origin}: {above} is {shown(section)}, not a section; set {above} as a whole instead"
+            )
+        origins.setdefault(keys[:depth], origin)
+    section[keys[-1]] = parse(text, origin).value
+    for key in [key for key in origins if key[: len(keys)] == keys]:
+        del origins[key]
+    origins[keys] = origin
+
+
+def _messages(error: ValidationError) -> list[str]:
+    """What the combinations' check said; and, as it is, anything that `problems` should have found before."""
+    lines: list[str] = []
+    for entry in error.errors():
+        if entry["type"] == "value_error":
+            lines += str(entry["ctx"]["error"]).splitlines()  # pyright: ignore[reportTypedDictNotRequiredAccess]
+        else:
+            lines.append(f"{'.'.join(map(str, entry['loc']))}: {entry['msg']}; see `fedlora schema`")
+    return lines
+
+
+def _combination(line: str) -> Problem:
+    key, _, rest = line.partition(": ")
+    wrong, _, mend = rest.partition("; ")
+    return Problem(path=tuple(key.split(".")), wrong=wrong, mend=mend)
+
+
+def _report(found: Sequence[Problem], origins: dict[Path, str]) -> str:
+    """One line a problem, in the order of the file, those of `--set` last."""
+    lines = [(_origin(problem.path, origins), problem) for problem in found]
+    lines.sort(key=lambda line: (line[0].startswith("--set"), _line_number(line[0])))
+    return "\n".join(f"{origin}: {'.'.join(map(str, p.path))}: {p.wrong}; {p.mend}" for origin, p in lines)
+
+
+def _origin(path: Path, origins: dict[Path, str]) -> str:
+    """Where a key was written, or for a missing one the nearest section around it."""
+    return next(origins[path[:depth]] for depth in range(len(path), -1, -1) if path[:depth] in origins)
+
+
+def _line_number(origin: str) -> int:
+    number = origin.rpartition(":")[2]
+    return int(number) if number.isdigit() else 0

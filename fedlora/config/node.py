@@ -1,0 +1,95 @@
+"""What a data owner sets on the own node, and no server may ever set."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from fedlora.config.schema import Docstrings, Lora, Model, Optimizer, Section, Task
+
+
+class NodeFiles(Section):
+    """The owner's records in one file; never sent anywhere."""
+
+    source: Literal["files"]
+    train: str
+    """Path of a tsv, csv, jsonl or parquet file on this node, also gzipped."""
+    text: str | Annotated[list[str], Field(min_length=2, max_length=2)]
+    """The text column, or a list of two for pairs."""
+    label: str | None = None
+    """The label column; null for causal-lm."""
+    max_length: Annotated[int, Field(ge=2)]
+    """Tokens kept of each record."""
+
+
+class NodeDocstrings(Docstrings):
+    """One part of the built-in docstrings: a demonstration with nothing to protect."""
+
+    part: str
+    """Which part of the partition this node plays: client-0, client-1, ..."""
+    seed: Annotated[int, Field(ge=0)]
+    """Of the partition; the same on every node, or parts overlap."""
+
+
+class Budget(Section):
+    """What this node will ever spend on these records, over all runs and all servers."""
+
+    target_epsilon: Annotated[float, Field(gt=0)]
+    target_delta: Annotated[float, Field(gt=0, lt=1)]
+    """Must be below 1 / declared_records."""
+    max_participations: Annotated[int, Field(ge=1)]
+    """Rounds of work; the ledger refuses the next one."""
+    accountant: Literal["pld", "prv", "rdp"] = "pld"
+
+
+class Work(Section):
+    """How this node trains when asked. The noise is calibrated for exactly this."""
+
+    batch_size: Annotated[int, Field(ge=1)]
+    """Expected size of a Poisson draw, divisor of every step; the rate is it / declared_records."""
+    local_steps: Annotated[int, Field(ge=1)]
+    """Steps of one participation; a server that asks for more is refused."""
+    optimizer: Optimizer
+    """lr is the most that a server may ask for."""
+
+
+class NodeConfig(Section):
+    """One data owner's node, whole."""
+
+    client: str
+    """The name under which the server knows this node."""
+    data: Annotated[NodeFiles | NodeDocstrings, Field(discriminator="source")]
+    declared_records: Annotated[int, Field(ge=1)]
+    """The number of records as told to the server. Public: sampling rates and noise follow from it."""
+    classes: Annotated[list[str], Field(default_factory=list)]
+    """Every class of the task, in the order that all nodes and the server share; empty for causal-lm."""
+    model: Model
+    task: Task
+    lora: Lora
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Of a frozen head, then the run's own seed. Draws and noise never come from it."""
+    work: Work
+    ledger: str
+    """Path of the append-only record of everything spent. Losing it means losing the guarantee: back it up.
+
+    Replies already given lie in `outbox` beside it.
+    """
+    budget: Budget
+    min_noise_multiplier: Annotated[float, Field(gt=0)]
+    """Noise never goes below this, however much the budget would allow."""
+    max_grad_norm: Annotated[float, Field(gt=0)]
+    """L2 bound on one record's gradient, jointly over everything trained."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: Annotated[int, Field(ge=1)] = 1
+    """Cores that training uses."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "NodeConfig":
+        if self.task.kind == "sequence-classification" and len(self.classes) < 2:
+            raise ValueError(
+                f"classes: {len(self.classes)} named, but task.kind is sequence-classification; list them all"
+            )
+        if self.task.kind == "sequence-classification" and getattr(self.data, "label", "") is None:
+            raise ValueError(
+                "data.label: missing, but task.kind is sequence-classification; name the label's column"
+            )
+        return self

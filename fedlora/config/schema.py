@@ -1,0 +1,300 @@
+"""Every knob of a run: meaning, unit, range, default.
+
+One frozen model a YAML section. A default stands only where any sane user agrees; privacy values have none.
+Unknown keys and wrong types are errors; `load.py` gives them file, line and the nearest key.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from fedlora.config.combinations import conflicts
+
+Probability = Annotated[float, Field(gt=0, le=1)]
+
+
+class Section(BaseModel):
+    """A part of the YAML: frozen, strict, closed."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+
+class Model(Section):
+    """The frozen base model."""
+
+    name: str
+    """A Hugging Face id or a local directory."""
+    dtype: Literal["float32", "float64", "bfloat16"] = "float32"
+    """Of the frozen weights. Per-example gradients and their norms are float32 or wider anyway."""
+
+
+class Classification(Section):
+    """One label for one text or one pair of texts."""
+
+    kind: Literal["sequence-classification"]
+    head: Literal["trained", "frozen"] = "trained"
+    """trained: the classifier starts at zero and is clipped, noised and sent with B; frozen: random, as in
+    FedSVD's paper."""
+    pooler: Literal["checkpoint", "identity"] = "checkpoint"
+    """What stands between a BERT-like encoder and its head: the checkpoint's own pooler, or tanh of the
+    centred first token. sentence-transformers checkpoints carry an untrained pooler: take identity there."""
+
+
+class CausalLm(Section):
+    """Next-token prediction; the loss is the mean over the tokens of one record, so records stay apart."""
+
+    kind: Literal["causal-lm"]
+
+
+Task = Annotated[Classification | CausalLm, Field(discriminator="kind")]
+
+
+class Lora(Section):
+    """The adapter, in PEFT's words."""
+
+    r: Annotated[int, Field(ge=1)]
+    """Rank."""
+    lora_alpha: Annotated[float, Field(gt=0)]
+    """The adapted layer computes W x + (lora_alpha / r) B A x."""
+    target_modules: Annotated[list[str], Field(min_length=1)]
+    """Names of the linear layers to adapt, matched at the end of the module path."""
+    layers_to_transform: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] | None = None
+    """Only these; null: all. Fewer trained numbers carry less noise, layers below are not back-propagated."""
+    init: Literal["orthonormal", "kaiming"] = "orthonormal"
+    """The first A: orthonormal rows, or Kaiming-uniform as PEFT and FFA-LoRA draw it."""
+
+
+class Iid(Section):
+    """Records dealt out at random, sizes equal within one."""
+
+    kind: Literal["iid"]
+    clients: Annotated[int, Field(ge=1)]
+
+
+class Dirichlet(Section):
+    """Each label's records shared out by a draw from Dirichlet(alpha) over the clients."""
+
+    kind: Literal["dirichlet"]
+    clients: Annotated[int, Field(ge=1)]
+    alpha: Annotated[float, Field(gt=0)]
+    """Small: each client holds few labels. Large: approaches iid."""
+    min_examples: Annotated[int, Field(ge=1)] = 1
+    """The draw is repeated until every client holds at least so many."""
+
+
+class Pathological(Section):
+    """Each client holds only a few labels (McMahan et al. 2017)."""
+
+    kind: Literal["pathological"]
+    clients: Annotated[int, Field(ge=1)]
+    classes_per_client: Annotated[int, Field(ge=1)]
+
+
+class Column(Section):
+    """One client for each value of a column: the natural federation."""
+
+    kind: Literal["column"]
+    column: str
+
+
+Partition = Annotated[Iid | Dirichlet | Pathological | Column, Field(discriminator="kind")]
+
+
+class _Data(Section):
+    max_length: Annotated[int, Field(ge=2)]
+    """Tokens kept of each record."""
+    max_test_examples: Annotated[int, Field(ge=1)] | None = None
+    """Score on the first so many test records of a seeded shuffle; null: all."""
+    partition: Partition
+
+
+class Files(_Data):
+    """Local tsv, csv, jsonl or parquet files, also gzipped."""
+
+    source: Literal["files"]
+    train: str
+    """Path, relative to the working directory."""
+    test: str
+    """Public test data: scored at the server."""
+    text: str | Annotated[list[str], Field(min_length=2, max_length=2)]
+    """The text column, or a list of two for pairs."""
+    label: str | None = None
+    """The label column; null for causal-lm."""
+
+
+class HuggingFace(_Data):
+    """A data set of the hub, or its cached copy; needs the extra `fedlora[huggingface]`."""
+
+    source: Literal["huggingface"]
+    path: str
+    name: str | None = None
+    train_split: str = "train"
+    test_split: str = "test"
+    text: str | Annotated[list[str], Field(min_length=2, max_length=2)]
+    label: str | None = None
+
+
+class Docstrings(_Data):
+    """Built in and offline: docstrings of the Python packages installed here; the label is the package
+    that wrote it."""
+
+    source: Literal["docstrings"]
+    packages: Annotated[list[str], Field(min_length=2)] | None = None
+    """Top-level packages to tell apart (`stdlib` is the standard library); null: a fixed set that fedlora
+    itself installs."""
+    max_per_class: Annotated[int, Field(ge=10)] = 4000
+    """At most so many records a label, so that no package drowns the others."""
+
+
+Data = Annotated[Files | HuggingFace | Docstrings, Field(discriminator="source")]
+
+
+class IndependentCohort(Section):
+    """Each client is asked independently with its probability."""
+
+    probability: Probability | dict[str, Probability]
+    """One number for all, or one for each client by name."""
+
+
+Decay = Literal["none", "linear"]
+
+
+class Sgd(Section):
+    """Plain SGD: the noise is isotropic, so a change of basis changes nothing."""
+
+    name: Literal["sgd"]
+    lr: Annotated[float, Field(gt=0)]
+    decay: Decay = "none"
+    """linear: the rate falls evenly from `lr` in the first round to `lr / rounds` in the last."""
+
+
+class AdamW(Section):
+    """AdamW, new in each round. Depends on the basis; FedSVD is then no longer FFA-LoRA in other
+    coordinates."""
+
+    name: Literal["adamw"]
+    lr: Annotated[float, Field(gt=0)]
+    decay: Decay = "none"
+    """As for sgd."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+
+
+Optimizer = Annotated[Sgd | AdamW, Field(discriminator="name")]
+
+
+class Federation(Section):
+    """Who works in a round, how much, and how much each counts."""
+
+    rounds: Annotated[int, Field(ge=1)]
+    cohort: Annotated[int, Field(ge=1)] | IndependentCohort
+    """Clients asked in a round: a number drawn uniformly without replacement, or {probability: p}."""
+    local_steps: Annotated[int, Field(ge=1)]
+    """DP-SGD steps of a client in a round. A constant: never derived from its data."""
+    batch_size: Annotated[int, Field(ge=1)]
+    """Expected size of a Poisson draw; the rate is batch_size / declared records, the divisor is
+    batch_size."""
+    optimizer: Optimizer
+    weighting: Literal["uniform", "examples"] = "uniform"
+    """Share of a client in the whole. `examples` makes record counts matter; they are declared public
+    either way."""
+    participation: Literal["normalised", "importance"] = "normalised"
+    """How shares are corrected for who took part: divided by the participants' total (FedSVD) or by the
+    probability of being asked (FedStale)."""
+    min_clients: Annotated[int, Field(ge=1)] = 1
+    """Fewer answers in a round stop the run, which can be resumed."""
+    deadline_s: Annotated[float, Field(gt=0)] = 600.0
+    """Seconds a round waits for replies; later ones count in a later round."""
+    keep_gauges: Annotated[int, Field(ge=1)] = 20
+    """How many bases back a late reply may reach."""
+    evaluate_every: Annotated[int, Field(ge=1)] = 1
+    """Rounds between two scores on the public test data; the first and the last state are always scored."""
+
+
+class Stale(Section):
+    """FedStale: remembered updates of absent clients. Costs no epsilon; repeats their noise."""
+
+    beta: Annotated[float, Field(ge=0, le=1)]
+    """0 is FedAvg, 1 is FedVARP. Under strong noise small values are best: beta* = SNR / (1 + SNR)."""
+    memory: Literal["disk", "ram"] = "disk"
+
+
+class FedSvd(Section):
+    """FedSVD (arXiv 2505.12805): average B, then refactorise so that A has orthonormal rows."""
+
+    name: Literal["fedsvd"]
+    refactor_every: Annotated[int, Field(ge=1)] = 1
+    """Rounds between two refactorisations."""
+    stale: Stale = Stale(beta=0.0)
+
+
+class Ffa(Section):
+    """FFA-LoRA (arXiv 2403.12313): A stays as `lora.init` drew it, B is averaged."""
+
+    name: Literal["ffa"]
+    stale: Stale = Stale(beta=0.0)
+
+
+class FedAvg(Section):
+    """Plain federated LoRA: A stays as PEFT draws it (Kaiming), B is averaged, nothing is refactorised."""
+
+    name: Literal["fedavg"]
+    stale: Stale = Stale(beta=0.0)
+
+
+Method = Annotated[FedSvd | Ffa | FedAvg, Field(discriminator="name")]
+
+
+class Privacy(Section):
+    """The budget of every client. No value here has a default but the tools that account for it."""
+
+    target_epsilon: Annotated[float, Field(gt=0)]
+    """Of one record of one client, zero-out adjacency, over all that the client ever releases."""
+    target_delta: Annotated[float, Field(gt=0, lt=1)]
+    """Must be below 1 / records of the smallest client."""
+    max_grad_norm: Annotated[float, Field(gt=0)]
+    """L2 bound on one example's gradient, jointly over everything trained."""
+    max_participations: Annotated[int, Field(ge=1)]
+    """Rounds of work that the noise is calibrated for; the ledger refuses the next one."""
+    accountant: Literal["pld", "prv", "rdp"] = "pld"
+    """What calibrates and reports. The CLT (GDP) accountant understates epsilon and is not offered."""
+    engine: Literal["direct", "opacus"] = "direct"
+    """Who computes per-example gradients: the low-rank engine, or Opacus, its oracle."""
+
+
+class Runtime(Section):
+    """Where clients run. The same seed ends in the same state in each."""
+
+    kind: Literal["local", "ray", "flower"]
+    address: str | None = None
+    """An existing Ray cluster; null starts one on this machine."""
+    workers: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
+    """Worker processes; auto: one a core."""
+    threads: Annotated[int, Field(ge=1)] = 1
+    """BLAS threads of a worker. Final states are comparable bit for bit at equal thread counts."""
+
+
+class RunConfig(Section):
+    """One run, whole."""
+
+    seed: Annotated[int, Field(ge=0)]
+    """Of partition, cohorts, first A and, in simulation only, draws and noise."""
+    model: Model
+    task: Task
+    lora: Lora
+    data: Data
+    federation: Federation
+    method: Method
+    privacy: Privacy | Literal["none"]
+    """The budget, or `none`, spelled out: every output then says NOT PRIVATE."""
+    runtime: Runtime
+    tracking: list[Literal["jsonl"]] = ["jsonl"]
+    output: str
+    """Directory of the run."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "RunConfig":
+        if wrong := conflicts(self):
+            raise ValueError("\n".join(wrong))
+        return self

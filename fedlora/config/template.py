@@ -1,0 +1,107 @@
+"""The commented files that `fedlora init` writes: each runs, or loads, as it stands."""
+
+RUN_YAML = """\
+# fedlora simulate run.yaml
+#
+# Eight simulated owners fine-tune a sentence encoder to tell which Python package a docstring comes from.
+# Data and model are on this machine already: nothing is downloaded. Every key: `fedlora schema`.
+seed: 1
+
+model:
+  name: sentence-transformers/all-MiniLM-L6-v2   # a Hugging Face id or a local directory
+  dtype: float32                                 # of the frozen weights; bfloat16 on GPUs that have it
+
+task:
+  kind: sequence-classification                  # or causal-lm
+  head: trained                                  # clipped, noised and sent like B; or frozen
+  pooler: identity                               # this checkpoint has an untrained one; else: checkpoint
+
+lora:
+  r: 4                                           # rank
+  lora_alpha: 4                                  # the adapted layer computes W x + (lora_alpha / r) B A x
+  target_modules: [query, value]                 # ends of the names of the linear layers to adapt
+  layers_to_transform: [4, 5]                    # null: all. Fewer trained numbers carry less noise
+  init: orthonormal                              # how the first A is chosen; or kaiming
+
+data:
+  source: docstrings                             # built in, offline; your own: see below
+  max_per_class: 2500                            # at most so many records of one package
+  max_length: 32                                 # tokens kept of each record
+  max_test_examples: 1000                        # of the public test records; null: all
+  partition: {kind: dirichlet, clients: 8, alpha: 1.0, min_examples: 500}   # or iid, pathological, column
+
+# To use your own files instead, replace the section above by:
+# data:
+#   source: files
+#   train: train.tsv                             # tsv, csv, jsonl, parquet, also gzipped
+#   test: test.tsv                               # public: scored at the server
+#   text: sentence                               # one column, or a list of two for pairs
+#   label: label
+#   max_length: 64
+#   partition: {kind: dirichlet, clients: 8, alpha: 1.0}
+
+federation:
+  rounds: 20
+  cohort: 8                                      # clients asked in a round, or {probability: 0.5}
+  local_steps: 1                                 # DP-SGD steps of a client in a round
+  batch_size: 128                                # expected size of a Poisson draw
+  optimizer: {name: sgd, lr: 16.0, decay: linear}   # clipped gradients are small: the rate is large
+  weighting: uniform                             # or examples: by declared record counts
+  evaluate_every: 5                              # rounds between two scores
+
+method:
+  name: fedsvd                                   # fedsvd, ffa, fedavg
+  refactor_every: 1                              # rounds between two refactorisations
+  stale: {beta: 0.0, memory: disk}               # FedStale: 0 forgets absent clients, 1 remembers them fully
+
+# The promise, for each record of each client, over everything that client ever releases.
+# `privacy: none` switches it off; every output then says NOT PRIVATE.
+privacy:
+  target_epsilon: 8.0                            # smaller is more private; 1 is strong, 8 is usual in papers
+  target_delta: 1.0e-5                           # must be below 1 / records of the smallest client
+  max_grad_norm: 2.0                             # bound on one record's gradient
+  max_participations: 20                         # what the noise is for; the ledger refuses the next
+  accountant: pld                                # or prv, rdp
+
+runtime:
+  kind: ray                                      # or local, flower; same seed, same result in each
+  workers: auto
+
+output: runs/first
+"""
+
+NODE_YAML = """\
+# What a data owner decides. No server can change a line of it; the node refuses what does not fit.
+client: hospital-a                               # the name under which the server knows this node
+
+data:
+  source: files
+  train: /data/train.tsv                         # stays on this node: tsv, csv, jsonl, parquet, also gzipped
+  text: sentence                                 # one column, or a list of two for pairs
+  label: label                                   # leave it out for causal-lm
+  max_length: 64                                 # tokens kept of each record
+
+declared_records: 5000                           # told to the server: public; sets rate and noise
+classes: [negative, positive]                    # same list and order on every node and the server
+
+model: {name: sentence-transformers/all-MiniLM-L6-v2}
+task: {kind: sequence-classification, head: trained}
+lora: {r: 8, lora_alpha: 8, target_modules: [query, value]}
+
+work:                                            # the noise is calibrated for exactly this
+  batch_size: 64                                 # expected size of a Poisson draw
+  local_steps: 10                                # steps of one participation; more are refused
+  optimizer: {name: sgd, lr: 0.5}                # lr: the most that a server may ask for
+
+ledger: /var/lib/fedlora/ledger.jsonl            # everything ever spent. Back it up
+
+budget:                                          # for these records, over all runs and all servers
+  target_epsilon: 8.0
+  target_delta: 1.0e-5                           # must be below 1 / declared_records
+  max_participations: 10                         # the ledger refuses the next one
+
+max_grad_norm: 1.0                               # bound on one record's gradient
+min_noise_multiplier: 0.5                        # noise never goes below this
+device: auto                                     # auto, cpu, cuda
+threads: 1                                       # cores that training uses
+"""

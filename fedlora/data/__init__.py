@@ -1,0 +1,54 @@
+"""Text in, arrays out: sources, partitions, tokens."""
+
+from typing import assert_never
+
+import numpy as np
+
+from fedlora.config.schema import CausalLm, Data, Docstrings, Files, HuggingFace, Task
+from fedlora.data.docstrings import docstring_corpus
+from fedlora.data.files import load_table
+from fedlora.data.huggingface import load_split
+from fedlora.data.records import Corpus, Examples, Records
+from fedlora.data.tables import Columns, corpus_from
+from fedlora.seeds import seed_for
+
+__all__ = ["Corpus", "Examples", "Records", "load_corpus"]
+
+
+def load_corpus(data: Data, task: Task, seed: int) -> Corpus:
+    """The training and test records that the config names; of the latter at most max_test_examples.
+
+    Raises:
+        DataError: a source is not there or does not hold what the config says.
+    """
+    causal = isinstance(task, CausalLm)
+    match data:
+        case Files():
+            columns = _columns(data)
+            train = load_table(data.train, columns.names())
+            test = load_table(data.test, columns.test_names(causal=causal))
+            corpus = corpus_from(train, test, columns, causal=causal)
+        case HuggingFace():
+            columns = _columns(data)
+            train = load_split(data, data.train_split, columns.names())
+            test = load_split(data, data.test_split, columns.test_names(causal=causal))
+            corpus = corpus_from(train, test, columns, causal=causal)
+        case Docstrings():
+            corpus = docstring_corpus(data, seed, causal=causal)
+        case _:
+            assert_never(data)
+    return _with_test_cut(corpus, data.max_test_examples, seed)
+
+
+def _columns(data: Files | HuggingFace) -> Columns:
+    text = (data.text,) if isinstance(data.text, str) else tuple(data.text)
+    group = data.partition.column if data.partition.kind == "column" else None
+    return Columns(text=text, label=data.label, group=group)
+
+
+def _with_test_cut(corpus: Corpus, most: int | None, seed: int) -> Corpus:
+    if most is None or most >= len(corpus.test):
+        return corpus
+    shuffle = np.random.Generator(np.random.Philox(seed_for(seed, "test examples")))
+    chosen = np.sort(shuffle.permutation(len(corpus.test))[:most])
+    return Corpus(train=corpus.train, test=corpus.test.select(chosen), classes=corpus.classes)

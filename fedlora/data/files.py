@@ -1,0 +1,147 @@
+"""Local tsv, csv, jsonl and parquet files, also gzipped."""
+
+import csv
+import gzip
+import io
+import json
+import zlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TextIO, TypeAlias
+
+from fedlora.data.tables import Table, nearest, require_columns, shown
+from fedlora.errors import DataError
+
+FORMATS = (".tsv", ".csv", ".jsonl", ".parquet")
+
+Row: TypeAlias = tuple[int, list[object]]
+"""Line in the file, from 1, and the wanted values."""
+
+
+def load_table(path: str, wanted: list[str]) -> Table:
+    """The wanted columns of one file, all rows, in file order.
+
+    Args:
+        path: relative to the working directory; the format is its ending, `.gz` behind it or not.
+        wanted: names of columns.
+
+    Raises:
+        DataError: no such file, another format, no such column, or text that cannot be read as that format.
+    """
+    file = _existing(path)
+    try:
+        if _format(file) == ".parquet":
+            return _parquet(file, path, wanted)
+        with _opened(file) as stream:
+            rows = list(_rows(stream, path, _format(file), wanted))
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8"
+        ) from None
+    except (EOFError, OSError, zlib.error) as error:
+        raise DataError(f"{path}: cannot be read: {error}; is it whole, and readable for you?") from None
+    values = list(zip(*(row for _, row in rows), strict=True)) or [()] * len(wanted)
+    columns = {name: list(column) for name, column in zip(wanted, values, strict=True)}
+    return Table(origin=path, columns=columns, lines=[line for line, _ in rows])
+
+
+def _existing(path: str) -> Path:
+    file = Path(path).expanduser()
+    if file.is_file():
+        return file
+    if not file.parent.is_dir():
+        raise DataError(
+            f"{path}: no directory {str(file.parent)!r} (looked from {str(Path.cwd())!r}); mend the path"
+        )
+    beside = sorted(other.name for other in file.parent.iterdir() if other.is_file())
+    raise DataError(
+        f"{path}: no such file (looked from {str(Path.cwd())!r}); that directory has "
+        f"{shown(beside)}{nearest(file.name, beside)}"
+    )
+
+
+def _format(file: Path) -> str:
+    name = file.name.lower().removesuffix(".gz")
+    for ending in FORMATS:
+        if name.endswith(ending):
+            return ending
+    raise DataError(
+        f"{file}: unknown format; name it {', '.join(FORMATS)}, or one of these with .gz behind it"
+    )
+
+
+def _opened(file: Path) -> TextIO:
+    # newline="\n": a lone carriage return inside a field ends no line. utf-8-sig: spreadsheets write a byte
+    # order mark.
+    if file.name.lower().endswith(".gz"):
+        return gzip.open(file, "rt", encoding="utf-8-sig", newline="\n")  # pyright: ignore[reportReturnType]
+    return file.open(encoding="utf-8-sig", newline="\n")
+
+
+def _rows(stream: TextIO, path: str, ending: str, wanted: list[str]) -> Iterator[Row]:
+    if ending == ".jsonl":
+        return _json_rows(stream, path, wanted)
+    return _header_rows(_fields(stream, path, ending), path, wanted)
+
+
+def _fields(stream: TextIO, path: str, ending: str) -> Iterator[tuple[int, list[str]]]:
+    if ending == ".tsv":  # no quoting in tsv: a lone quote in a text must not swallow the lines behind it
+        yield from (
+            (line, text.rstrip("\r\n").split("\t"))
+            for line, text in enumerate(stream, 1)
+            if text.strip("\r\n")
+        )
+        return
+    reader = csv.reader(stream, strict=True)
+    try:
+        yield from ((reader.line_num, fields) for fields in reader if fields)
+    except csv.Error as error:
+        raise DataError(
+            f"{path}:{reader.line_num}: not csv: {error}; quote the field, doubling the quotes in it"
+        ) from None
+
+
+def _header_rows(lines: Iterator[tuple[int, list[str]]], path: str, wanted: list[str]) -> Iterator[Row]:
+    _, header = next(lines, (0, []))
+    require_columns(path, wanted, header)
+    places = [header.index(name) for name in wanted]
+    for line, fields in lines:
+        if len(fields) != len(header):
+            raise DataError(
+                f"{path}:{line}: {len(fields)} fields, but the header has {len(header)}; mend the line"
+            )
+        yield line, [fields[place] for place in places]
+
+
+def _json_rows(stream: Iterable[str], path: str, wanted: list[str]) -> Iterator[Row]:
+    for line, text in enumerate(stream, 1):
+        if not text.strip():
+            continue
+        try:
+            record = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise DataError(
+                f"{path}:{line}: not JSON: {error.msg} at column {error.colno}; mend the line"
+            ) from None
+        if not isinstance(record, dict):
+            raise DataError(f"{path}:{line}: holds {type(record).__name__}; need one JSON object a line")
+        require_columns(f"{path}:{line}", wanted, record)
+        yield line, [record[name] for name in wanted]
+
+
+def _parquet(file: Path, path: str, wanted: list[str]) -> Table:
+    import pyarrow  # here, since it is slow to load and most runs have no use for it
+    from pyarrow import parquet
+
+    source = io.BytesIO(gzip.decompress(file.read_bytes())) if file.name.lower().endswith(".gz") else file
+    try:
+        opened = parquet.ParquetFile(source)
+        require_columns(path, wanted, opened.schema_arrow.names)
+        table = opened.read(columns=wanted)
+    except pyarrow.ArrowException as error:
+        raise DataError(f"{path}: not a parquet file: {error}; write it again") from None
+    return Table(
+        origin=path,
+        columns={name: table.column(name).to_pylist() for name in wanted},
+        lines=range(1, table.num_rows + 1),
+    )

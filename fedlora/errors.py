@@ -1,0 +1,52 @@
+"""What can go wrong, and the exit status each kind ends the command with.
+
+Every message shows the offending values and the next move; none carries a record.
+"""
+
+
+class FedLoraError(Exception):
+    """Anything fedlora refuses to do. Subclasses say why; `exit_status` is what the command line returns."""
+
+    exit_status = 1
+
+
+class ConfigError(FedLoraError):
+    """The YAML, the command line or a file they name is wrong: nothing was written, mend the text and go again."""
+
+    exit_status = 2
+
+
+class DataError(ConfigError):
+    """Records, labels or partitions are not what the config says they are."""
+
+
+class ModelError(ConfigError):
+    """The base model is not there, or has no such modules."""
+
+
+class PrivacyError(FedLoraError):
+    """Refused for privacy: budget spent, delta too large for the data, or a noise that cannot be had."""
+
+    exit_status = 3
+
+
+class LedgerError(PrivacyError):
+    """A ledger cannot be trusted or cannot be written, so nothing may be released."""
+
+
+class IncompleteError(FedLoraError):
+    """The run stopped before its last round; the message says how to go on."""
+
+    exit_status = 4
+
+
+class ShapeError(FedLoraError):
+    """Tensors do not fit together."""
+
+
+class BasisError(FedLoraError):
+    """A B-shaped value was combined with factors of another basis."""
+
+
+class WireError(FedLoraError):
+    """Bytes from outside are not a well-formed message."""

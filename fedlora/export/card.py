@@ -1,0 +1,132 @@
+"""The model card that travels with an exported adapter."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from fedlora.config.schema import Files, HuggingFace, RunConfig
+from fedlora.export.statement import METHODS, Statement, privacy_statement
+from fedlora.export.words import epsilon, number, score
+
+
+def model_card(config: RunConfig, summary: Mapping[str, Any], *, merged: bool = False) -> str:
+    """Markdown: front matter that model hubs read, the privacy statement, how to load the files beside it.
+
+    Args:
+        config: of the run.
+        summary: as in summary.json.
+        merged: the card goes with a whole model, not with an adapter.
+    """
+    target = None if config.privacy == "none" else config.privacy.target_epsilon
+    statement = privacy_statement(summary, target)
+    parts = [
+        _front_matter(config, merged),
+        _title(config, statement),
+        _usage(config, merged),
+        _training(config, summary),
+    ]
+    return "\n".join([*parts, _privacy(statement, summary), _versions(summary)])
+
+
+def data_source(config: RunConfig) -> str:
+    """The training data in words, without a path of this machine."""
+    data = config.data
+    if isinstance(data, Files):
+        return f"local file {_code(data.train.replace(chr(92), '/').rpartition('/')[2])}"
+    if isinstance(data, HuggingFace):
+        name = " ".join(filter(None, [data.path, data.name]))
+        return f"data set {_code(name)}, split {_code(data.train_split)}"
+    return "docstrings of installed Python packages; the label is the package"
+
+
+def _front_matter(config: RunConfig, merged: bool) -> str:
+    pipeline = "text-classification" if config.task.kind == "sequence-classification" else "text-generation"
+    tags = "\n".join(f"- {tag}" for tag in ("fedlora", "lora", "federated-learning", "differential-privacy"))
+    base = "" if _is_path(config.model.name) else f"base_model: {config.model.name}\n"
+    tags = tags if config.privacy != "none" else tags.replace("\n- differential-privacy", "")
+    library = "transformers" if merged else "peft"
+    return f"---\nlibrary_name: {library}\n{base}pipeline_tag: {pipeline}\ntags:\n{tags}\n---\n"
+
+
+def _is_path(name: str) -> bool:
+    return name.startswith((".", "/", "~")) or name.count("/") != 1 or not name.replace("/", "").strip()
+
+
+def _title(config: RunConfig, statement: Statement) -> str:
+    return (
+        f"# {config.model.name}, fine-tuned by federated LoRA\n\nTrained by fedlora over the "
+        f"records of several owners that never left them. Privacy: **{statement.heading}**.\n"
+    )
+
+
+def _usage(config: RunConfig, merged: bool) -> str:
+    """Python that loads what lies beside the card; DIRECTORY is where the reader put it."""
+    classifies = config.task.kind == "sequence-classification"
+    auto = "AutoModelForSequenceClassification" if classifies else "AutoModelForCausalLM"
+    if merged:
+        lines = [f"from transformers import {auto}, AutoTokenizer", ""]
+        lines += [
+            f'model = {auto}.from_pretrained("DIRECTORY")',
+            'tokenizer = AutoTokenizer.from_pretrained("DIRECTORY")',
+        ]
+    else:
+        lines = ["import json", "from pathlib import Path", ""] if classifies else []
+        lines += ["from peft import PeftModel", f"from transformers import {auto}", ""]
+        lines += ['classes = json.loads(Path("DIRECTORY/classes.json").read_text())'] if classifies else []
+        labels = ", num_labels=len(classes)" if classifies else ""
+        lines += [f'base = {auto}.from_pretrained("{config.model.name}"{labels})']
+        lines += ['model = PeftModel.from_pretrained(base, "DIRECTORY")']
+    return "## Use\n\n```python\n" + "\n".join(lines) + "\n```\n"
+
+
+def _training(config: RunConfig, summary: Mapping[str, Any]) -> str:
+    metric, method = str(summary["metric"]), METHODS.get(summary["method"], summary["method"])
+    rows = (
+        ("Base model", _code(config.model.name)),
+        (
+            "Method",
+            f"{method}, LoRA r {config.lora.r}, alpha {number(config.lora.lora_alpha)}",
+        ),
+        ("Adapted layers", ", ".join(_code(name) for name in config.lora.target_modules)),
+        ("Data", data_source(config)),
+        ("Clients", f"{summary['clients']}, partition {config.data.partition.kind}"),
+        ("Rounds", f"{summary['rounds_completed']} of {config.federation.rounds}"),
+        (
+            "Local work",
+            f"{config.federation.local_steps} steps, expected batch {config.federation.batch_size}",
+        ),
+        (
+            f"Test {metric}",
+            f"{score(metric, summary['score_before'])} before, {score(metric, summary['score'])} after",
+        ),
+    )
+    return f"## Training\n\n{_table(rows)}\n"
+
+
+def _privacy(statement: Statement, summary: Mapping[str, Any]) -> str:
+    text = f"## Privacy: {statement.heading}\n\n{_table(statement.terms)}\n"
+    if not summary["private"]:
+        return text
+    spent = sorted(summary["epsilon_by_client"].items())
+    outside = "\n".join(f"- {line}" for line in statement.not_protected)
+    clients = _table([(_code(name), epsilon(value)) for name, value in spent], ("Client", "epsilon"))
+    return f"{text}\n### epsilon by client\n\n{clients}\n\n### Not protected\n\n{outside}\n"
+
+
+def _versions(summary: Mapping[str, Any]) -> str:
+    versions = ", ".join(f"{name} {value}" for name, value in sorted(summary["versions"].items()))
+    state = summary["state_sha256"]
+    return f"## Made with\n\n{versions}.{f' Final state SHA-256 `{state}`.' if state else ''}\n"
+
+
+def _table(rows: Any, heads: tuple[str, str] = ("", "")) -> str:
+    lines = [f"| {name} | {_cell(value)} |" for name, value in rows]
+    return "\n".join([f"| {heads[0]} | {heads[1]} |", "|---|---|", *lines])
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def _code(text: str) -> str:
+    """Inline code whose text cannot end the code, the cell or become HTML."""
+    return f"`{text.replace('`', chr(39)).replace('|', '/').replace(chr(10), ' ')}`"

@@ -1,0 +1,187 @@
+"""Small charts as SVG text: lines, bars against a limit, a matrix of states. Nothing from elsewhere.
+
+Colours are CSS classes of the page around, so light and dark follow the reader. Shapes repeat the colours.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from html import escape
+
+WIDTH = 760
+"""Of every chart, in the units of its own view box."""
+
+
+def ticks(low: float, high: float, count: int = 5) -> list[float]:
+    """Round numbers covering [low, high], about `count` of them, in steps of 1, 2 or 5 at a power of ten."""
+    span = high - low
+    if not span > 0:
+        span = abs(high) or 1.0
+        low, high = low - span / 2, high + span / 2
+    raw = span / max(count - 1, 1)
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = power * next(factor for factor in (1, 2, 5, 10) if raw <= factor * power * (1 + 1e-9))
+    first = math.floor(low / step + 1e-9)
+    return [round(step * index, 12) for index in range(first, math.ceil(high / step - 1e-9) + 1)]
+
+
+def line_chart(
+    points: Sequence[tuple[int, float]], *, before: float | None, title: str, show: Callable[[float], str]
+) -> str:
+    """A curve over rounds, with the value before the first one as a dashed line.
+
+    Args:
+        points: (round, value), rounds ascending; at least one.
+        before: the value that nothing had yet changed.
+        title: what the chart shows, for those who hear it.
+        show: how a value is written.
+    """
+    left, right, top, bottom, height = 64, 24, 20, 44, 300
+    marks = [(0, before), *points] if before is not None and points[0][0] > 0 else list(points)
+    last = max(marks[-1][0], 1)
+    rows = ticks(min(value for _, value in marks), max(value for _, value in marks))
+
+    def across(index: float) -> float:
+        return left + (WIDTH - left - right) * index / last
+
+    def up(value: float) -> float:
+        return height - bottom - (height - top - bottom) * (value - rows[0]) / (rows[-1] - rows[0])
+
+    parts = [_row(left, WIDTH - right, up(row), _plain(show(row))) for row in rows]
+    columns = [tick for tick in ticks(0, last, min(last + 1, 9)) if tick <= last and tick == int(tick)]
+    parts += [_text(across(tick), height - bottom + 20, str(int(tick)), anchor="middle") for tick in columns]
+    parts.append(_text((left + WIDTH - right) / 2, height - 6, "round", anchor="middle", kind="faint"))
+    if before is not None:
+        parts.append(_dashed(left, up(before), WIDTH - right, up(before)))
+        parts.append(
+            _text(
+                WIDTH - right, up(before) - 7, f"before training {show(before)}", anchor="end", kind="faint"
+            )
+        )
+    line = " ".join(f"{across(index):.1f},{up(value):.1f}" for index, value in marks)
+    parts.append(f'<polyline class="curve" points="{line}"/>')
+    dots = marks if len(marks) <= 60 else marks[-1:]
+    parts += [f'<circle class="dot" cx="{across(i):.1f}" cy="{up(v):.1f}" r="3.5"/>' for i, v in dots]
+    parts.append(_last_label(across(marks[-1][0]), up(marks[-1][1]), show(marks[-1][1]), clear=top))
+    return _svg("score", title, height, parts)
+
+
+def bar_chart(
+    values: Sequence[tuple[str, float]], *, limit: float | None, title: str, show: Callable[[float], str]
+) -> str:
+    """One horizontal bar a name, and the limit that none may pass as a dashed line."""
+    left, right, top, pitch = 150, 84, 28, 24
+    height = top + pitch * len(values) + 30
+    columns = ticks(0.0, max([value for _, value in values] + ([limit] if limit else []) + [1e-9]))
+
+    def across(value: float) -> float:
+        return left + (WIDTH - left - right) * value / columns[-1]
+
+    parts = [_column(across(tick), top, height - 30, f"{tick:g}") for tick in columns]
+    for index, (name, value) in enumerate(values):
+        y = top + pitch * index
+        over = " over" if limit is not None and value > limit * (1 + 1e-9) else ""
+        width = across(value) - left
+        parts.append(_text(left - 10, y + 16, _short(name), anchor="end"))
+        middle = y + 5 + (pitch - 9) / 2
+        parts.append(_box(f"bar{over}", left + width / 2, middle, width, pitch - 9))
+    if limit is not None:
+        parts.append(_dashed(across(limit), top - 6, across(limit), height - 30))
+        parts.append(_text(across(limit), top - 12, f"target {show(limit)}", anchor="middle", kind="faint"))
+    parts += [
+        _text(WIDTH - right + 14, top + pitch * index + 16, show(value), anchor="start", kind="strong")
+        for index, (_, value) in enumerate(values)
+    ]
+    return _svg("epsilon", title, height, parts)
+
+
+def matrix_chart(
+    names: Sequence[str], rounds: Sequence[int], states: Mapping[tuple[str, int], str], *, title: str
+) -> str:
+    """Who did what in which round. A state is answered, refused, rejected or silent; no entry: not asked."""
+    left, right, top, pitch = 150, 16, 12, 24
+    wide = min(36.0, (WIDTH - left - right) / len(rounds))
+    height = top + pitch * len(names) + 44
+    parts = [
+        _text(left - 10, top + pitch * row + pitch / 2 + 4, _short(name), anchor="end")
+        for row, name in enumerate(names)
+    ]
+    for row, name in enumerate(names):
+        for column, index in enumerate(rounds):
+            x, y = left + wide * (column + 0.5), top + pitch * (row + 0.5)
+            parts.append(mark(states.get((name, index), "not-asked"), x, y, min(wide, pitch) * 0.34))
+    every = math.ceil(len(rounds) / max(1, int((WIDTH - left) / 36)))
+    parts += [
+        _text(left + wide * (column + 0.5), height - 24, str(index), anchor="middle")
+        for column, index in enumerate(rounds)
+        if column % every == 0 or len(rounds) <= every
+    ]
+    parts.append(_text(left + wide * len(rounds) / 2, height - 4, "round", anchor="middle", kind="faint"))
+    return _svg("participation", title, height, parts)
+
+
+def mark(state: str, x: float, y: float, radius: float) -> str:
+    """One state as a shape of its own: disc, square with a bar, cross, ring, point."""
+    match state:
+        case "answered":
+            return _disc("answered", x, y, radius)
+        case "refused":
+            side = 1.8 * radius
+            hole = _box("hole", x, y, side / 2, max(radius * 0.3, 1.0))
+            return _box("refused", x, y, side, side) + hole
+        case "rejected":
+            low, high, left, right = y - 0.8 * radius, y + 0.8 * radius, x - 0.8 * radius, x + 0.8 * radius
+            strokes = (
+                f"M{left:.1f} {low:.1f}L{right:.1f} {high:.1f}M{left:.1f} {high:.1f}L{right:.1f} {low:.1f}"
+            )
+            return f'<path class="rejected" d="{strokes}"/>'
+        case "silent":
+            return _disc("silent", x, y, radius * 0.85)
+        case _:
+            return _disc("not-asked", x, y, 1.5)
+
+
+def _disc(kind: str, x: float, y: float, radius: float) -> str:
+    return f'<circle class="{kind}" cx="{x:.1f}" cy="{y:.1f}" r="{radius:.1f}"/>'
+
+
+def _box(kind: str, x: float, y: float, width: float, height: float) -> str:
+    """A rectangle around its centre (x, y)."""
+    left, top = x - width / 2, y - height / 2
+    return f'<rect class="{kind}" x="{left:.1f}" y="{top:.1f}" width="{width:.1f}" height="{height:.1f}"/>'
+
+
+def _svg(name: str, title: str, height: float, parts: Sequence[str]) -> str:
+    opening = f'<svg viewBox="0 0 {WIDTH} {height:g}" role="img" aria-labelledby="{name}-title">'
+    return "\n".join([opening, f'<title id="{name}-title">{escape(title)}</title>', *parts, "</svg>"])
+
+
+def _row(left: float, right: float, y: float, label: str) -> str:
+    grid = f'<line class="grid" x1="{left}" y1="{y:.1f}" x2="{right}" y2="{y:.1f}"/>'
+    return grid + _text(left - 10, y + 4, label, anchor="end")
+
+
+def _column(x: float, top: float, bottom: float, label: str) -> str:
+    grid = f'<line class="grid" x1="{x:.1f}" y1="{top}" x2="{x:.1f}" y2="{bottom}"/>'
+    return grid + _text(x, bottom + 18, label, anchor="middle")
+
+
+def _dashed(x1: float, y1: float, x2: float, y2: float) -> str:
+    return f'<line class="limit" x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"/>'
+
+
+def _last_label(x: float, y: float, label: str, clear: float) -> str:
+    return _text(x, y - 10 if y - 22 > clear else y + 22, label, anchor="end", kind="strong")
+
+
+def _text(x: float, y: float, label: str, *, anchor: str, kind: str = "") -> str:
+    shade = f' class="{kind}"' if kind else ""
+    return f'<text{shade} x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(label)}</text>'
+
+
+def _plain(label: str) -> str:
+    """The label of a round number: `80 %`, not `80.0 %`."""
+    return label.replace(".0 %", " %")
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 18 else f"{name[:8]}…{name[-8:]}"

@@ -1,0 +1,180 @@
+"""A run's model as files that PEFT and transformers load; loaded again and compared before they count."""
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel, set_peft_model_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from fedlora.config.schema import RunConfig
+from fedlora.errors import ConfigError, FedLoraError
+from fedlora.export.card import model_card
+from fedlora.training.checkpoints import DTYPES, load_base, quiet
+from fedlora.training.model import ADAPTER, AdaptedModel, load_model, load_tokenizer
+from fedlora.values import Adapters
+
+PROBE = (4, 24)
+"""Records and tokens of the batch on which logits are compared."""
+
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-5, torch.bfloat16: 0.05}
+"""Largest difference of logits, relative to the largest. bfloat16 has 8 bits; PEFT loads the head in it."""
+
+MERGED_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-5, torch.bfloat16: 0.1}
+"""Merging rounds W + scale B A to the dtype of W, so a merged model differs from its adapter a little."""
+
+
+def write_adapter(
+    directory: Path,
+    *,
+    config: RunConfig,
+    adapters: Adapters,
+    classes: tuple[str, ...],
+    summary: Mapping[str, Any],
+    merge: bool = False,
+) -> Path:
+    """`directory` holds the trained model, and loading it from there gives the run's own logits.
+
+    Written aside and renamed at the end: it is whole, or it is not there.
+
+    Args:
+        directory: must not exist, or be empty.
+        config: of the run.
+        adapters: the state to export.
+        classes: names of the labels; empty for a causal LM.
+        summary: of the run, for the model card.
+        merge: a whole model with scale * B A added into its weights, in place of a PEFT directory.
+
+    Raises:
+        ConfigError: there is something in `directory`, or it cannot be written.
+        FedLoraError: what was written gives other logits; it is deleted again.
+    """
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise ConfigError(f"{directory} is there already and is left alone; name a directory that is not")
+    model = load_model(config.model, config.task, config.lora, classes, config.seed)
+    model.load(adapters)
+    aside = directory.with_name(f".{directory.name}.part")
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        _write(aside, model, config, classes, merge)
+        (aside / "README.md").write_text(model_card(config, summary, merged=merge), encoding="utf-8")
+        aside.replace(directory)
+    except OSError as error:
+        raise ConfigError(f"{directory} cannot be written ({error}); name another directory") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return directory
+
+
+def load_adapter(directory: Path, model: AdaptedModel, classes: tuple[str, ...]) -> None:
+    """The model computes with the adapter and head that a PEFT directory holds.
+
+    Args:
+        directory: as `write_adapter` left it, or any LoRA that PEFT saved for the same layers.
+        model: changed in place.
+        classes: those of the data, compared with the ones the adapter was trained for.
+
+    Raises:
+        ConfigError: no adapter there, or one for other layers, ranks or classes.
+    """
+    try:
+        config = json.loads((directory / "adapter_config.json").read_text(encoding="utf-8"))
+        state = load_file(directory / "adapter_model.safetensors")
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ConfigError(
+            f"{directory} is neither a run nor a PEFT adapter ({error}); name one of the two"
+        ) from None
+    if config["lora_alpha"] / config["r"] != model.scale:
+        scale = f"lora_alpha {config['lora_alpha']} / r {config['r']}"
+        raise ConfigError(
+            f"{directory} has {scale}, the config {model.scale:g}; make `lora` of the config equal"
+        )
+    _require_classes(directory, classes)
+    try:
+        result = set_peft_model_state_dict(model.peft_model, state)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"{directory} has tensors of other shapes than the config's model: {error}"
+        ) from None
+    absent = [name for name in result.missing_keys if f".{ADAPTER}." in name]
+    if absent or result.unexpected_keys:
+        raise ConfigError(
+            f"{directory} lacks {absent[:3]} and has {result.unexpected_keys[:3]} beyond the config's model; "
+            f"make `model`, `task` and `lora` of the config those it was trained with"
+        )
+
+
+def _require_classes(directory: Path, classes: tuple[str, ...]) -> None:
+    path = directory / "classes.json"
+    theirs = tuple(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else classes
+    if theirs != classes:
+        raise ConfigError(
+            f"{directory} tells {list(theirs)} apart, the data {list(classes)}; use the same labels"
+        )
+
+
+def _write(
+    aside: Path, model: AdaptedModel, config: RunConfig, classes: tuple[str, ...], merge: bool
+) -> None:
+    """All files but the card, compared."""
+    wanted = _logits(model.peft_model, model.pad_token)
+    limits = MERGED_TOLERANCE if merge else TOLERANCE
+    if merge:
+        with quiet():
+            merged = model.peft_model.merge_and_unload()
+            merged.save_pretrained(str(aside), safe_serialization=True)
+        load_tokenizer(config.model.name).save_pretrained(str(aside))
+        again = _merged_again(aside, config)
+    else:
+        # The name that others know the base by, not where it lies on this machine.
+        model.peft_model.peft_config[ADAPTER].base_model_name_or_path = config.model.name
+        # "auto" would ask the hub whether the vocabulary was resized; it never is.
+        model.peft_model.save_pretrained(str(aside), safe_serialization=True, save_embedding_layers=False)
+        again = _adapter_again(aside, config, classes)
+    if classes:
+        (aside / "classes.json").write_text(json.dumps(classes) + "\n", encoding="utf-8")
+    _require_equal(wanted, _logits(again, model.pad_token), limits[DTYPES[config.model.dtype]])
+
+
+def _adapter_again(directory: Path, config: RunConfig, classes: tuple[str, ...]) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):  # layers that the checkpoint lacks are drawn, then overwritten
+        base, _ = load_base(config.model, config.task, classes)
+        with quiet():
+            return PeftModel.from_pretrained(base, str(directory))
+
+
+def _merged_again(directory: Path, config: RunConfig) -> nn.Module:
+    classifies = config.task.kind == "sequence-classification"
+    kind: Callable[..., nn.Module] = (
+        AutoModelForSequenceClassification if classifies else AutoModelForCausalLM
+    ).from_pretrained
+    with quiet():
+        return kind(str(directory), dtype=DTYPES[config.model.dtype], local_files_only=True)
+
+
+@torch.no_grad()
+def _logits(model: Any, pad_token: int) -> Tensor:
+    """Logits of a fixed batch of token numbers, float64."""
+    model.eval()
+    model.config.pad_token_id = pad_token
+    words = model.get_input_embeddings().num_embeddings
+    tokens = torch.randint(0, words, PROBE, generator=torch.Generator().manual_seed(0))
+    # One token a record may be the padding; the mask says that all are meant.
+    return model(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits.double()
+
+
+def _require_equal(wanted: Tensor, got: Tensor, tolerance: float) -> None:
+    difference = float((wanted - got).abs().max())
+    bound = tolerance * max(1.0, float(wanted.abs().max()))
+    if not difference <= bound:
+        raise FedLoraError(
+            f"loaded again, the export gives logits that differ by {difference:.3g} (allowed {bound:.3g}); "
+            f"it was deleted, the run is untouched: report this with its config.yaml"
+        )

@@ -1,0 +1,223 @@
+"""The report of a run: one HTML file that needs nothing else, and nothing from the network."""
+
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Any
+
+from fedlora.config.load import dump_config
+from fedlora.config.schema import RunConfig
+from fedlora.export.card import data_source
+from fedlora.export.charts import bar_chart, line_chart, mark, matrix_chart
+from fedlora.export.page import folded, page, pairs, table
+from fedlora.export.statement import (
+    METHODS,
+    NOT_PRIVATE,
+    SIMULATION,
+    is_guarantee,
+    privacy_statement,
+)
+from fedlora.export.words import bytes_text, duration, epsilon, number, score
+
+_SHOWN_CLIENTS = 60
+"""Rows of a chart; more could not be read. The figures of all clients are in summary.json."""
+_SHOWN_ROUNDS = 120
+"""Columns of the participation chart, the latest ones."""
+
+
+def report_html(
+    summary: Mapping[str, Any], rounds: Sequence[Mapping[str, Any]], config: RunConfig | None = None
+) -> str:
+    """A self-contained page: key figures, score curve, epsilon and participation by client, promise.
+
+    Args:
+        summary: as in summary.json.
+        rounds: as in rounds.jsonl, oldest first; may be empty.
+        config: adds the target epsilon, the data and the whole config, if given.
+    """
+    title = f"{_method(summary)}, {summary['clients']} clients, {summary['rounds_completed']} rounds"
+    target = None if config is None or config.privacy == "none" else config.privacy.target_epsilon
+    parts = [_head(summary, config), _figures(summary, target), _curve(summary, rounds)]
+    parts += [_epsilon(summary, target), _participation(summary, rounds), _statement(summary, target)]
+    return page(title, [part for part in [*parts, _config(summary, config), _made_with(summary)] if part])
+
+
+def _head(summary: Mapping[str, Any], config: RunConfig | None) -> str:
+    what = (
+        "Federated LoRA"
+        if config is None
+        else f"{config.model.name} on {data_source(config).replace('`', '')}"
+    )
+    flags = [f'<span class="flag{"" if summary["private"] else " warn"}">{escape(_flag(summary))}</span>']
+    if summary["private"] and not is_guarantee(summary):
+        flags.append(f'<span class="flag warn">{SIMULATION}</span>')
+    if config is not None and summary["rounds_completed"] < config.federation.rounds:
+        flags.append(f'<span class="flag warn">not finished: {_rounds_of(summary, config)}</span>')
+    heading = f"<h1>{escape(_method(summary))}: report of a run</h1>"
+    return f'{heading}\n<p class="lead">{escape(what)}</p>\n<p>{"".join(flags)}</p>'
+
+
+def _method(summary: Mapping[str, Any]) -> str:
+    return METHODS.get(summary["method"], str(summary["method"]))
+
+
+def _rounds_of(summary: Mapping[str, Any], config: RunConfig) -> str:
+    return f"{summary['rounds_completed']} of {config.federation.rounds} rounds"
+
+
+def _flag(summary: Mapping[str, Any]) -> str:
+    if not summary["private"]:
+        return NOT_PRIVATE
+    spent = epsilon(summary["epsilon_max"])
+    return f"differentially private: epsilon {spent} at delta {number(summary['delta'])}"
+
+
+def _figures(summary: Mapping[str, Any], target: float | None) -> str:
+    metric = str(summary["metric"])
+    spent = epsilon(summary["epsilon_max"]) if summary["private"] else "none"
+    of = f"at delta {number(summary['delta'])}" + ("" if target is None else f", target {number(target)}")
+    both_ways = (summary["bytes_up_per_client_round"], summary["bytes_down_per_client_round"])
+    figures = (
+        (
+            f"Test {metric}",
+            score(metric, summary["score"]),
+            f"{score(metric, summary['score_before'])} before training",
+        ),
+        ("Largest epsilon", spent, of if summary["private"] else NOT_PRIVATE),
+        ("Rounds", str(summary["rounds_completed"]), f"{summary['clients']} clients"),
+        (
+            "Time",
+            duration(summary["seconds"]),
+            f"{number(summary['client_rounds_per_second'])} client rounds a second",
+        ),
+        ("Sent by a client", bytes_text(both_ways[0]), "a round"),
+        ("Received by a client", bytes_text(both_ways[1]), "a round"),
+    )
+    cells = (
+        f"<div><dt>{escape(n)}</dt><dd>{escape(v)}</dd><small>{escape(s)}</small></div>"
+        for n, v, s in figures
+    )
+    return f'<dl class="figures">\n{"".join(cells)}\n</dl>'
+
+
+def _curve(summary: Mapping[str, Any], rounds: Sequence[Mapping[str, Any]]) -> str:
+    metric = str(summary["metric"])
+    points = [(int(line["round"]), float(line["score"])) for line in rounds if line.get("score") is not None]
+    if not points:
+        return ""
+    before, after = score(metric, summary["score_before"]), score(metric, points[-1][1])
+    title = f"Test {metric} over {points[-1][0]} rounds: {before} before training, {after} at the end"
+    chart = line_chart(
+        points, before=summary["score_before"], title=title, show=lambda value: score(metric, value)
+    )
+    rows = [
+        (
+            str(line["round"]),
+            score(metric, line.get("score")),
+            number(line.get("loss")),
+            epsilon(line.get("epsilon_max")),
+        )
+        for line in rounds
+    ]
+    as_table = folded("As a table", table(("Round", f"Test {metric}", "Test loss", "Largest epsilon"), rows))
+    return f"<h2>Test {escape(metric)}</h2>\n<figure>\n{chart}\n</figure>\n{as_table}"
+
+
+def _epsilon(summary: Mapping[str, Any], target: float | None) -> str:
+    if not summary["private"] or not summary["epsilon_by_client"]:
+        return ""
+    spent = sorted(summary["epsilon_by_client"].items())
+    most = sorted(sorted(spent, key=lambda item: -item[1])[:_SHOWN_CLIENTS])
+    title = f"epsilon of {len(most)} clients; the largest is {epsilon(summary['epsilon_max'])}"
+    chart = bar_chart(most, limit=target, title=title, show=epsilon)
+    note = (
+        f"The {len(most)} largest of {len(spent)}; all are in summary.json." if len(most) < len(spent) else ""
+    )
+    as_table = folded(
+        "As a table", table(("Client", "epsilon"), [(name, epsilon(value)) for name, value in most])
+    )
+    text = (
+        "Spent by a client on each of its records, over all it released. Fewer rounds answered, less spent."
+    )
+    return f"<h2>epsilon by client</h2>\n<p>{text} {note}</p>\n<figure>\n{chart}\n</figure>\n{as_table}"
+
+
+def _participation(summary: Mapping[str, Any], rounds: Sequence[Mapping[str, Any]]) -> str:
+    # Line 0 is the zero-step model: nobody was asked.
+    shown = [line for line in rounds if line["round"] > 0][-_SHOWN_ROUNDS:]
+    states = participation(shown)
+    names = sorted(set(summary["epsilon_by_client"] or ()) | {name for name, _ in states})[:_SHOWN_CLIENTS]
+    if not shown or not names:
+        return ""
+    title = f"Answers of {len(names)} clients in {len(shown)} rounds"
+    chart = matrix_chart(names, [int(line["round"]) for line in shown], states, title=title)
+    labels = {
+        "answered": "answered",
+        "refused": "refused",
+        "rejected": "rejected",
+        "silent": "no answer",
+        "not-asked": "not asked",
+    }
+    used = [state for state in labels if state in states.values() or state in ("answered", "not-asked")]
+    keys = "".join(f"<span>{_key(state)}{labels[state]}</span>" for state in used)
+    rows = [
+        (str(line["round"]), _names(line["answered"]), _reasons(line["refused"]), _reasons(line["rejected"]))
+        for line in shown
+    ]
+    as_table = folded("As a table", table(("Round", "Answered", "Refused", "Rejected"), rows))
+    return f'<h2>Participation</h2>\n<figure>\n{chart}\n</figure>\n<p class="keys">{keys}</p>\n{as_table}'
+
+
+def participation(rounds: Sequence[Mapping[str, Any]]) -> dict[tuple[str, int], str]:
+    """What each asked client did in each round: answered, refused, rejected, or silent."""
+    states: dict[tuple[str, int], str] = {}
+    for line in rounds:
+        index = int(line["round"])
+        states |= {(name, index): "silent" for name in line["asked"]}
+        states |= {(name, index): "answered" for name in line["answered"]}
+        states |= {(name, index): "refused" for name in line["refused"]}
+        states |= {(name, index): "rejected" for name in line["rejected"]}
+    return states
+
+
+def _key(state: str) -> str:
+    return f'<svg class="key" viewBox="0 0 16 16" aria-hidden="true">{mark(state, 8, 8, 6)}</svg>'
+
+
+def _names(names: Sequence[str]) -> str:
+    return ", ".join(names) if len(names) <= 20 else f"{', '.join(names[:20])} and {len(names) - 20} more"
+
+
+def _reasons(reasons: Mapping[str, str]) -> str:
+    return _names([f"{name} ({reason})" for name, reason in reasons.items()]) or "-"
+
+
+def _statement(summary: Mapping[str, Any], target: float | None) -> str:
+    statement = privacy_statement(summary, target)
+    warn = "" if is_guarantee(summary) else " warn"
+    outside = "".join(f"<li>{escape(line)}</li>" for line in statement.not_protected)
+    outside = f"<h3>Not protected</h3>\n<ul>{outside}</ul>" if outside else ""
+    heading = f"<h2>Privacy statement: {escape(statement.heading)}</h2>"
+    return f'{heading}\n<div class="statement{warn}">\n{pairs(statement.terms)}\n{outside}\n</div>'
+
+
+def _config(summary: Mapping[str, Any], config: RunConfig | None) -> str:
+    if config is None:
+        return f"<h2>Method</h2>\n{pairs([('Method', _method(summary))])}"
+    rounds, lora = config.federation, config.lora
+    rows = (
+        ("Method", f"{_method(summary)}, FedStale beta {number(config.method.stale.beta)}"),
+        ("Adapter", f"LoRA r {lora.r}, alpha {number(lora.lora_alpha)}, on {', '.join(lora.target_modules)}"),
+        ("Local work", f"{rounds.local_steps} steps, expected batch {rounds.batch_size}"),
+        ("Optimizer", f"{rounds.optimizer.name}, learning rate {number(rounds.optimizer.lr)}"),
+        ("Partition", config.data.partition.kind),
+        ("Runtime", str(summary.get("execution", config.runtime.kind))),
+    )
+    whole = folded("The whole config", f"<pre>{escape(dump_config(config))}</pre>")
+    return f"<h2>Method</h2>\n{pairs(rows)}\n{whole}"
+
+
+def _made_with(summary: Mapping[str, Any]) -> str:
+    lines = [", ".join(f"{name} {value}" for name, value in sorted(summary["versions"].items()))]
+    if summary["state_sha256"]:
+        lines.append(f"Final state SHA-256 {summary['state_sha256']}")
+    return f"<footer>{'<br>'.join(escape(line) for line in lines)}</footer>"

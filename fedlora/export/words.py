@@ -1,0 +1,41 @@
+"""Numbers as people read them, the same in the command line, the card and the report."""
+
+import math
+
+
+def epsilon(value: float | None) -> str:
+    """Three decimals, rounded up: what is shown is never less than what was spent. A dash for nothing."""
+    if value is None or not math.isfinite(value):
+        return "-" if value is None else "unbounded"
+    # 1e-6 of the last decimal is float noise: 7.98 must not turn into 7.981.
+    return f"{math.ceil(value * 1000 - 1e-6) / 1000:.3f}".rstrip("0").rstrip(".")
+
+
+def number(value: float | None) -> str:
+    """Four significant digits: `7.981`, `1e-05`; a dash for nothing."""
+    return "-" if value is None else f"{value:.4g}"
+
+
+def score(metric: str, value: float | None) -> str:
+    """A score as people say it: accuracies in per cent, everything else as a number."""
+    if value is None:
+        return "-"
+    return f"{100 * value:.1f} %" if metric == "accuracy" else f"{value:.4g}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them: `48 s`, `3 min 20 s`, `2 h 05 min`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def bytes_text(count: float | None) -> str:
+    """Bytes as people say them, in powers of 1000: `295 kB`; a dash for nothing."""
+    if count is None:
+        return "-"
+    power = 0 if count < 1 else min(int(math.log10(count) / 3), 3)
+    return f"{count / 1000**power:.3g} {('B', 'kB', 'MB', 'GB')[power]}"

@@ -1,0 +1,1 @@
+"""The server, without transport: plan, ask, absorb, store."""

@@ -1,0 +1,223 @@
+"""The server's states: the first one, the next one after a round, and those around a change of the roster.
+
+Pure: state in, state out. Nothing a client sends can raise here; whatever does not fit is rejected whole,
+with a reason.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from fedlora.algebra.deltas import add, applied, from_frame, into_frame, scale, zeros_like
+from fedlora.algebra.factors import orthonormalise
+from fedlora.algebra.mixing import remember
+from fedlora.config import schema
+from fedlora.errors import ConfigError, IncompleteError
+from fedlora.federation.sift import Heard, sift
+from fedlora.methods import Method
+from fedlora.values import (
+    FRAME,
+    Adapters,
+    Delta,
+    Factors,
+    Gauges,
+    Reply,
+    RoundPlan,
+    RoundReport,
+    ServerState,
+    Site,
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Absorbed:
+    """A round's outcome. `fresh`: updates by client, in the frame, to be remembered; none if beta is 0."""
+
+    state: ServerState
+    report: RoundReport
+    fresh: Mapping[str, Delta]
+
+
+def start(
+    shapes: Mapping[Site, tuple[int, int]],
+    *,
+    head: Mapping[str, Tensor],
+    lora_cfg: schema.Lora,
+    method: Method,
+    seed: int,
+    dtype: torch.dtype,
+) -> ServerState:
+    """The state before the first round: basis 0, B zero, nothing remembered, the frame spanning the first A.
+
+    Args:
+        shapes: (d_out, d_in) of each adapted site.
+        head: starting values of a trained head; empty if there is none.
+        lora_cfg: `r` and `lora_alpha` are read.
+        method: draws the first A.
+        seed: of the run.
+        dtype: of every tensor of the state.
+
+    Raises:
+        ConfigError: lora.r exceeds a side of a site.
+    """
+    r = lora_cfg.r
+    for site, shape in sorted(shapes.items()):
+        if r > min(shape):
+            raise ConfigError(
+                f"lora.r {r} exceeds a side of {site!r}, {tuple(shape)}; lower it to {min(shape)} or less"
+            )
+    sites = {
+        site: Factors(
+            a=method.subspace.first_a(site, (r, d_in), seed, dtype),
+            b=torch.zeros(d_out, r, dtype=dtype),
+        )
+        for site, (d_out, d_in) in sorted(shapes.items())
+    }
+    first_head = {name: tensor.to(dtype) for name, tensor in sorted(head.items())}
+    adapters = Adapters(basis=0, scale=lora_cfg.lora_alpha / r, sites=sites, head=first_head)
+    frame = {site: orthonormalise(factors.a).q for site, factors in sites.items()}
+    memory = replace(zeros_like(adapters), basis=FRAME)
+    return ServerState(
+        round=0, adapters=adapters, frame=frame, gauges=(_gauges(adapters, frame),), memory=memory
+    )
+
+
+def absorb(
+    state: ServerState,
+    plan: RoundPlan,
+    replies: Sequence[Reply],
+    *,
+    remembered: Mapping[str, Delta],
+    method: Method,
+    federation: schema.Federation,
+) -> Absorbed:
+    """The state after `plan.round`, the same in whatever order the replies came.
+
+    Every accepted update, late ones included, is carried into the frame, mixed there with what is remembered,
+    carried back and added; then the subspace moves. Without any answer B still moves by beta * memory, and
+    stays if beta is 0.
+
+    Args:
+        state: after round `plan.round - 1`.
+        plan: of the round that ends.
+        replies: all that arrived, from anyone, of this round or earlier ones.
+        remembered: in the frame, the last update of each client that replies and was heard before; others are
+            ignored.
+        method: mixing and subspace.
+        federation: `participation` and `keep_gauges` are read.
+
+    Raises:
+        IncompleteError: the plan is not of the next round, or a remembered update is missing.
+    """
+    if plan.round != state.round + 1:
+        raise IncompleteError(
+            f"the plan is of round {plan.round}, but the state has completed {state.round}; plan the next one"
+        )
+    heard = sift(state, plan, replies)
+    gauges = {known.basis: known for known in state.gauges}
+    fresh = {
+        client: into_frame(update.delta, gauges[update.delta.basis])
+        for client, update in heard.accepted.items()
+    }
+    stale = _stale(state, fresh, remembered) if method.mixing.remembers else {}
+    shares = method.mixing.shares(fresh.keys(), plan, federation.participation)
+    step = from_frame(method.mixing.mixed(fresh, stale, state.memory, shares), gauges[state.adapters.basis])
+    adapters = method.subspace.move(applied(state.adapters, step), plan.round)
+    kept = fresh if method.mixing.remembers else {}
+    return Absorbed(
+        state=ServerState(
+            round=plan.round,
+            adapters=adapters,
+            frame=state.frame,
+            gauges=_extended(state, adapters, federation.keep_gauges),
+            memory=remember(state.memory, kept, stale, plan.weight),
+            remembered={
+                **state.remembered,
+                **{client: update.round for client, update in heard.accepted.items()},
+            },
+        ),
+        report=_report(plan, heard),
+        fresh=kept,
+    )
+
+
+def forget(state: ServerState, client: str, remembered: Delta | None, weight: float) -> ServerState:
+    """The state as if the client, now gone from the roster, had left nothing in the memory; the model stays.
+
+    Its remembered update is subtracted, and the rest is divided by 1 - weight, since the shares of all others
+    grow by that factor, under uniform weighting and by examples alike.
+
+    Args:
+        state: between two rounds.
+        client: who leaves.
+        remembered: its last update, in the frame; None if it was never heard.
+        weight: its share just before it leaves.
+
+    Raises:
+        IncompleteError: the state has heard the client, but no remembered update is given though the memory
+            is in use.
+    """
+    if remembered is None and client in state.remembered and _holds_anything(state.memory):
+        raise _missing({client: state.remembered[client]})
+    memory = state.memory if remembered is None else add(state.memory, remembered, -weight)
+    # The last member leaves only what rounding left.
+    memory = scale(memory, 1 / (1 - weight) if weight < 1 else 0.0)
+    others = {name: heard for name, heard in state.remembered.items() if name != client}
+    return replace(state, memory=memory, remembered=others)
+
+
+def admit(state: ServerState, weight: float) -> ServerState:
+    """The state once a new client holds a share of `weight`: other shares, and so the memory, shrink."""
+    return replace(state, memory=scale(state.memory, 1 - weight))
+
+
+def _stale(
+    state: ServerState, fresh: Mapping[str, Delta], remembered: Mapping[str, Delta]
+) -> dict[str, Delta]:
+    lost = {
+        client: state.remembered[client]
+        for client in fresh
+        if client in state.remembered and client not in remembered
+    }
+    if lost:
+        raise _missing(lost)
+    return {client: remembered[client] for client in sorted(fresh) if client in state.remembered}
+
+
+def _missing(rounds: Mapping[str, int]) -> IncompleteError:
+    # Taking it for zero would count its share of the memory for ever.
+    return IncompleteError(
+        f"remembered updates of {dict(rounds)} (client: round) are missing; restore them, then resume"
+    )
+
+
+def _holds_anything(delta: Delta) -> bool:
+    return any(bool(tensor.any()) for named in (delta.sites, delta.head) for tensor in named.values())
+
+
+def _gauges(adapters: Adapters, frame: Mapping[Site, Tensor]) -> Gauges:
+    sites = {
+        site: (adapters.sites[site].a.double() @ frame[site].double().T).to(frame[site].dtype)
+        for site in sorted(frame)
+    }
+    return Gauges(basis=adapters.basis, sites=sites)
+
+
+def _extended(state: ServerState, adapters: Adapters, keep_gauges: int) -> tuple[Gauges, ...]:
+    if adapters.basis == state.adapters.basis:
+        return state.gauges
+    # keep_gauges bases back, and the current one.
+    return (*state.gauges, _gauges(adapters, state.frame))[-keep_gauges - 1 :]
+
+
+def _report(plan: RoundPlan, heard: Heard) -> RoundReport:
+    return RoundReport(
+        round=plan.round,
+        asked=plan.cohort,
+        answered=tuple(heard.accepted),
+        refused=heard.refused,
+        rejected=heard.rejected,
+        spent={client: update.spent for client, update in heard.accepted.items() if update.spent is not None},
+    )

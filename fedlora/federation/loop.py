@@ -1,0 +1,99 @@
+"""The round loop: plan, ask, absorb, score, commit. The same one in every runtime."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from fedlora.config.schema import Federation
+from fedlora.errors import IncompleteError
+from fedlora.federation.absorb import Absorbed, absorb
+from fedlora.federation.cohort import Cohort
+from fedlora.federation.plan import plan
+from fedlora.federation.store import Store
+from fedlora.methods import Method
+from fedlora.values import Adapters, LocalWork, Member, RoundPlan, ServerState, TrainRequest
+
+Score = Callable[[Adapters], dict[str, Any]]
+"""Scores adapters on public test data: {metric, score, loss, epsilon_max}."""
+
+
+def rounds(
+    state: ServerState,
+    *,
+    run: str,
+    seed: int,
+    members: Sequence[Member],
+    method: Method,
+    federation: Federation,
+    cohort: Cohort,
+    store: Store,
+    score: Score,
+) -> Iterator[tuple[ServerState, dict[str, Any]]]:
+    """Goes on from `state` to the last round; each pair it yields is already on disk.
+
+    Yields:
+        The state after a round and that round's line of rounds.jsonl.
+
+    Raises:
+        IncompleteError: fewer than federation.min_clients answered; the round left no trace and can be done again.
+    """
+    while state.round < federation.rounds:
+        began = time.monotonic()
+        planned = plan(state, members, run=run, federation=federation, seed=seed)
+        store.save_plan(planned)
+        request = TrainRequest(
+            run=run, round=planned.round, adapters=state.adapters, work=work(planned.round, federation)
+        )
+        replies = list(cohort.ask(planned.cohort, request)) if planned.cohort else []
+        heard = {reply.client for reply in replies} if method.mixing.remembers else set()
+        remembered = store.remembered(heard, state)
+        absorbed = absorb(
+            state, planned, replies, remembered=remembered, method=method, federation=federation
+        )
+        _require_enough(planned, absorbed, federation)
+        state = absorbed.state
+        due = state.round % federation.evaluate_every == 0 or state.round == federation.rounds
+        line = _line(absorbed, score(state.adapters) if due else {}, time.monotonic() - began)
+        store.commit(absorbed, line)
+        yield state, line
+
+
+def work(number: int, federation: Federation) -> LocalWork:
+    """What is asked of a client in round `number` (the first is 1)."""
+    optimizer = federation.optimizer
+    left = 1.0 if optimizer.decay == "none" else (federation.rounds - number + 1) / federation.rounds
+    return LocalWork(steps=federation.local_steps, learning_rate=optimizer.lr * left)
+
+
+def _require_enough(planned: RoundPlan, absorbed: Absorbed, federation: Federation) -> None:
+    report = absorbed.report
+    if len(report.answered) >= min(federation.min_clients, len(planned.cohort)):
+        return
+    absent = {**report.refused, **report.rejected}
+    raise IncompleteError(
+        f"round {planned.round}: {len(report.answered)} of {len(planned.cohort)} clients answered, "
+        f"federation.min_clients is {federation.min_clients} ({absent or 'nobody replied'}); the model of round "
+        f"{planned.round - 1} is kept: resume the run when clients are back, or export it as it stands"
+    )
+
+
+def line_zero(scored: dict[str, Any]) -> dict[str, Any]:
+    """The line of the zero-step model, before anybody was asked."""
+    nobody: dict[str, Any] = {"asked": [], "answered": [], "refused": {}, "rejected": {}}
+    return {"round": 0, **nobody, **scored, "seconds": 0.0}
+
+
+def _line(absorbed: Absorbed, scored: dict[str, Any], seconds: float) -> dict[str, Any]:
+    report = absorbed.report
+    return {
+        "round": report.round,
+        "asked": list(report.asked),
+        "answered": list(report.answered),
+        "refused": dict(report.refused),
+        "rejected": dict(report.rejected),
+        "metric": scored.get("metric"),
+        "score": scored.get("score"),
+        "loss": scored.get("loss"),
+        "epsilon_max": scored.get("epsilon_max"),
+        "seconds": round(seconds, 3),
+    }

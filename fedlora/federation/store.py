@@ -1,0 +1,231 @@
+"""What the server knows, on disk: checkpoints, remembered updates, plans and the round log.
+
+checkpoints/round-000012/state.safetensors, state.json   written aside, fsynced, renamed: whole or absent
+memory/<client>/round-000009.safetensors                 FedStale: the update last heard of a client, in the frame
+plans/round-000012.json                                  who is asked, on disk before anything is sent
+rounds.jsonl                                             one line a round, repaired from the checkpoint on opening
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fedlora.algebra.digest import digest, named_tensors
+from fedlora.errors import ConfigError, IncompleteError
+from fedlora.federation.absorb import Absorbed
+from fedlora.values import FRAME, Adapters, Delta, Factors, Gauges, RoundPlan, ServerState
+
+FORMAT = 1
+KEPT_CHECKPOINTS = 2
+
+
+class Store:
+    """The server's memory of one run, in one directory."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.checkpoints = directory / "checkpoints"
+        self.memory = directory / "memory"
+        self.log = directory / "rounds.jsonl"
+
+    def is_empty(self) -> bool:
+        """No checkpoint was ever written."""
+        return not any(self.checkpoints.glob("round-*"))
+
+    def begin(self, state: ServerState, line: dict[str, Any]) -> None:
+        """The state before the first round is durable."""
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        self._write_checkpoint(state, line)
+        self._repair_log(line)
+
+    def save_plan(self, plan: RoundPlan) -> None:
+        """The plan is durable, its shares for the cohort alone; nothing may be sent before."""
+        shares = {
+            name: {client: getattr(plan, name)[client] for client in plan.cohort}
+            for name in ("probability", "weight")
+        }
+        (self.directory / "plans").mkdir(exist_ok=True)
+        write_durably(
+            self.directory / "plans" / f"{_round(plan.round)}.json", _json({**asdict(plan), **shares})
+        )
+
+    def remembered(self, clients: Iterable[str], state: ServerState) -> dict[str, Delta]:
+        """What `state` remembers of `clients`, in the frame; clients never heard are absent."""
+        found = {client: state.remembered[client] for client in sorted(clients) if client in state.remembered}
+        return {client: self._load_memory(client, at) for client, at in found.items()}
+
+    def commit(self, absorbed: Absorbed, line: dict[str, Any]) -> None:
+        """The round is durable as a whole: memory first, then the checkpoint that refers to it, then the log."""
+        state = absorbed.state
+        for client, delta in absorbed.fresh.items():
+            self._save_memory(client, state.remembered[client], delta)
+        self._write_checkpoint(state, line)
+        append_durably(self.log, _json(line))
+        self._prune(state, absorbed.fresh)
+
+    def load(self) -> tuple[ServerState, dict[str, Any]]:
+        """The newest whole checkpoint and its round's line. Reads only.
+
+        Raises:
+            IncompleteError: there is none.
+        """
+        for path in sorted(self.checkpoints.glob("round-*"), reverse=True):
+            try:
+                return _read_checkpoint(path)
+            except (OSError, KeyError, ValueError, SafetensorError):
+                continue
+        raise IncompleteError(
+            f"no whole checkpoint under {self.checkpoints}; start the run again with fedlora simulate"
+        )
+
+    def recover(self) -> ServerState:
+        """The state to go on from; the round log, which a crash may have left behind, agrees with it again."""
+        state, line = self.load()
+        self._repair_log(line)
+        return state
+
+    def _write_checkpoint(self, state: ServerState, line: dict[str, Any]) -> None:
+        target = self.checkpoints / _round(state.round)
+        aside = target.with_name(f".{target.name}.part")
+        for stale in (aside, target):
+            shutil.rmtree(stale, ignore_errors=True)
+        aside.mkdir()
+        save_file(_state_tensors(state), aside / "state.safetensors")
+        _fsync(aside / "state.safetensors")
+        write_durably(aside / "state.json", _json({**_state_words(state), "line": line}))
+        aside.rename(target)
+        _fsync(self.checkpoints)
+
+    def _repair_log(self, last: dict[str, Any]) -> None:
+        lines = (
+            [json.loads(text) for text in self.log.read_text().splitlines() if text]
+            if self.log.exists()
+            else []
+        )
+        lines = [line for line in lines if line["round"] < last["round"]]
+        write_durably(self.log, "".join(_json(line) for line in [*lines, last]))
+
+    def _save_memory(self, client: str, at: int, delta: Delta) -> None:
+        path = self.memory / client / f"{_round(at)}.safetensors"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(_delta_tensors(delta), path)
+        _fsync(path)
+        _fsync(path.parent)
+
+    def _load_memory(self, client: str, at: int) -> Delta:
+        return _delta(load_file(self.memory / client / f"{_round(at)}.safetensors"), "")
+
+    def _prune(self, state: ServerState, fresh: Mapping[str, Delta]) -> None:
+        for path in sorted(self.checkpoints.glob("round-*"))[:-KEPT_CHECKPOINTS]:
+            shutil.rmtree(path)
+        for client in fresh:
+            newest = f"{_round(state.remembered[client])}.safetensors"
+            older = [path for path in sorted((self.memory / client).iterdir()) if path.name < newest]
+            for path in older[: -(KEPT_CHECKPOINTS - 1) or None]:
+                path.unlink()
+
+
+def state_digest(state: ServerState) -> str:
+    """`state_sha256`: equal for equal seeds in every runtime and after any interruption."""
+    return digest(named_tensors(state.adapters), "state", state.round, state.adapters.basis)
+
+
+def write_durably(path: Path, text: str) -> None:
+    """`path` holds `text`, whole, also after a power cut: written aside, fsynced, renamed."""
+    aside = path.with_name(f".{path.name}.part")
+    aside.write_text(text)
+    _fsync(aside)
+    aside.replace(path)
+    _fsync(path.parent)
+
+
+def append_durably(path: Path, text: str) -> None:
+    """`text` stands at the end of `path` and is fsynced."""
+    with path.open("a") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, sort_keys=True) + "\n"
+
+
+def _round(number: int) -> str:
+    return f"round-{number:06d}"
+
+
+def _delta_tensors(delta: Delta, prefix: str = "") -> dict[str, Tensor]:
+    tensors = {f"{prefix}b:{site}": value.contiguous() for site, value in delta.sites.items()}
+    return tensors | {f"{prefix}head:{name}": value.contiguous() for name, value in delta.head.items()}
+
+
+def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {
+        name[len(prefix) :]: tensor for name, tensor in sorted(tensors.items()) if name.startswith(prefix)
+    }
+
+
+def _delta(tensors: Mapping[str, Tensor], prefix: str) -> Delta:
+    return Delta(basis=FRAME, sites=_under(tensors, f"{prefix}b:"), head=_under(tensors, f"{prefix}head:"))
+
+
+def _state_tensors(state: ServerState) -> dict[str, Tensor]:
+    tensors = dict(named_tensors(state.adapters)) | _delta_tensors(state.memory, "memory:")
+    tensors |= {f"frame:{site}": value for site, value in state.frame.items()}
+    tensors |= {f"gauge:{g.basis}:{site}": value for g in state.gauges for site, value in g.sites.items()}
+    return {name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()}
+
+
+def _state_words(state: ServerState) -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        "round": state.round,
+        "basis": state.adapters.basis,
+        "scale": state.adapters.scale,
+        "gauges": [gauges.basis for gauges in state.gauges],
+        "remembered": dict(sorted(state.remembered.items())),
+        "state_sha256": state_digest(state),
+    }
+
+
+def _read_checkpoint(path: Path) -> tuple[ServerState, dict[str, Any]]:
+    words = json.loads((path / "state.json").read_text())
+    if words["format"] > FORMAT:
+        raise ConfigError(
+            f"{path} has format {words['format']}, this fedlora reads up to {FORMAT}; update fedlora"
+        )
+    tensors = load_file(path / "state.safetensors")
+    a, b = _under(tensors, "a:"), _under(tensors, "b:")
+    state = ServerState(
+        round=words["round"],
+        adapters=Adapters(
+            basis=words["basis"],
+            scale=words["scale"],
+            sites={site: Factors(a=a[site], b=b[site]) for site in a},
+            head=_under(tensors, "head:"),
+        ),
+        frame=_under(tensors, "frame:"),
+        gauges=tuple(Gauges(basis=n, sites=_under(tensors, f"gauge:{n}:")) for n in words["gauges"]),
+        memory=_delta(tensors, "memory:"),
+        remembered=words["remembered"],
+    )
+    if state_digest(state) != words["state_sha256"]:
+        raise ValueError(f"{path}: tensors do not match their digest")
+    return state, words["line"]

@@ -1,0 +1,1 @@
+"""Low-rank paths behind one table of functions."""

@@ -1,0 +1,22 @@
+"""FedSVD (Lee et al., arXiv 2505.12805)."""
+
+from fedlora.config import schema
+from fedlora.methods.method import Method
+from fedlora.methods.mixing import Mixing
+from fedlora.methods.subspace import Subspace
+
+
+def fedsvd(method_cfg: schema.FedSvd, lora_cfg: schema.Lora) -> Method:
+    """Clients train B; the server averages it and then gives A orthonormal rows, every refactor_every rounds.
+
+    The refactorisation turns A within the row space of its first draw and never leaves it. So under plain
+    SGD, L2 clipping and isotropic noise this is FFA-LoRA with an orthonormal A in other coordinates, from the
+    first refactorisation on; with `lora.init: orthonormal` from the start. Under AdamW the coordinates matter
+    and it is not.
+    """
+    return Method(
+        name=method_cfg.name,
+        trains="b",
+        subspace=Subspace(init=lora_cfg.init, refactor_every=method_cfg.refactor_every),
+        mixing=Mixing(beta=method_cfg.stale.beta),
+    )

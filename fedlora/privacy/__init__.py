@@ -1,0 +1,1 @@
+"""The private step, its noise, its price and the ledger that limits it."""

@@ -1,0 +1,114 @@
+"""What computes a clipped sum of per-example gradients, and the rules that every such engine keeps."""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from fedlora.errors import PrivacyError
+
+
+class Engine(Protocol):
+    """Laws: clips are joint, one an example; microbatches change rounding only; the model stays as it was."""
+
+    def clipped_sum(
+        self,
+        model: nn.Module,
+        trained: Mapping[str, nn.Parameter],
+        losses: Iterable[Callable[[], Tensor]],
+        max_grad_norm: float | None,
+    ) -> dict[str, Tensor]:
+        """Sum over all examples of their jointly clipped gradients, by name of parameter, float32 or wider.
+
+        Args:
+            model: may share nothing between the examples of a batch; every input's first axis counts
+                examples.
+            trained: exactly the parameters of `model` that require a gradient.
+            losses: each call runs one microbatch through `model` and gives its losses (n,), one an example.
+                None at all, an empty draw, gives zeros.
+            max_grad_norm: the joint bound; None does not clip and is not private.
+
+        Raises:
+            PrivacyError: something is trainable that would not be clipped, or examples cannot be told apart.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainedLinear:
+    """One nn.Linear with the names under which its parameters are trained; None for a frozen one."""
+
+    path: str
+    module: nn.Linear
+    weight: str | None
+    bias: str | None
+
+
+def trained_linears(model: nn.Module, trained: Mapping[str, nn.Parameter]) -> tuple[TrainedLinear, ...]:
+    """Every linear layer that owns a trained parameter; nothing else owns one and nothing else is trainable.
+
+    Raises:
+        PrivacyError: `trained` is not the set of parameters that require a gradient, a trained parameter
+            belongs to
+            a module other than nn.Linear, or batch normalisation couples the examples.
+    """
+    _require_same_set(model, trained)
+    names = {id(parameter): name for name, parameter in trained.items()}
+    linears = []
+    for path, module in model.named_modules():
+        _refuse_batch_norm(path, module)
+        own = {kind: names[id(p)] for kind, p in module.named_parameters(recurse=False) if id(p) in names}
+        if not own:
+            continue
+        # The exact type: a subclass may compute something else than x @ weight.T + bias.
+        if type(module) is not nn.Linear:
+            raise PrivacyError(
+                f"{sorted(own.values())} belong to {path!r}, a {type(module).__name__}; "
+                "only nn.Linear can be clipped per example: freeze them"
+            )
+        linears.append(
+            TrainedLinear(path=path, module=module, weight=own.get("weight"), bias=own.get("bias"))
+        )
+    return tuple(linears)
+
+
+def require_per_record(losses: Tensor) -> None:
+    """Passes only losses of shape (n,) that depend on something trained."""
+    if losses.ndim != 1:
+        raise PrivacyError(
+            f"losses have shape {tuple(losses.shape)}, need (n,), one for each record; "
+            "average inside a record, never over the batch"
+        )
+    if not losses.requires_grad:
+        raise PrivacyError(
+            "losses depend on no trained parameter; run the microbatch through the model with gradients on"
+        )
+
+
+def _require_same_set(model: nn.Module, trained: Mapping[str, nn.Parameter]) -> None:
+    trainable = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
+    listed = {id(p): name for name, p in trained.items()}
+    unlisted = sorted(name for key, name in trainable.items() if key not in listed)
+    frozen = sorted(name for key, name in listed.items() if key not in trainable)
+    if unlisted or frozen or not listed or len(listed) != len(trained):
+        raise PrivacyError(
+            f"trained and trainable parameters differ: {unlisted} require a gradient but are not listed, "
+            f"{frozen} are listed but frozen or not the model's ({len(trained)} listed); "
+            "freeze or list them, each once, since all that is trained is clipped, noised and sent"
+        )
+
+
+def _refuse_batch_norm(path: str, module: nn.Module) -> None:
+    if isinstance(module, nn.modules.batchnorm._BatchNorm) and (
+        module.training or not module.track_running_stats
+    ):
+        raise PrivacyError(
+            f"{path!r} normalises over the batch, so one record moves another's gradient; call eval() on it"
+        )
+
+
+def zero_sums(trained: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """Zeros of each trained parameter's shape, on its device, float64: what an empty draw sums to."""
+    return {name: torch.zeros(p.shape, dtype=torch.float64, device=p.device) for name, p in trained.items()}

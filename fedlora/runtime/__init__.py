@@ -1,0 +1,1 @@
+"""Where clients live, the bytes that travel, and whole runs."""

@@ -1,0 +1,228 @@
+"""A whole federation on Flower's stock simulation engine: a node for each client, on this machine.
+
+The engine runs in a thread and its ServerApp does nothing but lend us its grid, so that the same round loop
+drives it. Setup and records reach its worker processes as files of ours in a private directory of the run: no
+pickle, and each worker loads the base model once. A supported path, not a fast one: its cost grows with nodes
+times messages, so take `ray` beyond about a hundred clients a round.
+"""
+
+import dataclasses
+import json
+import logging
+import os
+import shutil
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache, partial
+from pathlib import Path
+from queue import Empty, Queue
+from typing import Any
+
+# flwr reads this once, when it is imported: nobody is reported to because a library does so by default.
+os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+
+import numpy as np
+from flwr.app import Context, Error
+from flwr.serverapp import Grid, ServerApp
+
+from fedlora.config.schema import RunConfig
+from fedlora.data.records import Examples
+from fedlora.errors import ConfigError, IncompleteError, LedgerError
+from fedlora.federation.cohort import Cohort
+from fedlora.runtime.events import Listener
+from fedlora.runtime.flower_client import Hello, client_app
+from fedlora.runtime.flower_cohort import FlowerCohort, Nodes, meet
+from fedlora.runtime.host import Host, HostSetup, Terms
+from fedlora.values import Mechanism, Reply, TrainRequest
+
+ENGINE_ERROR = 0
+"""Flower's code for what no ClientApp and no node did: in simulation, a worker process died."""
+
+STOP_S = 10.0
+"""Seconds that a worker gets to finish its client when the run stops; to stop it under way is safe, too."""
+
+
+def simulated_cohort(setup: HostSetup, examples: Mapping[str, Examples], listener: Listener) -> Cohort:
+    """A Cohort on Flower's simulation engine, started here.
+
+    Raises:
+        ConfigError: the engine does not start.
+    """
+    return SimulatedCohort(setup, examples, listener)
+
+
+class SimulatedCohort:
+    """The engine and the cohort that speaks to it, started and stopped together."""
+
+    def __init__(self, setup: HostSetup, examples: Mapping[str, Examples], listener: Listener) -> None:
+        self._scene = setup.run_dir / ".flower"
+        self._engine: Queue[Grid | BaseException] = Queue()
+        self._stop = threading.Event()
+        write_scene(self._scene, setup, examples)
+        self._before = _quiet(self._scene)
+        workers = _workers(setup.config, len(examples))
+        self._thread = threading.Thread(target=self._run, args=(len(examples), *workers), daemon=True)
+        self._thread.start()
+        try:
+            sizes = {client: len(held) for client, held in examples.items()}
+            nodes = Nodes(self._grid(), lambda hello: sizes.get(hello.client) == hello.records)
+            meet(nodes, lambda hellos: hellos.keys() == sizes.keys(), self._watch)
+        except BaseException:
+            self.close()
+            raise
+        federation = setup.config.federation
+        self._cohort = FlowerCohort(
+            nodes,
+            deadline_s=federation.deadline_s,
+            ttl_s=federation.deadline_s * (1 + federation.keep_gauges),
+            listener=listener,
+            watch=self._watch,
+        )
+
+    def ask(self, clients: Sequence[str], request: TrainRequest) -> Iterator[Reply]:
+        """See Cohort."""
+        return self._cohort.ask(clients, request)
+
+    def close(self) -> None:
+        """See Cohort."""
+        import ray  # what the engine started is not stopped by it
+
+        self._stop.set()
+        self._thread.join(STOP_S)
+        if ray.is_initialized():
+            ray.shutdown()
+        self._thread.join(STOP_S)
+        shutil.rmtree(self._scene, ignore_errors=True)
+        logging.getLogger("flwr").setLevel(self._before)
+
+    def _run(self, clients: int, workers: int, threads: int) -> None:
+        from flwr.simulation import run_simulation
+
+        server = ServerApp()
+
+        @server.main()
+        def lend(grid: Grid, context: Context) -> None:
+            self._engine.put(grid)
+            self._stop.wait()
+
+        scene = str(self._scene)
+        app = client_app(partial(_greet, scene), partial(_answer, scene))
+        resources = {"num_cpus": threads, "num_gpus": 0.0}
+        quiet = {"include_dashboard": False, "log_to_driver": False, "logging_level": "error"}
+        backend = {"init_args": {"num_cpus": workers * threads, **quiet}, "client_resources": resources}
+        try:
+            run_simulation(server, app, clients, backend_config=backend)
+        except BaseException as error:
+            self._engine.put(error)
+
+    def _grid(self) -> Grid:
+        lent = self._engine.get()
+        if isinstance(lent, BaseException):
+            raise ConfigError(
+                f"Flower's simulation engine does not start: {lent}; set runtime.kind to local"
+            ) from lent
+        return lent
+
+    def _watch(self, error: Error | None) -> None:
+        """Raises what a worker may not answer for a client, and when there is nobody left to answer."""
+        fault = self._scene / "fault"
+        if fault.exists():
+            raise LedgerError(fault.read_text())
+        died = self._died()
+        if died is None and error is not None and error.code == ENGINE_ERROR:
+            died = "a worker process died, and Flower's engine does not replace it"
+        if died is not None and not self._stop.is_set():
+            raise IncompleteError(
+                f"Flower's simulation engine stopped: {died}; go on with: fedlora resume {self._scene.parent}"
+            )
+
+    def _died(self) -> str | None:
+        try:
+            return repr(self._engine.get_nowait())
+        except Empty:
+            return None if self._thread.is_alive() else "it ended by itself"
+
+
+def _workers(config: RunConfig, clients: int) -> tuple[int, int]:
+    """Worker processes, and cores of each."""
+    threads = config.runtime.threads
+    wanted = config.runtime.workers
+    most = max(1, (os.cpu_count() or 1) // threads) if wanted == "auto" else wanted
+    return min(most, clients), threads
+
+
+def _quiet(home: Path) -> int:
+    """Flower and Ray say nothing on the terminal and to the network; returns the log level from before."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("FLWR_HOME", str(home / "home"))  # else it leaves an identity in the user's home
+    logger = logging.getLogger("flwr")
+    before = logger.level
+    logger.setLevel(logging.CRITICAL)
+    return before
+
+
+def write_scene(directory: Path, setup: HostSetup, examples: Mapping[str, Examples]) -> None:
+    """`directory`, readable by its owner only, holds all that a worker process needs to play any client."""
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(mode=0o700)
+    words = {
+        "config": setup.config.model_dump(mode="json"),
+        "run": setup.run,
+        "run_dir": str(setup.run_dir),
+        "classes": setup.classes,
+        "clients": sorted(examples),
+        "terms": {client: dataclasses.asdict(terms) for client, terms in setup.terms.items()},
+    }
+    (directory / "setup.json").write_text(json.dumps(words))
+    for number, client in enumerate(sorted(examples)):
+        held = {field.name: getattr(examples[client], field.name) for field in dataclasses.fields(Examples)}
+        arrays = {name: array for name, array in held.items() if array is not None}
+        np.savez(directory / f"{number}.npz", **arrays)
+
+
+@lru_cache(maxsize=1)
+def read_setup(directory: str) -> tuple[HostSetup, tuple[str, ...]]:
+    """What `write_scene` was given, and the clients by number; kept by the process."""
+    words = json.loads((Path(directory) / "setup.json").read_text())
+    setup = HostSetup(
+        config=RunConfig.model_validate_json(json.dumps(words["config"])),
+        run=words["run"],
+        run_dir=Path(words["run_dir"]),
+        classes=tuple(words["classes"]),
+        terms={client: _terms(terms) for client, terms in words["terms"].items()},
+    )
+    return setup, tuple(words["clients"])
+
+
+def read_examples(directory: str, number: int) -> Examples:
+    """The records of one client."""
+    with np.load(Path(directory) / f"{number}.npz", allow_pickle=False) as arrays:
+        return Examples(**dict(arrays.items()))
+
+
+def _terms(words: dict[str, Any]) -> Terms:
+    mechanism = words["mechanism"]
+    return Terms(sample_rate=words["sample_rate"], mechanism=mechanism and Mechanism(**mechanism))
+
+
+@lru_cache(maxsize=1)
+def _host(directory: str) -> Host:
+    """The one host of this process."""
+    return Host(read_setup(directory)[0])
+
+
+def _greet(directory: str, context: Context) -> Hello:
+    setup, clients = read_setup(directory)
+    number = int(context.node_config["partition-id"])
+    return Hello(client=clients[number], records=len(read_examples(directory, number)), classes=setup.classes)
+
+
+def _answer(directory: str, context: Context, frame: bytes) -> bytes:
+    _, clients = read_setup(directory)
+    number = int(context.node_config["partition-id"])
+    try:
+        return _host(directory).answer(clients[number], read_examples(directory, number), frame)
+    except LedgerError as error:
+        (Path(directory) / "fault").write_text(str(error))
+        raise

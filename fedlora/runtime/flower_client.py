@@ -1,0 +1,88 @@
+"""The node's end of Flower's messages: a hello, and one flat array of our own bytes each way.
+
+Nothing here imports torch: a node answers a hello in a fresh process, which should be a light one.
+"""
+
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+# flwr reads this once, when it is imported: nobody is reported to because a library does so by default.
+os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, RecordDict
+from flwr.clientapp import ClientApp
+
+from fedlora.errors import WireError
+
+log = logging.getLogger(__name__)
+
+HELLO = "query.hello"
+TRAIN = "train"
+FRAME = "fedlora.frame"
+FAILED = 2
+"""Flower's code for a ClientApp that raised."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hello:
+    """How a node presents itself: owner's name, declared number of records, classes in their order."""
+
+    client: str
+    records: int
+    classes: tuple[str, ...]
+
+
+def client_app(greet: Callable[[Context], Hello], answer: Callable[[Context, bytes], bytes]) -> ClientApp:
+    """A ClientApp that says hello by `greet` and turns a request's frame into a reply's by `answer`.
+
+    An exception in either becomes an error without words, since its text could carry a record; the node's own
+    log has it.
+    """
+    app = ClientApp()
+    app.query("hello")(partial(_reply, lambda context, content: hello_content(greet(context))))
+    app.train()(partial(_reply, lambda context, content: frame_content(answer(context, frame_of(content)))))
+    return app
+
+
+def frame_content(frame: bytes) -> RecordDict:
+    """A frame as one array of raw bytes: Flower's cost is per array, and unlike a config it is chunked."""
+    array = Array(dtype="uint8", shape=(len(frame),), stype=FRAME, data=frame)
+    return RecordDict({"fedlora": ArrayRecord({"frame": array})})
+
+
+def frame_of(content: RecordDict) -> bytes:
+    """The frame in a message; WireError when there is none."""
+    record = content.get("fedlora")
+    array = record.get("frame") if isinstance(record, ArrayRecord) else None
+    if array is None or array.stype != FRAME:
+        raise WireError(f"records {sorted(content)} but no fedlora frame; run the same fedlora on both ends")
+    return array.data
+
+
+def hello_content(hello: Hello) -> RecordDict:
+    """A hello as one config record."""
+    words = {"client": hello.client, "records": hello.records, "classes": list(hello.classes)}
+    return RecordDict({"fedlora": ConfigRecord(words)})
+
+
+def hello_of(content: RecordDict) -> Hello:
+    """The hello in a message; WireError when it is malformed."""
+    record = content.get("fedlora")
+    words = dict(record) if isinstance(record, ConfigRecord) else {}
+    client, records, classes = words.get("client"), words.get("records"), words.get("classes")
+    if not (isinstance(client, str) and client and isinstance(records, int) and isinstance(classes, list)):
+        raise WireError(f"a hello of {client!r} with {records!r} records; run the same fedlora on both ends")
+    return Hello(client=client, records=records, classes=tuple(str(name) for name in classes))
+
+
+def _reply(
+    respond: Callable[[Context, RecordDict], RecordDict], message: Message, context: Context
+) -> Message:
+    try:
+        return Message(respond(context, message.content), reply_to=message)
+    except Exception:
+        log.exception("a %s message could not be answered", message.metadata.message_type)
+        return Message(Error(code=FAILED, reason="the node's own log says why"), reply_to=message)

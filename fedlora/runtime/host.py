@@ -1,0 +1,125 @@
+"""One process that plays simulated clients: the base model is loaded once, clients come and go."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from fedlora.config.schema import Privacy, RunConfig
+from fedlora.data.records import Examples
+from fedlora.data.tokenise import fingerprint
+from fedlora.errors import LedgerError, WireError
+from fedlora.privacy.direct_engine import DirectEngine
+from fedlora.privacy.engine import Engine
+from fedlora.privacy.ledger import Budget, Ledger, open_ledger
+from fedlora.privacy.noise import SeededNoise
+from fedlora.runtime.wire import decode_request, encode_reply
+from fedlora.seeds import seed_for
+from fedlora.training.client import Node, train
+from fedlora.training.model import load_model
+from fedlora.values import Mechanism, Refusal, RefusalReason, Reply
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Terms:
+    """What a simulated client is held to. mechanism: None only where privacy is off."""
+
+    sample_rate: float
+    mechanism: Mechanism | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HostSetup:
+    """All that a host needs to play any client of a run, small enough to send."""
+
+    config: RunConfig
+    run: str
+    run_dir: Path
+    classes: tuple[str, ...]
+    terms: Mapping[str, Terms]
+
+
+class Host:
+    """Plays one client at a time. Simulated noise is seeded: whoever knows the seed can remove it."""
+
+    def __init__(self, setup: HostSetup) -> None:
+        config = setup.config
+        torch.set_num_threads(config.runtime.threads)
+        self.setup = setup
+        self.model = load_model(config.model, config.task, config.lora, setup.classes, config.seed)
+        self.noise = SeededNoise(seed_for(config.seed, "client randomness"))
+
+    def answer(self, client: str, examples: Examples, frame: bytes) -> bytes:
+        """The reply's frame. Whatever goes wrong is a refusal without a reason in words, since words could carry a record.
+
+        Raises:
+            LedgerError: the ledger on this machine cannot be trusted; its owner has to look before anything goes on.
+        """
+        try:
+            request = decode_request(frame)
+        except WireError as error:
+            log.error("%s got a malformed request: %s", client, error)
+            return encode_reply(
+                Refusal(client=client, run=self.setup.run, round=0, reason=RefusalReason.BAD_REQUEST)
+            )
+        reply: Reply
+        try:
+            reply = train(self._node(client, examples), request, self._ledger(client, examples))
+        except LedgerError:
+            raise
+        except Exception:
+            log.exception("%s failed in round %d", client, request.round)
+            reply = Refusal(client=client, run=request.run, round=request.round, reason=RefusalReason.FAILED)
+        return encode_reply(reply)
+
+    def _node(self, client: str, examples: Examples) -> Node:
+        config, terms = self.setup.config, self.setup.terms[client]
+        privacy = None if config.privacy == "none" else config.privacy
+        return Node(
+            client=client,
+            model=self.model,
+            examples=examples,
+            batch_size=config.federation.batch_size,
+            sample_rate=terms.sample_rate,
+            optimizer=config.federation.optimizer,
+            mechanism=terms.mechanism,
+            budget=privacy and budget_of(privacy),
+            engine=engine_of(privacy),
+            noise=self.noise,
+        )
+
+    def _ledger(self, client: str, examples: Examples) -> Ledger | None:
+        if self.setup.config.privacy == "none":
+            return None
+        path = ledger_path(self.setup.run_dir, client)
+        return open_ledger(
+            path, client=client, dataset_fingerprint=fingerprint(examples), noise_kind=self.noise.kind
+        )
+
+
+def budget_of(privacy: Privacy) -> Budget:
+    """The budget that a ledger is held to."""
+    return Budget(
+        target_epsilon=privacy.target_epsilon,
+        target_delta=privacy.target_delta,
+        max_participations=privacy.max_participations,
+        accountant=privacy.accountant,
+    )
+
+
+def engine_of(privacy: Privacy | None) -> Engine:
+    """The engine that the config names. Opacus is imported only where it is used."""
+    if privacy is not None and privacy.engine == "opacus":
+        from fedlora.privacy.opacus_engine import OpacusEngine
+
+        return OpacusEngine()
+    return DirectEngine()
+
+
+def ledger_path(run_dir: Path, client: str) -> Path:
+    """Where a simulated client keeps its ledger."""
+    return run_dir / "ledgers" / f"{client}.jsonl"

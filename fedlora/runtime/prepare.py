@@ -1,0 +1,105 @@
+"""Everything a run needs before its first round, worked out without writing a byte."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from fedlora.config.load import config_digest
+from fedlora.config.schema import RunConfig
+from fedlora.data import load_corpus
+from fedlora.data.partition import partition
+from fedlora.data.records import Examples
+from fedlora.data.tokenise import tokenise
+from fedlora.federation.absorb import start
+from fedlora.methods import Method, build
+from fedlora.privacy.calibration import check_delta, noise_multiplier
+from fedlora.runtime.events import Listener, Stage
+from fedlora.runtime.host import Terms
+from fedlora.training.model import AdaptedModel, load_model, load_tokenizer
+from fedlora.values import Mechanism, Member, ServerState
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Clients:
+    """The simulated data owners: their records, the public test data, and what each is held to."""
+
+    examples: Mapping[str, Examples]
+    test: Examples
+    classes: tuple[str, ...]
+    members: tuple[Member, ...]
+    terms: Mapping[str, Terms]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """A run, ready to start. `run` names it: the digest of everything that decides its result."""
+
+    config: RunConfig
+    run: str
+    clients: Clients
+    method: Method
+    model: AdaptedModel
+
+    def first_state(self) -> ServerState:
+        """The zero-step state: B = 0, A as the method draws it."""
+        config = self.config
+        return start(
+            self.model.shapes(),
+            head=self.model.head(),
+            lora_cfg=config.lora,
+            method=self.method,
+            seed=config.seed,
+            dtype=next(iter(self.model.trained.values())).dtype,
+        )
+
+
+def prepare(config: RunConfig, listener: Listener) -> Prepared:
+    """The run that `config` describes; every mistake that can be found before training is found here."""
+    clients = gather_clients(config, listener)
+    listener(Stage(name=f"loading {config.model.name}"))
+    model = load_model(config.model, config.task, config.lora, clients.classes, config.seed)
+    return Prepared(
+        config=config,
+        run=config_digest(config)[:16],
+        clients=clients,
+        method=build(config.method, config.lora),
+        model=model,
+    )
+
+
+def gather_clients(config: RunConfig, listener: Listener) -> Clients:
+    """Reads, tokenises and deals out the records; calibrates each client's noise."""
+    tokenizer = load_tokenizer(config.model.name)
+    listener(Stage(name=f"reading {config.data.source}"))
+    corpus = load_corpus(config.data, config.task, config.seed)
+    parts = partition(corpus.train, config.data.partition, config.seed)
+    listener(Stage(name=f"tokenising {len(corpus.train.texts):,} records for {len(parts)} clients"))
+    train = tokenise(corpus.train, tokenizer, config.data.max_length)
+    test = tokenise(corpus.test, tokenizer, config.data.max_length)
+    examples = {client: train.select(parts[client]) for client in sorted(parts)}
+    members = tuple(Member(client=client, examples=len(held)) for client, held in examples.items())
+    if config.privacy != "none":
+        listener(Stage(name="calibrating noise"))
+    terms = {member.client: client_terms(config, member) for member in members}
+    return Clients(examples=examples, test=test, classes=corpus.classes, members=members, terms=terms)
+
+
+def client_terms(config: RunConfig, member: Member) -> Terms:
+    """The sampling rate of a client of this declared size, and the noise its whole budget is calibrated for.
+
+    Raises:
+        PrivacyError: delta is too large for the size, or no noise meets the budget.
+    """
+    federation, privacy = config.federation, config.privacy
+    rate = min(1.0, federation.batch_size / member.examples)
+    if privacy == "none":
+        return Terms(sample_rate=rate, mechanism=None)
+    check_delta(privacy.target_delta, member.examples)
+    sigma = noise_multiplier(
+        privacy.target_epsilon,
+        privacy.target_delta,
+        rate,
+        privacy.max_participations * federation.local_steps,
+        privacy.accountant,
+    )
+    mechanism = Mechanism(max_grad_norm=privacy.max_grad_norm, noise_multiplier=sigma, sample_rate=rate)
+    return Terms(sample_rate=rate, mechanism=mechanism)

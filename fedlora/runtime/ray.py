@@ -1,0 +1,104 @@
+"""Simulated clients on a pool of Ray actors: each loads the base model once and plays one client after the other.
+
+An actor that dies is replaced and its client asked again; the request is idempotent, so nothing is spent twice.
+"""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError, RayTaskError
+
+from fedlora.data.records import Examples
+from fedlora.errors import ConfigError, FedLoraError
+from fedlora.runtime.events import ClientDone, Listener, outcome
+from fedlora.runtime.host import Host, HostSetup
+from fedlora.runtime.wire import decode_reply, encode_request
+from fedlora.values import Refusal, RefusalReason, Reply, TrainRequest
+
+ATTEMPTS = 3
+"""Times a client is asked in one round before its absence is recorded."""
+
+
+class RayCohort:
+    """A Cohort of `workers` actors, on an existing cluster or one started here for the run.
+
+    On a cluster of several machines the run directory, which holds the ledgers, must be on a file system they share.
+    """
+
+    def __init__(
+        self,
+        setup: HostSetup,
+        examples: Mapping[str, Examples],
+        listener: Listener,
+        workers: int | None = None,
+    ) -> None:
+        runtime = setup.config.runtime
+        self.started_here = not ray.is_initialized()
+        if self.started_here:
+            _connect(runtime.address, workers)
+        if workers is None:
+            workers = max(1, int(ray.cluster_resources().get("CPU", 1)) // runtime.threads)
+        self.listener = listener
+        self.run = setup.run
+        self.setup = ray.put(setup)
+        self.examples = {client: ray.put(held) for client, held in examples.items()}
+        self.actor = ray.remote(num_cpus=runtime.threads)(Host)
+        self.idle: list[Any] = [self._worker() for _ in range(min(workers, len(examples)))]
+
+    def ask(self, clients: Sequence[str], request: TrainRequest) -> Iterator[Reply]:
+        """See Cohort."""
+        frame = ray.put(encode_request(request))
+        waiting = [(client, 1) for client in reversed(clients)]
+        busy: dict[Any, tuple[Any, str, int]] = {}
+        while waiting or busy:
+            while waiting and self.idle:
+                client, attempt = waiting.pop()
+                worker = self.idle.pop()
+                busy[worker.answer.remote(client, self.examples[client], frame)] = (worker, client, attempt)
+            (done,), _ = ray.wait(list(busy), num_returns=1)
+            worker, client, attempt = busy.pop(done)
+            try:
+                reply = decode_reply(ray.get(done))
+                self.idle.append(worker)
+            except RayActorError:
+                self.idle.append(self._worker())
+                if attempt < ATTEMPTS:
+                    waiting.append((client, attempt + 1))
+                    continue
+                reply = Refusal(client=client, run=self.run, round=request.round, reason=RefusalReason.FAILED)
+            except RayTaskError as error:
+                raise _cause(error) from None
+            self.listener(ClientDone(round=request.round, client=client, outcome=outcome(reply)))
+            yield reply
+
+    def close(self) -> None:
+        """See Cohort."""
+        if self.started_here:
+            ray.shutdown()
+
+    def _worker(self) -> Any:
+        return self.actor.remote(self.setup)
+
+
+def _connect(address: str | None, workers: int | None) -> None:
+    quiet = {"include_dashboard": False, "log_to_driver": False, "logging_level": "error"}
+    environment = {"OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0"}
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    try:
+        if address is None:
+            ray.init(num_cpus=workers or os.cpu_count(), **quiet, runtime_env={"env_vars": environment})
+        else:
+            ray.init(address=address, logging_level="error", runtime_env={"env_vars": environment})
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        where = "on this machine" if address is None else f"at runtime.address {address!r}"
+        raise ConfigError(
+            f"no Ray cluster {where}: {error}; start one, or set runtime.kind to local"
+        ) from error
+
+
+def _cause(error: RayTaskError) -> Exception:
+    cause = error.cause
+    return cause if isinstance(cause, FedLoraError) else FedLoraError(f"a Ray worker failed: {cause}")

@@ -1,0 +1,152 @@
+"""The main job: a whole run on simulated clients, from a config to a finished run directory; and going on with one."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from fedlora.config.load import config_digest, dump_config
+from fedlora.config.schema import RunConfig
+from fedlora.errors import ConfigError
+from fedlora.federation.cohort import Cohort
+from fedlora.federation.loop import Score, line_zero, rounds
+from fedlora.federation.store import Store, write_durably
+from fedlora.runtime.events import Listener, RoundDone, RunDone, RunStarted, Stage
+from fedlora.runtime.host import HostSetup
+from fedlora.runtime.prepare import Prepared, prepare
+from fedlora.runtime.rundir import finished_summary, locked, run_config
+from fedlora.runtime.summary import ledger_events, privacy_summary, summarise, write_summary
+from fedlora.training.tasks import evaluate
+from fedlora.values import Adapters, ServerState
+
+
+def simulate(config: RunConfig, run_dir: Path, listener: Listener) -> Path:
+    """`run_dir` holds the finished run of `config`. Nothing is written before all that can be checked is right.
+
+    Raises:
+        ConfigError: the directory holds another run, or an unfinished one; neither is touched.
+    """
+    if (run_dir / "config.yaml").exists():
+        _refuse_existing(config, run_dir)
+        return run_dir
+    prepared = prepare(config, listener)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with locked(run_dir):
+        write_durably(run_dir / "config.yaml", dump_config(config))
+        write_durably(run_dir / "classes.json", json.dumps(prepared.clients.classes) + "\n")
+        _drive(prepared, run_dir, listener)
+    return run_dir
+
+
+def resume(run_dir: Path, listener: Listener) -> Path:
+    """`run_dir` holds the finished run it was meant to; a finished one is left alone."""
+    config = run_config(run_dir)
+    if finished_summary(run_dir) is not None:
+        return run_dir
+    with locked(run_dir):
+        _drive(prepare(config, listener), run_dir, listener)
+    return run_dir
+
+
+def _refuse_existing(config: RunConfig, run_dir: Path) -> None:
+    ours, theirs = config_digest(config), config_digest(run_config(run_dir))
+    if ours != theirs:
+        raise ConfigError(
+            f"{run_dir} holds the run {theirs[:16]} of another config, this one is {ours[:16]}; "
+            f"choose another --run-dir or output"
+        )
+    if finished_summary(run_dir) is None:
+        raise ConfigError(f"{run_dir} holds this run, unfinished; go on with: fedlora resume {run_dir}")
+
+
+def _drive(prepared: Prepared, run_dir: Path, listener: Listener) -> None:
+    """Rounds from the newest checkpoint, or from none, to the last; then the summary."""
+    _config, store = prepared.config, Store(run_dir)
+    score = _scorer(prepared, run_dir)
+    if store.is_empty():
+        listener(Stage(name="scoring the zero-step model"))
+        state = prepared.first_state()
+        store.begin(state, line_zero(score(state.adapters)))
+    state = store.recover()
+    cohort = _cohort(prepared, run_dir, listener)
+    try:
+        _run_rounds(prepared, state, cohort, store, score, listener, run_dir)
+    finally:
+        cohort.close()
+    listener(Stage(name="writing the summary"))
+    summary = summarise(prepared, run_dir)
+    write_summary(run_dir, summary)
+    listener(RunDone(summary=summary))
+
+
+def _run_rounds(
+    prepared: Prepared,
+    state: ServerState,
+    cohort: Cohort,
+    store: Store,
+    score: Score,
+    listener: Listener,
+    run_dir: Path,
+) -> None:
+    config = prepared.config
+    first = state.round
+    listener(
+        RunStarted(
+            clients=len(prepared.clients.members),
+            rounds=config.federation.rounds,
+            private=config.privacy != "none",
+            run_dir=run_dir,
+        )
+    )
+    spent_s = 0.0
+    for after, line in rounds(
+        state,
+        run=prepared.run,
+        seed=config.seed,
+        members=prepared.clients.members,
+        method=prepared.method,
+        federation=config.federation,
+        cohort=cohort,
+        store=store,
+        score=score,
+    ):
+        spent_s += line["seconds"]
+        left = config.federation.rounds - after.round
+        listener(RoundDone(round=line, eta_s=left * spent_s / (after.round - first)))
+
+
+def _scorer(prepared: Prepared, run_dir: Path) -> Score:
+    """Scores adapters on the public test data, and says what the ledgers have spent by then."""
+
+    def score(adapters: Adapters) -> dict[str, Any]:
+        prepared.model.load(adapters)
+        found = evaluate(prepared.model, prepared.clients.test)
+        spent = privacy_summary(prepared.config.privacy, ledger_events(run_dir))["epsilon_max"]
+        return {"metric": found.metric, "score": found.value, "loss": found.loss, "epsilon_max": spent}
+
+    return score
+
+
+def _cohort(prepared: Prepared, run_dir: Path, listener: Listener) -> Cohort:
+    """Where the clients of this run live. Each runtime is imported only by the run that uses it."""
+    config = prepared.config
+    setup = HostSetup(
+        config=config,
+        run=prepared.run,
+        run_dir=run_dir.absolute(),
+        classes=prepared.clients.classes,
+        terms=prepared.clients.terms,
+    )
+    listener(Stage(name=f"starting the {config.runtime.kind} runtime"))
+    match config.runtime.kind:
+        case "local":
+            from fedlora.runtime.local import LocalCohort
+
+            return LocalCohort(setup, prepared.clients.examples, listener)
+        case "ray":
+            from fedlora.runtime.ray import RayCohort
+
+            return RayCohort(setup, prepared.clients.examples, listener)
+        case "flower":
+            from fedlora.runtime.flower import simulated_cohort
+
+            return simulated_cohort(setup, prepared.clients.examples, listener)

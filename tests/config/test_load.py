@@ -1,0 +1,316 @@
+"""Errors a person can act on: file, line, key, what is wrong, what to write. Configs survive a round trip."""
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedlora.config.load import config_digest, dump_config, json_schema, load_config, load_node
+from fedlora.config.schema import RunConfig
+from fedlora.config.template import NODE_YAML, RUN_YAML
+from fedlora.config.yaml_text import parse, render
+from fedlora.errors import ConfigError
+
+
+def written(directory: Path, text: str) -> Path:
+    path = directory / "run.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def line_of(text: str) -> int:
+    """The line of the template that begins with `text`."""
+    return next(i for i, line in enumerate(RUN_YAML.splitlines(), start=1) if line.strip().startswith(text))
+
+
+def message(path: Path, *overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, overrides)
+    assert caught.value.exit_status == 2
+    return str(caught.value)
+
+
+MISTAKES = [
+    # (line in the template, what to write instead, line of the error, key, what the message must say)
+    (
+        "  rounds: 20",
+        "  rounds: 0",
+        "  rounds",
+        "federation.rounds",
+        "0 does not fit; write a whole number >= 1",
+    ),
+    ("  rounds: 20", "  rounds: 1.5", "  rounds", "federation.rounds", "write a whole number >= 1"),
+    ("  rounds: 20", "  rounds: true", "  rounds", "federation.rounds", "true does not fit"),
+    ("  rounds: 20", "  roundz: 10", "  rounds", "federation.roundz", "unknown key; write rounds"),
+    ("  rounds: 20", "  rounds: ten", "  rounds", "federation.rounds", "'ten' does not fit"),
+    (
+        "  max_grad_norm: 2.0",
+        "  max_grad_norm: .inf",
+        "  max_grad_norm",
+        "privacy.max_grad_norm",
+        "inf does not fit",
+    ),
+    ("  target_delta: 1.0e-5", "  target_delta: 1", "  target_delta", "privacy.target_delta", "> 0 and < 1"),
+    ("  accountant: pld", "  accountant: gdp", "  accountant", "privacy.accountant", "pld, prv, rdp"),
+    (
+        "  name: fedsvd",
+        "  name: fedsdv",
+        "  name: fedsvd",
+        "method.name",
+        "write fedsvd (allowed: fedsvd, ffa, fedavg)",
+    ),
+    (
+        "  name: fedsvd",
+        "  name: ffa",
+        "  refactor_every",
+        "method.refactor_every",
+        "write name: fedsvd, which has it",
+    ),
+    ("  kind: ray", "", "runtime", "runtime.kind", "missing; write one of local, ray, flower"),
+    (
+        "  optimizer: {name: sgd",
+        "  optimizer: {lr: 1}",
+        "  optimizer",
+        "federation.optimizer.name",
+        "missing",
+    ),
+    (
+        "  optimizer: {name: sgd",
+        "  optimizer: sgd",
+        "  optimizer",
+        "federation.optimizer",
+        "name: one of",
+    ),
+    (
+        "  target_modules: [query, value]",
+        "  target_modules: query",
+        "  target_modules",
+        "lora.target_modules",
+        "a list",
+    ),
+    ("  cohort: 8", "  cohort: {chance: 0.5}", "  cohort", "federation.cohort.probability", "missing"),
+    (
+        "  cohort: 8",
+        "  cohort: 9",
+        "  cohort",
+        "federation.cohort",
+        "data.partition.clients is 8; write 8 or less",
+    ),
+    (
+        "  kind: ray",
+        "  kind: local\n  address: x",
+        "  workers",
+        "runtime.address",
+        "write null, or kind: ray",
+    ),
+    ("output: runs/first", "output: 7", "output", "output", 'put it in quotes: "7"'),
+]
+
+
+@pytest.mark.parametrize(("good", "bad", "at", "key", "says"), MISTAKES)
+def test_a_mistake_is_told_with_its_line_its_key_and_the_mend(tmp_path, good, bad, at, key, says):
+    lines = RUN_YAML.splitlines()
+    number = next(i for i, line in enumerate(lines) if line.startswith(good))
+    path = written(tmp_path, "\n".join([*lines[:number], bad, *lines[number + 1 :]]))
+    told = message(path)
+    wanted = [line for line in told.splitlines() if line.startswith(f"{path}:{line_of(at.strip())}: {key}: ")]
+    assert wanted, told
+    assert says in wanted[0]
+    assert "; " in wanted[0] and "pydantic" not in told and "Traceback" not in told
+
+
+def test_every_mistake_is_told_at_once_in_the_order_of_the_file(tmp_path):
+    text = (
+        RUN_YAML.replace("seed: 1\n", "seed: -1\n")
+        .replace("rounds: 20", "rounds: 0")
+        .replace("name: sgd", "name: sdg")
+    )
+    told = message(written(tmp_path, text), "privacy.target_epsilon=0").splitlines()
+    assert [line.split(": ")[1] for line in told[:-1]] == [
+        "seed",
+        "federation.rounds",
+        "federation.optimizer.name",
+    ]
+    assert told[-1].startswith("--set privacy.target_epsilon=0: privacy.target_epsilon: 0 does not fit")
+
+
+def test_a_missing_key_is_told_at_the_line_of_its_section(tmp_path):
+    text = "\n".join(line for line in RUN_YAML.splitlines() if "target_delta" not in line)
+    at = next(i for i, line in enumerate(text.splitlines(), start=1) if line.startswith("privacy:"))
+    told = message(written(tmp_path, text))
+    assert told == f"{tmp_path}/run.yaml:{at}: privacy.target_delta: missing; write a number > 0 and < 1"
+
+
+@pytest.mark.parametrize("value", ["null", "yes", "3", "[]", "{}"])
+def test_privacy_is_a_budget_or_the_word_none(tmp_path, value):
+    path = written(tmp_path, RUN_YAML)
+    assert load_config(path, ["privacy=none"]).privacy == "none"
+    told = message(path, f"privacy={value}")
+    assert "target_epsilon" in told and told.startswith(f"--set privacy={value}: privacy")
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "says"),
+    [
+        ("seed: 1\nmodel: {name: a}\nseed: 2\n", 3, "already written in line 1"),
+        ("seed: 1\nmodel:\n  name: a\n  name: b\n", 4, "model.name: already written in line 3"),
+        ("seed: [1\n", 2, "not readable as YAML"),
+        ("seed: 1\n\tmodel: 2\n", 2, "not readable as YAML"),
+        ("seed: 1\nmodel: !!python/object/apply:os.system [true]\n", 2, "os.system is not read here"),
+        ("seed: !!binary aGk=\n", 1, "binary is not read here"),
+        ("a: &x [1]\nb: *x\n", 2, "alias *x is not read here"),
+        ("seed: 1\n? [a, b]\n: 2\n", 2, "a key must be a word"),
+        ("seed: 1\n---\nseed: 2\n", 2, "not readable as YAML"),
+        ("seed: 1\nname: \x07\n", 2, "U+0007"),
+        ("[" * 3000, 1, "nested too deeply"),
+        ("seed: " + "9" * 5000, 1, "cannot be read as a number"),
+        ("- a\n- b\n", 1, "is not a config"),
+        ("just words\n", 1, "is not a config"),
+    ],
+)
+def test_text_that_is_no_config_is_told_with_its_line(tmp_path, text, line, says):
+    told = message(written(tmp_path, text))
+    assert told.startswith(f"{tmp_path}/run.yaml:{line}: ") and says in told
+
+
+def test_files_that_cannot_be_read_are_told(tmp_path):
+    assert "no such file" in message(tmp_path / "none.yaml")
+    assert "cannot be read" in message(tmp_path)
+    (tmp_path / "latin.yaml").write_bytes("seed: é".encode("latin-1"))
+    assert "not UTF-8" in message(tmp_path / "latin.yaml")
+    assert "model: missing" in message(written(tmp_path, ""))
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("privacy.target_epsilon", "not `key=value`"),
+        ("=3", "not `key=value`"),
+        ("privacy.engin=opacus", "unknown key; write engine"),
+        ("privacy.target_epsilon=[", "not readable as YAML"),
+        ("seed.deep=3", "seed is 1, not a section"),
+        ("lora.r=eight", "lora.r: 'eight' does not fit"),
+    ],
+)
+def test_a_wrong_override_is_told_by_its_own_text(tmp_path, override, says):
+    path = written(tmp_path, RUN_YAML)
+    if override == "privacy.target_epsilom=3":
+        path = written(tmp_path, RUN_YAML.replace("  target_epsilon: 8.0", ""))
+    told = message(path, override)
+    assert (
+        f"--set {override}: " in told.replace(f"--set {override}:1: ", f"--set {override}: ") and says in told
+    )
+
+
+def test_overrides_are_yaml_and_the_last_one_wins(tmp_path):
+    path = written(tmp_path, RUN_YAML)
+    config = load_config(
+        path,
+        [
+            *("privacy.target_epsilon=3", "privacy.target_delta=1e-6", "lora.target_modules=[key]", "seed=4"),
+            *("seed=5", "data.partition={kind: iid, clients: 20}", "federation.cohort={probability: 0.25}"),
+        ],
+    )
+    assert (config.privacy.target_epsilon, config.privacy.target_delta) == (3.0, 1e-6)
+    assert (config.lora.target_modules, config.seed) == (["key"], 5)
+    assert (config.data.partition.clients, config.federation.cohort.probability) == (20, 0.25)
+
+
+def test_the_written_templates_load(tmp_path):
+    assert isinstance(load_config(written(tmp_path, RUN_YAML)), RunConfig)
+    assert load_node(written(tmp_path, NODE_YAML)).budget.target_epsilon == 8.0
+
+
+def test_a_dumped_config_loads_back_to_an_equal_one(tmp_path):
+    for overrides in (
+        [],
+        ["privacy=none", "data.max_test_examples=null"],
+        [
+            "model.name='1e5'",
+            "output='no'",
+            "privacy.target_delta=1e-9",
+            "federation.cohort={probability: {a: 0.5}}",
+        ],
+    ):
+        config = load_config(written(tmp_path, RUN_YAML), overrides)
+        again = tmp_path / "again.yaml"
+        again.write_text(dump_config(config), encoding="utf-8")
+        assert load_config(again) == config
+
+
+def test_the_digest_names_what_is_computed_and_nothing_else(tmp_path):
+    path = written(tmp_path, RUN_YAML)
+    own = config_digest(load_config(path))
+    assert config_digest(load_config(path, ["output=elsewhere", "runtime={kind: ray, workers: 7}"])) == own
+    others = [
+        config_digest(load_config(path, [change]))
+        for change in (
+            "seed=2",
+            "privacy.target_epsilon=7",
+            "method.stale.beta=0.1",
+            "privacy=none",
+            "lora.r=5",
+        )
+    ]
+    assert len({own, *others}) == 6
+
+
+def test_the_json_schema_is_closed_and_explains(tmp_path):
+    schema = json_schema()
+    json.dumps(schema)
+    assert schema["additionalProperties"] is False
+    assert set(schema["required"]) >= {"seed", "privacy", "runtime"}
+    assert "zero-out" in schema["$defs"]["Privacy"]["properties"]["target_epsilon"]["description"]
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-5", 1e-5),
+        ("1E5", 1e5),
+        ("1.", 1.0),
+        (".5", 0.5),
+        ("-3", -3),
+        ("0x1F", 31),
+        ("0o17", 15),
+        ("007", 7),
+        ("no", "no"),
+        ("on", "on"),
+        ("1:30", "1:30"),
+        ("2020-01-01", "2020-01-01"),
+        ("1_000", "1_000"),
+        ("true", True),
+        ("~", None),
+        ("", None),
+        ("'1e-5'", "1e-5"),
+        ("1e", "1e"),
+        ("-", [None]),
+        (".", "."),
+    ],
+)
+def test_plain_scalars_are_read_as_yaml_1_2_says(text, value):
+    got = parse(f"x: {text}" if text != "-" else "x:\n -", "here").value["x"]
+    assert got == value and type(got) is type(value)
+
+
+PLAIN = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False)
+    | st.text(
+        st.characters(blacklist_categories=["Cs", "Cc", "Cn"], blacklist_characters="\u2028\u2029\ufeff"),
+        max_size=12,
+    )
+)
+
+
+@given(
+    st.dictionaries(
+        st.text("abcdefgh123-_", min_size=1, max_size=8), st.recursive(PLAIN, st.lists, max_leaves=5)
+    )
+)
+def test_what_is_rendered_is_read_back(value):
+    assert parse(render(value), "here").value == value

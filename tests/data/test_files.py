@@ -1,0 +1,167 @@
+import csv
+import gzip
+import json
+
+import numpy as np
+import pyarrow
+import pytest
+from pyarrow import parquet
+
+from fedlora.config.schema import CausalLm, Classification, Column, Files, Iid
+from fedlora.data import load_corpus
+from fedlora.errors import DataError
+
+CLASSIFY = Classification(kind="sequence-classification")
+GENERATE = CausalLm(kind="causal-lm")
+ROWS = [("a first text", "b"), ("a second, with comma", "a"), ("ünïcödé", "b"), ("the last", "a")]
+
+
+def write(path, rows=ROWS, names=("text", "label")):
+    kind = path.name.removesuffix(".gz").rpartition(".")[2]
+    if kind == "parquet":
+        columns = [list(column) for column in zip(*rows, strict=True)]
+        parquet.write_table(pyarrow.table(columns, names=list(names)), path)
+        if path.name.endswith(".gz"):
+            path.write_bytes(gzip.compress(path.read_bytes()))
+        return str(path)
+    opened = gzip.open if path.name.endswith(".gz") else open
+    with opened(path, "wt", encoding="utf-8", newline="") as stream:
+        if kind == "jsonl":
+            stream.writelines(json.dumps(dict(zip(names, row, strict=True))) + "\n" for row in rows)
+        elif kind == "csv":
+            csv.writer(stream).writerows([names, *rows])
+        else:
+            stream.writelines("\t".join(map(str, row)) + "\n" for row in [names, *rows])
+    return str(path)
+
+
+def files(train, test, **changes):
+    settings = {"text": "text", "label": "label", "max_length": 8, "partition": Iid(kind="iid", clients=1)}
+    return Files(source="files", train=train, test=test, **{**settings, **changes})
+
+
+def load(path, task=CLASSIFY, **changes):
+    return load_corpus(files(str(path), str(path), **changes), task, 0)
+
+
+def message(path, task=CLASSIFY, **changes):
+    with pytest.raises(DataError) as caught:
+        load(path, task, **changes)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("ending", ["tsv", "csv", "jsonl", "parquet"])
+@pytest.mark.parametrize("gz", ["", ".gz"])
+def test_every_format_gives_the_same_records(tmp_path, ending, gz):
+    corpus = load(write(tmp_path / f"train.{ending}{gz}"))
+    assert corpus.train.texts == [text for text, _ in ROWS]
+    assert corpus.classes == ("a", "b")
+    assert corpus.train.labels.tolist() == [1, 0, 1, 0]
+    assert corpus.test.labels.tolist() == [1, 0, 1, 0]
+
+
+def test_a_lone_quote_or_carriage_return_in_tsv_swallows_no_line(tmp_path):
+    rows = [('"an open quote', "a"), ("plain", "b"), ('closed" here', "a"), ("carriage\rreturn", "b")]
+    assert load(write(tmp_path / "t.tsv", rows)).train.texts == [text for text, _ in rows]
+
+
+def test_a_quoted_line_break_in_csv_stays_inside_its_record(tmp_path):
+    rows = [("two\nlines", "a"), ('with "quotes"', "b")]
+    assert load(write(tmp_path / "t.csv", rows)).train.texts == [text for text, _ in rows]
+
+
+def test_whole_numbers_sort_as_numbers_whether_text_or_not(tmp_path):
+    rows = [(f"text {i}", i) for i in (10, 2, 1)]
+    for ending in ("tsv", "jsonl", "parquet"):
+        corpus = load(write(tmp_path / f"t.{ending}", rows))
+        assert corpus.classes == ("1", "2", "10")
+        assert corpus.train.labels.tolist() == [2, 1, 0]
+
+
+def test_a_pair_stays_a_pair_for_a_classifier_and_is_joined_for_a_language_model(tmp_path):
+    path = write(tmp_path / "t.tsv", [("q1", "r1", "x"), ("q2", "r2", "y")], ("one", "two", "label"))
+    assert load(path, text=["one", "two"]).train.texts == [("q1", "r1"), ("q2", "r2")]
+    joined = load(path, GENERATE, text=["one", "two"], label=None)
+    assert joined.train.texts == ["q1\nr1", "q2\nr2"]
+    assert joined.train.labels is None
+    assert joined.classes == ()
+
+
+def test_a_language_model_uses_labels_to_deal_records_out_but_asks_none_of_the_test_data(tmp_path):
+    train = write(tmp_path / "train.tsv")
+    test = write(tmp_path / "test.tsv", [("only text", 1)], ("text", "other"))
+    corpus = load_corpus(files(train, test), GENERATE, 0)
+    assert corpus.train.labels.tolist() == [1, 0, 1, 0]
+    assert corpus.test.labels is None
+
+
+def test_the_partition_column_is_read_of_the_training_data_only(tmp_path):
+    train = write(tmp_path / "train.tsv", [("a", "x", "anna"), ("b", "y", "bob")], ("text", "label", "who"))
+    test = write(tmp_path / "test.tsv", [("a", "x")])
+    corpus = load_corpus(files(train, test, partition=Column(kind="column", column="who")), CLASSIFY, 0)
+    assert corpus.train.groups == ["anna", "bob"]
+
+
+def test_the_cut_test_data_are_a_seeded_subset(tmp_path):
+    path = write(tmp_path / "t.tsv", [(f"text {i}", i % 2) for i in range(50)])
+    whole = load(path).test
+    config = files(path, path, max_test_examples=10)
+    cut, again, other = (load_corpus(config, CLASSIFY, seed).test for seed in (1, 1, 2))
+    assert len(cut) == 10
+    assert cut.texts == again.texts != other.texts
+    pairs = set(zip(whole.texts, whole.labels.tolist(), strict=True))
+    assert set(zip(cut.texts, cut.labels.tolist(), strict=True)) <= pairs
+
+
+def test_a_missing_column_names_the_file_the_columns_and_the_nearest(tmp_path):
+    for ending in ("tsv", "csv", "jsonl", "parquet"):
+        said = message(write(tmp_path / f"t.{ending}"), label="lable")
+        assert f"t.{ending}" in said
+        assert "'text', 'label'; did you mean 'label'?" in said
+
+
+def test_a_missing_file_names_its_neighbours(tmp_path):
+    write(tmp_path / "train.tsv")
+    assert "did you mean 'train.tsv'?" in message(tmp_path / "trian.tsv")
+    assert "no directory" in message(tmp_path / "nowhere" / "train.tsv")
+
+
+def test_a_test_label_unknown_to_training_names_file_line_and_value(tmp_path):
+    train = write(tmp_path / "train.tsv")
+    test = write(tmp_path / "test.tsv", [*ROWS, ("new", "c")])
+    with pytest.raises(DataError, match=r"test\.tsv:6: label 'c'.*'a', 'b'"):
+        load_corpus(files(train, test), CLASSIFY, 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("t.tsv", b"text\tlabel\none\ta\ntwo\n", "t.tsv:3: 1 fields, but the header has 2"),
+        ("t.tsv", b"text\tlabel\none\ta\ntwo\t\n", "t.tsv:3: column 'label' holds ''"),
+        ("t.tsv", b"text\tlabel\none\ta\ntwo\ta\n", "one label only, 'a'"),
+        ("t.tsv", b"text\tlabel\n", "no records"),
+        ("t.tsv", b"", "no column 'text'; it has none"),
+        ("t.tsv", b"text\tlabel\n\xff\ta\n", "not UTF-8"),
+        ("t.csv", b'text,label\n"open,a\ntwo,b\n', "not csv"),
+        ("t.jsonl", b'{"text": "one", "label": 1}\n{"text"\n', "t.jsonl:2: not JSON"),
+        ("t.jsonl", b'{"text": "one", "label": 1}\n[1]\n', "t.jsonl:2: holds list"),
+        ("t.jsonl", b'{"text": "one", "label": 1}\n\n{"text": "two"}\n', "t.jsonl:3: no column 'label'"),
+        ("t.jsonl", b'{"text": "one", "label": 1}\n{"text": null, "label": 2}\n', "t.jsonl:2: column 'text'"),
+        ("t.jsonl", b'{"text": "one", "label": 1}\n{"text": "two", "label": 0.5}\n', "t.jsonl:2: .* 0.5"),
+        ("t.parquet", b"no parquet", "not a parquet file"),
+        ("t.tsv.gz", b"no gzip", "cannot be read"),
+        ("t.tsv.gz", gzip.compress(b"text\tlabel\none\ta\n" * 99)[:-9], "cannot be read"),
+        ("t.txt", b"text", "unknown format"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_read_says_where_and_why(tmp_path, name, content, said):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=said):
+        load(tmp_path / name)
+
+
+def test_a_byte_order_mark_and_windows_line_ends_change_nothing(tmp_path):
+    (tmp_path / "t.tsv").write_bytes("﻿text\tlabel\r\none\ta\r\ntwo\tb\r\n".encode())
+    corpus = load(tmp_path / "t.tsv")
+    assert corpus.train.texts == ["one", "two"]
+    assert np.array_equal(corpus.train.labels, [0, 1])

@@ -1,0 +1,137 @@
+"""Whole runs on a tiny model: what lies on disk afterwards, and that it is the same however it came about."""
+
+import json
+from pathlib import Path
+
+import dp_accounting
+import pytest
+from dp_accounting.pld import PLDAccountant
+
+from fedlora.errors import ConfigError, IncompleteError, PrivacyError
+from fedlora.runtime.events import ClientDone, RoundDone
+from fedlora.runtime.simulate import resume, simulate
+
+
+def quiet(event: object) -> None: ...
+
+
+def summary(run_dir: Path) -> dict:
+    return json.loads((run_dir / "summary.json").read_text())
+
+
+def ledger_lines(run_dir: Path) -> dict[str, list[dict]]:
+    return {
+        path.stem: [json.loads(line) for line in path.read_text().splitlines()]
+        for path in sorted((run_dir / "ledgers").glob("*.jsonl"))
+    }
+
+
+def test_a_run_leaves_what_the_contract_promises(tiny_config, tmp_path):
+    run_dir = simulate(tiny_config(), tmp_path / "run", quiet)
+    found = summary(run_dir)
+    assert found["rounds_completed"] == 3
+    assert found["private"] is True
+    assert 0 < found["epsilon_max"] <= 8.0
+    assert sum(found["participations"].values()) == 6
+    assert len((run_dir / "rounds.jsonl").read_text().splitlines()) == 4
+    assert found["noise_source"].startswith("seeded")
+    assert (run_dir / "config.yaml").exists()
+    assert sorted(p.name for p in (run_dir / "checkpoints").iterdir()) == ["round-000002", "round-000003"]
+
+
+def test_an_outside_accountant_confirms_epsilon_from_the_ledgers_alone(tiny_config, tmp_path):
+    run_dir = simulate(tiny_config(), tmp_path / "run", quiet)
+    found = summary(run_dir)
+    for client, lines in ledger_lines(run_dir).items():
+        outside = PLDAccountant(dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE, 1e-3)
+        for line in lines[1:]:
+            event = line["event"]
+            gaussian = dp_accounting.GaussianDpEvent(float(event["noise_multiplier"]))
+            sampled = dp_accounting.PoissonSampledDpEvent(float(event["sample_rate"]), gaussian)
+            outside.compose(sampled, int(event["steps"]))
+        assert found["epsilon_by_client"][client] == pytest.approx(outside.get_epsilon(1e-5), rel=2e-3)
+    assert found["epsilon_max"] == max(found["epsilon_by_client"].values())
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5])
+def test_equal_seeds_end_in_equal_states_and_other_seeds_do_not(tiny_config, tmp_path, beta):
+    config = tiny_config(method__stale={"beta": beta})
+    first = summary(simulate(config, tmp_path / "one", quiet))
+    again = summary(simulate(config, tmp_path / "two", quiet))
+    other = summary(simulate(tiny_config(seed=8), tmp_path / "three", quiet))
+    assert first["state_sha256"] == again["state_sha256"] != other["state_sha256"]
+
+
+class Interrupt:
+    """A listener that does what Ctrl-C does, at the n-th event of a kind."""
+
+    def __init__(self, kind: type, at: int) -> None:
+        self.kind, self.left = kind, at
+
+    def __call__(self, event: object) -> None:
+        self.left -= isinstance(event, self.kind)
+        if self.left < 0:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(("kind", "at"), [(RoundDone, 0), (ClientDone, 0), (ClientDone, 3), (RoundDone, 2)])
+def test_an_interrupted_run_resumes_to_the_same_state_and_the_same_ledgers(tiny_config, tmp_path, kind, at):
+    config = tiny_config(method__stale={"beta": 0.5})
+    whole = simulate(config, tmp_path / "whole", quiet)
+    with pytest.raises(KeyboardInterrupt):
+        simulate(config, tmp_path / "cut", Interrupt(kind, at))
+    cut = resume(tmp_path / "cut", quiet)
+    assert summary(cut)["state_sha256"] == summary(whole)["state_sha256"]
+    assert summary(cut)["epsilon_by_client"] == summary(whole)["epsilon_by_client"]
+    rounds = [json.loads(line)["round"] for line in (cut / "rounds.jsonl").read_text().splitlines()]
+    assert rounds == [0, 1, 2, 3]
+    assert resume(cut, quiet) == cut  # finishing a finished run does nothing
+
+
+def test_a_client_at_its_limit_refuses_and_the_round_goes_on(tiny_config, tmp_path):
+    config = tiny_config(privacy__max_participations=1, federation__cohort=2, federation__rounds=2)
+    run_dir = simulate(config, tmp_path / "run", quiet)
+    second = json.loads((run_dir / "rounds.jsonl").read_text().splitlines()[2])
+    assert list(second["refused"].values()) == ["budget"]
+    assert len(second["answered"]) == 1
+    assert {len(lines) - 1 for lines in ledger_lines(run_dir).values()} == {1}
+    assert summary(run_dir)["epsilon_max"] <= 8.0
+
+
+def test_a_round_that_nobody_answers_stops_the_run_and_keeps_the_model(tiny_config, tmp_path):
+    config = tiny_config(privacy__max_participations=1, federation__cohort=3, federation__rounds=2)
+    with pytest.raises(IncompleteError, match=r"round 2.*budget"):
+        simulate(config, tmp_path / "run", quiet)
+    assert (tmp_path / "run" / "checkpoints" / "round-000001").is_dir()
+
+
+def test_no_noise_can_meet_an_absurd_budget_and_nothing_is_written(tiny_config, tmp_path):
+    for change in ({"privacy__target_epsilon": 1e-7}, {"privacy__target_delta": 0.5}):
+        with pytest.raises(PrivacyError):
+            simulate(tiny_config(**change), tmp_path / "run", quiet)
+        assert not (tmp_path / "run").exists()
+
+
+def test_a_run_directory_of_another_config_is_left_alone(tiny_config, tmp_path):
+    run_dir = simulate(tiny_config(), tmp_path / "run", quiet)
+    before = (run_dir / "summary.json").read_bytes()
+    with pytest.raises(ConfigError, match="another config"):
+        simulate(tiny_config(federation__rounds=4), tmp_path / "run", quiet)
+    assert (run_dir / "summary.json").read_bytes() == before
+    assert simulate(tiny_config(), tmp_path / "run", quiet) == run_dir
+
+
+def test_without_privacy_nothing_pretends_to_be_private(tiny_config, tmp_path):
+    config = tiny_config(
+        privacy="none",
+        data__partition={"kind": "iid", "clients": 3},
+        federation__rounds=10,
+        federation__local_steps=4,
+        federation__cohort=3,
+        federation__optimizer={"name": "sgd", "lr": 0.3},
+    )
+    found = summary(simulate(config, tmp_path / "run", quiet))
+    assert found["private"] is False
+    assert found["epsilon_max"] is None
+    assert not (tmp_path / "run" / "ledgers").exists()
+    assert found["score"] > found["score_before"] + 0.2  # the tiny task is learnable, so training does happen

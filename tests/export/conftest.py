@@ -1,0 +1,70 @@
+"""One finished run, told in the words of summary.json and rounds.jsonl."""
+
+from typing import Any
+
+import pytest
+
+HOSTILE = "<script>alert('x')</script>"
+
+
+@pytest.fixture
+def rounds() -> list[dict[str, Any]]:
+    """Three rounds and the zero-step line: all answer; one refuses and one is silent; one is rejected."""
+    names = ["client-0", "client-1", HOSTILE]
+    quiet = {"refused": {}, "rejected": {}, "metric": "accuracy", "seconds": 2.0}
+    return [
+        {**quiet, "round": 0, "asked": [], "answered": [], "score": 0.25, "loss": 1.4, "epsilon_max": None},
+        {**quiet, "round": 1, "asked": names, "answered": names, "score": 0.5, "loss": 1.2},
+        {
+            **quiet,
+            "round": 2,
+            "asked": names,
+            "answered": names[:1],
+            "refused": {HOSTILE: "budget"},
+            "score": None,
+        },
+        {
+            **quiet,
+            "round": 3,
+            "asked": names[:2],
+            "answered": names[:1],
+            "rejected": {"client-1": "a & b"},
+            "score": 0.75,
+            "loss": 0.8,
+            "epsilon_max": 3.2,
+        },
+    ]
+
+
+@pytest.fixture
+def summary() -> dict[str, Any]:
+    """summary.json of that run; the noise is seeded, as in every simulation."""
+    return {
+        "rounds_completed": 3,
+        "clients": 3,
+        "participations": {"client-0": 3, "client-1": 1, HOSTILE: 1},
+        "metric": "accuracy",
+        "score": 0.75,
+        "score_before": 0.25,
+        "private": True,
+        "epsilon_max": 3.20001,
+        "epsilon_by_client": {"client-0": 3.20001, "client-1": 1.5, HOSTILE: 1.5},
+        "delta": 1e-5,
+        "accountant": "pld",
+        "noise_source": "seeded (simulation)",
+        "method": "fedsvd",
+        "seconds": 6.0,
+        "client_rounds_per_second": 0.833,
+        "bytes_up_per_client_round": 295_000,
+        "bytes_down_per_client_round": 590_000,
+        "state_sha256": "0" * 64,
+        "execution": "local",
+        "versions": {"fedlora": "0.1.0", "ray": "not installed"},
+    }
+
+
+@pytest.fixture
+def not_private(summary: dict[str, Any]) -> dict[str, Any]:
+    """The same run with `privacy: none`."""
+    nothing = dict.fromkeys(("epsilon_max", "epsilon_by_client", "delta", "accountant", "noise_source"))
+    return {**summary, **nothing, "private": False}

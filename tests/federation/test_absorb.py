@@ -1,0 +1,279 @@
+"""Absorbing a round: what counts, what does not, and that the order of arrival is nothing."""
+
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from fedlora.errors import ConfigError, IncompleteError
+from fedlora.federation.absorb import absorb, start
+from fedlora.federation.plan import plan
+from fedlora.values import FRAME, Refusal, RefusalReason
+
+
+def a_round(lab, state, federation, count=3):
+    return plan(state, lab.members(count), run="run", federation=federation, seed=7)
+
+
+def rounds(lab, method, federation, count, generator, state=None):
+    """State after `count` rounds in which the whole cohort answers, without memory."""
+    state = lab.start(method) if state is None else state
+    for _ in range(count):
+        planned = a_round(lab, state, federation)
+        replies = [lab.update(client, planned, lab.delta(state, generator)) for client in planned.cohort]
+        state = absorb(state, planned, replies, remembered={}, method=method, federation=federation).state
+    return state
+
+
+@pytest.fixture
+def generator():
+    return torch.Generator().manual_seed(0)
+
+
+def test_the_first_state_changes_nothing(lab):
+    for init, name in itertools.product(("orthonormal", "kaiming"), ("fedsvd", "ffa", "fedavg")):
+        state = lab.start(lab.method(name, init=init))
+        assert (state.round, state.adapters.basis, state.memory.basis, state.remembered) == (0, 0, FRAME, {})
+        assert state.adapters.scale == 2.0  # lora_alpha 6, r 3
+        assert not any(bool(product.any()) for product in lab.products(state).values())
+        for site, frame in state.frame.items():
+            a = state.adapters.sites[site].a
+            assert_close(frame @ frame.T, torch.eye(3, dtype=torch.float64))
+            assert_close(state.gauges[0].sites[site] @ frame, a)
+
+
+def test_a_rank_that_no_site_can_hold_is_a_config_error(lab):
+    with pytest.raises(ConfigError, match=r"lora\.r 3 .*'small'.*\(7, 2\).*2"):
+        start(
+            {"small": (7, 2)}, head={}, lora_cfg=lab.lora(), method=lab.method(), seed=7, dtype=torch.float32
+        )
+
+
+@pytest.mark.parametrize("init", ["orthonormal", "kaiming"])
+@pytest.mark.parametrize("name", ["fedsvd", "ffa", "fedavg"])
+def test_a_full_round_moves_the_model_by_the_mean_update(lab, generator, name, init):
+    method, federation = lab.method(name, init=init), lab.federation(cohort=3)
+    state = rounds(lab, method, federation, 2, generator)
+    planned = a_round(lab, state, federation)
+    deltas = {client: lab.delta(state, generator) for client in planned.cohort}
+    replies = [lab.update(client, planned, delta) for client, delta in deltas.items()]
+    absorbed = absorb(state, planned, replies, remembered={}, method=method, federation=federation)
+    for site, before in lab.products(state).items():
+        mean = sum(lab.dense(delta, state)[site] for delta in deltas.values()) / 3
+        assert_close(lab.products(absorbed.state)[site], before + mean)
+    assert absorbed.state.round == 3
+    assert absorbed.state.adapters.basis == (3 if name == "fedsvd" else 0)
+    assert absorbed.report.answered == absorbed.report.asked == planned.cohort
+    assert set(absorbed.report.spent) == set(planned.cohort)
+    assert absorbed.state.remembered == dict.fromkeys(planned.cohort, 3)
+
+
+def test_without_beta_nothing_is_remembered(lab, generator):
+    method, federation = lab.method(beta=0.0), lab.federation()
+    state = lab.start(method)
+    planned = a_round(lab, state, federation)
+    replies = [lab.update(client, planned, lab.delta(state, generator)) for client in planned.cohort]
+    absorbed = absorb(state, planned, replies, remembered={}, method=method, federation=federation)
+    assert absorbed.fresh == {}
+    assert not bool(absorbed.state.memory.sites["x"].any())
+
+
+def test_the_order_of_replies_changes_no_bit(lab, generator):
+    method, federation = lab.method(beta=0.5), lab.federation(cohort=3)
+    state = lab.start(method, dtype=torch.float32)
+    planned = a_round(lab, state, federation)
+    replies = [lab.update(client, planned, lab.delta(state, generator)) for client in planned.cohort]
+    replies += [replies[0], Refusal(client="client-1", run="run", round=1, reason=RefusalReason.FAILED)]
+    replies += [replace(replies[1], client="stranger"), replace(replies[1], round=9)]
+    outcomes = [
+        absorb(state, planned, order, remembered={}, method=method, federation=federation)
+        for order in itertools.permutations(replies)
+        if order[0].client == "client-2" or order[-1].client == "client-2"
+    ]
+    first = outcomes[0]
+    for other in outcomes[1:]:
+        assert other.report == first.report
+        assert other.state.remembered == first.state.remembered
+        for site in lab.shapes:
+            assert torch.equal(other.state.adapters.sites[site].b, first.state.adapters.sites[site].b)
+            assert torch.equal(other.state.memory.sites[site], first.state.memory.sites[site])
+
+
+def with_tensor(update, change, name="x"):
+    sites = {**update.delta.sites, name: change(update.delta.sites["x"].clone())}
+    return replace(update, delta=replace(update.delta, sites=sites))
+
+
+def with_nan(tensor):
+    tensor[0, 0] = torch.nan
+    return tensor
+
+
+REJECTED = {
+    "nan": (lambda update: with_tensor(update, with_nan), ["'x'", "1 entries"]),
+    "infinite": (lambda update: with_tensor(update, lambda t: t / 0), ["'x'", "not finite"]),
+    "shape": (lambda update: with_tensor(update, lambda t: t[:, :2]), ["'x'", "(7, 2)", "(7, 3)"]),
+    "broadcastable": (lambda update: with_tensor(update, lambda t: t[:1]), ["(1, 3)"]),
+    "dtype": (lambda update: with_tensor(update, lambda t: t.float()), ["float32", "float64"]),
+    "unknown site": (lambda update: with_tensor(update, lambda t: t, name="z"), ["'z'"]),
+    "no head": (lambda update: replace(update, delta=replace(update.delta, head={})), ["'weight'"]),
+    "unknown client": (lambda update: replace(update, client="stranger"), ["'stranger'"]),
+    "not asked": (lambda update: replace(update, client="spare"), ["not asked in round 4"]),
+    "other run": (lambda update: replace(update, run="else"), ["'else'", "'run'"]),
+    "future": (lambda update: replace(update, round=5), ["5", "4"]),
+    "no round": (lambda update: replace(update, round=0), ["0"]),
+    "other basis": (
+        lambda update: replace(update, delta=replace(update.delta, basis=2)),
+        ["basis 2", "round 4", "sent in 3"],
+    ),
+    "impossible basis": (
+        lambda update: replace(update, round=3, delta=replace(update.delta, basis=8)),
+        ["basis 8", "now 3"],
+    ),
+    "the frame itself": (
+        lambda update: replace(update, round=3, delta=replace(update.delta, basis=FRAME)),
+        ["basis -1"],
+    ),
+    "too old a basis": (
+        lambda update: replace(update, round=1, delta=replace(update.delta, basis=0)),
+        ["basis 0", "back only to 2 (now 3)", "federation.keep_gauges to 3"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", sorted(REJECTED))
+def test_what_does_not_fit_is_rejected_whole_and_harms_nobody(lab, generator, case):
+    spoil, values = REJECTED[case]
+    method, federation = lab.method(beta=0.5), lab.federation(keep_gauges=1, cohort=3)
+    state = replace(rounds(lab, lab.method(), federation, 3, generator), remembered={})
+    planned = a_round(lab, state, federation)
+    planned = replace(planned, weight={**planned.weight, "spare": 0.0})
+    good = lab.update("client-0", planned, lab.delta(state, generator))
+    bad = spoil(lab.update("client-1", planned, lab.delta(state, generator)))
+    alone, beside = (
+        absorb(state, planned, replies, remembered={}, method=method, federation=federation)
+        for replies in ([good], [good, bad])
+    )
+    assert beside.report.answered == ("client-0",)
+    assert list(beside.report.rejected) == [bad.client]
+    assert all(value in beside.report.rejected[bad.client] for value in values), beside.report.rejected
+    assert set(beside.fresh) == {"client-0"}
+    for site in lab.shapes:
+        assert torch.equal(beside.state.adapters.sites[site].b, alone.state.adapters.sites[site].b)
+
+
+def test_two_updates_of_one_client_for_one_round_both_fall(lab, generator):
+    method, federation = lab.method(), lab.federation(cohort=3)
+    state = lab.start(method)
+    planned = a_round(lab, state, federation)
+    twice = [lab.update("client-0", planned, lab.delta(state, generator)) for _ in range(2)]
+    good = lab.update("client-1", planned, lab.delta(state, generator))
+    report = absorb(
+        state, planned, [*twice, good], remembered={}, method=method, federation=federation
+    ).report
+    assert report.answered == ("client-1",)
+    assert report.rejected == {"client-0": "2 updates for round 1; only one counts"}
+
+
+def test_a_refusal_is_noted_with_its_reason(lab, generator):
+    method, federation = lab.method(), lab.federation(cohort=3)
+    state = lab.start(method)
+    planned = a_round(lab, state, federation)
+    replies = [
+        Refusal(client="client-0", run="run", round=1, reason=RefusalReason.BUDGET),
+        Refusal(client="client-1", run="else", round=1, reason=RefusalReason.BUDGET),
+        lab.update("client-2", planned, lab.delta(state, generator)),
+    ]
+    report = absorb(state, planned, replies, remembered={}, method=method, federation=federation).report
+    assert report.refused == {"client-0": "budget"}
+    assert list(report.rejected) == ["client-1"]
+    assert report.answered == ("client-2",)
+
+
+@pytest.mark.parametrize("participation", ["normalised", "importance"])
+def test_a_late_update_counts_as_what_it_did_to_the_model_it_was_given(lab, generator, participation):
+    federation = lab.federation(cohort=3, participation=participation)
+    method = lab.method(init="kaiming")
+    old = rounds(lab, method, federation, 2, generator)
+    sent = a_round(lab, old, federation)
+    late = lab.update("client-0", sent, lab.delta(old, generator))
+    state = replace(rounds(lab, method, federation, 4, generator, state=old), remembered={"client-0": 2})
+    planned = a_round(lab, state, federation)
+    absorbed = absorb(state, planned, [late], remembered={}, method=method, federation=federation)
+    share = 1.0 if participation == "normalised" else 1 / 3
+    for site, before in lab.products(state).items():
+        after = lab.products(absorbed.state)[site]
+        assert_close(after, before + share * lab.dense(late.delta, old)[site])
+    assert absorbed.report.round == 7
+    assert absorbed.report.answered == ("client-0",)
+    again = absorb(
+        absorbed.state,
+        a_round(lab, absorbed.state, federation),
+        [late],
+        remembered={},
+        method=method,
+        federation=federation,
+    )
+    assert again.report.rejected == {"client-0": "update of round 3, but one of round 3 has counted already"}
+
+
+def test_of_a_late_and_a_timely_update_the_timely_counts(lab, generator):
+    method, federation = lab.method(), lab.federation(cohort=3)
+    old = lab.start(method)
+    late = lab.update("client-0", a_round(lab, old, federation), lab.delta(old, generator))
+    state = absorb(
+        old, a_round(lab, old, federation), [], remembered={}, method=method, federation=federation
+    ).state
+    planned = a_round(lab, state, federation)
+    timely = lab.update("client-0", planned, lab.delta(state, generator))
+    both = absorb(state, planned, [timely, late], remembered={}, method=method, federation=federation)
+    assert both.report.answered == ("client-0",)
+    assert both.report.rejected == {"client-0": "update of round 1 came with one of round 2"}
+    assert_close(lab.products(both.state)["x"], lab.dense(timely.delta, state)["x"])
+
+
+def test_gauges_reach_keep_gauges_bases_back(lab, generator):
+    federation = lab.federation(keep_gauges=2)
+    svd = rounds(lab, lab.method(), federation, 5, generator)
+    assert [gauges.basis for gauges in svd.gauges] == [3, 4, 5]
+    every_other = rounds(lab, lab.method(refactor_every=2), federation, 5, generator)
+    assert [gauges.basis for gauges in every_other.gauges] == [0, 1, 2]
+    frozen = rounds(lab, lab.method("ffa"), federation, 5, generator)
+    assert [gauges.basis for gauges in frozen.gauges] == [0]
+    for state in (svd, every_other, frozen):
+        for site, frame in state.frame.items():
+            assert_close(state.gauges[-1].sites[site] @ frame, state.adapters.sites[site].a)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5])
+def test_a_round_without_answers_moves_by_the_memory_alone(lab, generator, beta):
+    method, federation = lab.method(beta=beta), lab.federation(cohort=3)
+    state = rounds(lab, method, federation, 1, generator)
+    absorbed = absorb(
+        state, a_round(lab, state, federation), [], remembered={}, method=method, federation=federation
+    )
+    memory = lab.dense_in_frame(state.memory, state)
+    for site, before in lab.products(state).items():
+        assert_close(lab.products(absorbed.state)[site], before + beta * memory[site])
+    assert absorbed.state.round == 2
+    assert (absorbed.report.answered, absorbed.fresh) == ((), {})
+    assert absorbed.state.remembered == state.remembered
+
+
+def test_a_plan_of_another_round_is_not_absorbed(lab):
+    method, federation = lab.method(), lab.federation()
+    state = lab.start(method)
+    planned = replace(a_round(lab, state, federation), round=3)
+    with pytest.raises(IncompleteError, match="round 3"):
+        absorb(state, planned, [], remembered={}, method=method, federation=federation)
+
+
+def test_a_lost_memory_is_not_taken_for_zero(lab, generator):
+    method, federation = lab.method(beta=0.5), lab.federation(cohort=3)
+    state = rounds(lab, method, federation, 1, generator)
+    planned = a_round(lab, state, federation)
+    reply = lab.update("client-0", planned, lab.delta(state, generator))
+    with pytest.raises(IncompleteError, match="'client-0': 1"):
+        absorb(state, planned, [reply], remembered={}, method=method, federation=federation)

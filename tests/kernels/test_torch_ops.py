@@ -1,0 +1,50 @@
+"""The low-rank products equal what autograd gives for one example at a time."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.testing import assert_close
+
+from fedlora.errors import ShapeError
+from fedlora.kernels.torch_ops import per_example_bias_gradient, per_example_gradient
+
+tokens = st.lists(st.integers(1, 4), max_size=2)
+
+
+@given(n=st.integers(0, 4), tokens=tokens, m=st.integers(1, 5), r=st.integers(1, 5), seed=st.integers(0, 99))
+def test_gradients_equal_autograd_of_each_example(n, tokens, m, r, seed):
+    draw = torch.Generator().manual_seed(seed)
+    h = torch.randn(n, *tokens, r, generator=draw, dtype=torch.float64)
+    dy = torch.randn(n, *tokens, m, generator=draw, dtype=torch.float64)
+    weight = torch.zeros(m, r, dtype=torch.float64, requires_grad=True)
+    bias = torch.zeros(m, dtype=torch.float64, requires_grad=True)
+    assert per_example_gradient(dy, h).shape == (n, m, r)
+    assert per_example_bias_gradient(dy).shape == (n, m)
+    for i in range(n):
+        y = torch.nn.functional.linear(h[i], weight, bias)
+        of_weight, of_bias = torch.autograd.grad((y * dy[i]).sum(), (weight, bias))
+        assert_close(per_example_gradient(dy, h)[i], of_weight, rtol=1e-12, atol=1e-12)
+        assert_close(per_example_bias_gradient(dy)[i], of_bias, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16])
+def test_sums_over_tokens_are_float32_whatever_comes_in(narrow):
+    dy, h = torch.randn(2, 300, 3).to(narrow), torch.randn(2, 300, 4).to(narrow)
+    wide, bias = per_example_gradient(dy, h), per_example_bias_gradient(dy)
+    assert wide.dtype == bias.dtype == torch.float32
+    assert_close(wide, torch.einsum("ntm,ntr->nmr", dy.double(), h.double()).float(), rtol=1e-5, atol=1e-4)
+    assert_close(bias, dy.double().sum(dim=1).float(), rtol=1e-5, atol=1e-4)
+
+
+def test_the_wider_type_wins():
+    mixed = per_example_gradient(torch.randn(2, 3), torch.randn(2, 4, dtype=torch.float64))
+    assert mixed.dtype == torch.float64
+
+
+@pytest.mark.parametrize(
+    ("dy", "h"), [((2, 3, 4), (2, 5, 4)), ((2, 3), (3, 3)), ((6, 4), (2, 3, 4)), ((4,), (4,))]
+)
+def test_shapes_that_do_not_match_are_refused(dy, h):
+    with pytest.raises(ShapeError):
+        per_example_gradient(torch.zeros(dy), torch.zeros(h))

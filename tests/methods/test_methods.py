@@ -1,0 +1,149 @@
+"""Methods: three published names, one set of parts."""
+
+import math
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from fedlora.config import schema
+from fedlora.methods import build
+from fedlora.methods.mixing import Mixing
+from fedlora.methods.subspace import Subspace
+from fedlora.values import Adapters, Factors, RoundPlan
+
+
+def lora(init="orthonormal"):
+    return schema.Lora(r=4, lora_alpha=4.0, target_modules=["query"], init=init)
+
+
+def adapters(init="kaiming"):
+    """Two sites after some training: B is not zero."""
+    generator = torch.Generator().manual_seed(0)
+    subspace = Subspace(init=init, refactor_every=None)
+    sites = {
+        site: Factors(
+            a=subspace.first_a(site, (4, 16), 7, torch.float64),
+            b=torch.randn(9, 4, generator=generator, dtype=torch.float64),
+        )
+        for site in ("x", "y")
+    }
+    return Adapters(basis=3, scale=1.0, sites=sites, head={"bias": torch.ones(2)})
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.4])
+@pytest.mark.parametrize("init", ["orthonormal", "kaiming"])
+def test_a_method_is_what_its_paper_says(init, beta):
+    stale = schema.Stale(beta=beta)
+    svd = build(schema.FedSvd(name="fedsvd", refactor_every=3, stale=stale), lora(init))
+    ffa = build(schema.Ffa(name="ffa", stale=stale), lora(init))
+    avg = build(schema.FedAvg(name="fedavg", stale=stale), lora(init))
+    assert [method.name for method in (svd, ffa, avg)] == ["fedsvd", "ffa", "fedavg"]
+    assert {method.trains for method in (svd, ffa, avg)} == {"b"}
+    assert {method.mixing for method in (svd, ffa, avg)} == {Mixing(beta=beta)}
+    assert svd.subspace == Subspace(init=init, refactor_every=3)
+    assert ffa.subspace == Subspace(init=init, refactor_every=None)
+    assert avg.subspace == Subspace(init="kaiming", refactor_every=None)  # whatever lora.init says
+
+
+def test_fedavg_is_ffa_with_pefts_a():
+    avg = build(schema.FedAvg(name="fedavg"), lora("orthonormal"))
+    ffa = build(schema.Ffa(name="ffa"), lora("kaiming"))
+    assert (avg.trains, avg.subspace, avg.mixing) == (ffa.trains, ffa.subspace, ffa.mixing)
+
+
+@pytest.mark.parametrize("init", ["orthonormal", "kaiming"])
+def test_the_first_a_depends_on_seed_and_site_alone(init):
+    subspace = Subspace(init=init, refactor_every=1)
+    first = subspace.first_a("x", (4, 16), 7, torch.float64)
+    torch.rand(5)  # the ambient generator plays no part
+    assert torch.equal(subspace.first_a("x", (4, 16), 7, torch.float64), first)
+    assert not torch.equal(subspace.first_a("y", (4, 16), 7, torch.float64), first)
+    assert not torch.equal(subspace.first_a("x", (4, 16), 8, torch.float64), first)
+    assert torch.equal(subspace.first_a("x", (4, 16), 7, torch.float32), first.float())
+
+
+def test_the_first_a_has_the_law_it_is_named_after():
+    n = 1024
+    orthonormal, kaiming = (
+        Subspace(init=init, refactor_every=None).first_a("x", (64, n), 1, torch.float64)
+        for init in ("orthonormal", "kaiming")
+    )
+    assert_close(orthonormal @ orthonormal.T, torch.eye(64, dtype=torch.float64))
+    # kaiming_uniform_(a=sqrt(5)) is U(-1/sqrt(n), 1/sqrt(n)), of variance 1 / 3n; the mean is within 5 sigma
+    assert float(kaiming.abs().max()) <= 1 / math.sqrt(n)
+    assert abs(float(kaiming.mean())) < 5 * math.sqrt(1 / (3 * n) / kaiming.numel())
+    assert math.isclose(float(kaiming.square().mean()) * 3 * n, 1.0, rel_tol=0.02)
+
+
+def test_the_first_a_is_bounded_as_peft_draws_it():
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.empty(8, 100)
+    torch.nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=generator)
+    ours = Subspace(init="kaiming", refactor_every=None).first_a("x", (8, 100), 0, torch.float32)
+    assert_close(ours.std(), drawn.std(), rtol=0.1, atol=0)
+    assert_close(ours.abs().max(), drawn.abs().max(), rtol=0.05, atol=0)
+
+
+def test_a_fixed_subspace_is_the_very_same_object():
+    before = adapters()
+    assert Subspace(init="kaiming", refactor_every=None).move(before, 12) is before
+    assert Subspace(init="kaiming", refactor_every=5).move(before, 12) is before
+
+
+def test_a_moved_subspace_is_the_same_model_in_the_next_basis():
+    before = adapters()
+    after = Subspace(init="kaiming", refactor_every=5).move(before, 10)
+    assert after.basis == before.basis + 1
+    assert torch.equal(after.head["bias"], before.head["bias"])
+    for site in before.sites:
+        old, new = before.sites[site], after.sites[site]
+        assert_close(new.b @ new.a, old.b @ old.a)
+        assert_close(new.a @ new.a.T, torch.eye(4, dtype=torch.float64))
+
+
+PLAN = RoundPlan(
+    run="run",
+    round=1,
+    cohort=("a", "b", "c"),
+    probability={"a": 0.5, "b": 0.25, "c": 1.0, "late": 0.5},
+    weight={"a": 0.2, "b": 0.3, "c": 0.4, "late": 0.1},
+)
+
+
+def test_normalised_shares_sum_to_one_over_whoever_answered():
+    shares = Mixing(beta=0.0).shares({"a", "late"}, PLAN, "normalised")
+    assert shares == pytest.approx({"a": 2 / 3, "late": 1 / 3})
+    assert Mixing(beta=0.0).shares({"b"}, PLAN, "normalised") == {"b": 1.0}
+
+
+def test_importance_shares_do_not_depend_on_who_else_answered():
+    assert Mixing(beta=0.0).shares({"a", "b"}, PLAN, "importance") == pytest.approx({"a": 0.4, "b": 1.2})
+    assert Mixing(beta=0.0).shares({"b", "late"}, PLAN, "importance") == pytest.approx(
+        {"b": 1.2, "late": 0.2}
+    )
+
+
+@pytest.mark.parametrize("participation", ["normalised", "importance"])
+def test_nobody_has_no_share(participation):
+    assert Mixing(beta=0.5).shares((), PLAN, participation) == {}
+
+
+def test_the_two_corrections_agree_for_equal_weights_and_a_fixed_cohort():
+    clients = [f"client-{index}" for index in range(8)]
+    plan = RoundPlan(
+        run="run",
+        round=1,
+        cohort=tuple(clients[:4]),
+        probability=dict.fromkeys(clients, 4 / 8),
+        weight=dict.fromkeys(clients, 1 / 8),
+    )
+    mixing = Mixing(beta=0.0)
+    assert mixing.shares(clients[:4], plan, "normalised") == pytest.approx(
+        mixing.shares(clients[:4], plan, "importance")
+    )
+
+
+def test_only_a_positive_beta_remembers():
+    assert not Mixing(beta=0.0).remembers
+    assert Mixing(beta=0.01).remembers

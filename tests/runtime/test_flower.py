@@ -1,0 +1,251 @@
+"""The stock Flower engine runs the same federation, and whatever a node does ends as a reply."""
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import pytest
+import torch
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+from flwr.proto.task_pb2 import Task
+from flwr.server.superlink.fleet.vce import vce_api
+from flwr.server.superlink.fleet.vce.backend.backend import Backend
+from flwr.server.superlink.fleet.vce.metrics import VceMetrics
+from flwr.server.superlink.linkstate import LinkStateFactory
+from flwr.server.superlink.linkstate.in_memory_linkstate import RunRecord
+from flwr.serverapp import Grid
+from flwr.supercore.constant import FLWR_IN_MEMORY_DB_NAME, NOOP_FEDERATION_ID
+from flwr.supercore.object_store import ObjectStoreFactory
+from flwr.supercore.run import Run
+from flwr.supercore.task_identity import TaskIdentity
+from flwr.superlink.federation import NoOpFederationManager
+from flwr.superlink.grid import InMemoryGrid
+
+from fedlora.errors import IncompleteError, LedgerError
+from fedlora.runtime.events import ClientDone, RoundDone
+from fedlora.runtime.flower_client import Hello, client_app
+from fedlora.runtime.flower_cohort import FlowerCohort, Nodes, meet
+from fedlora.runtime.server import Reported, reported_events
+from fedlora.runtime.simulate import resume, simulate
+from fedlora.runtime.wire import decode_request, encode_reply
+from fedlora.values import (
+    Adapters,
+    ClientUpdate,
+    Delta,
+    DpEvent,
+    Factors,
+    LocalWork,
+    Member,
+    Refusal,
+    RefusalReason,
+    TrainRequest,
+)
+
+SPENT = DpEvent(noise_multiplier=1.5, sample_rate=0.1, steps=2)
+
+
+def state(run_dir) -> str:
+    return json.loads((run_dir / "summary.json").read_text())["state_sha256"]
+
+
+def test_flower_ends_in_the_state_of_the_local_reference(tiny_config, tmp_path):
+    local = simulate(tiny_config(federation__rounds=2), tmp_path / "local", lambda event: None)
+    config = tiny_config(federation__rounds=2, runtime={"kind": "flower", "workers": 1})
+    heard = []
+    flower = simulate(config, tmp_path / "flower", heard.append)
+    assert state(flower) == state(local)
+    assert [event.outcome for event in heard if isinstance(event, ClientDone)] == ["answered"] * 4
+    assert not (flower / ".flower").exists()
+
+
+@pytest.mark.slow  # the engine starts twice
+def test_an_interrupted_flower_run_is_resumed_to_the_same_state(tiny_config, tmp_path):
+    local = simulate(tiny_config(federation__rounds=2), tmp_path / "local", lambda event: None)
+    config = tiny_config(federation__rounds=2, runtime={"kind": "flower", "workers": 1})
+
+    def interrupt(event: object) -> None:
+        if isinstance(event, RoundDone):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        simulate(config, tmp_path / "flower", interrupt)
+    assert not (tmp_path / "flower" / ".flower").exists()
+    assert state(resume(tmp_path / "flower", lambda event: None)) == state(local)
+
+
+@pytest.mark.slow
+def test_a_ledger_that_cannot_be_trusted_stops_a_simulated_run(tiny_config, tmp_path):
+    config = tiny_config(federation__rounds=1, runtime={"kind": "flower", "workers": 1})
+    ledgers = tmp_path / "flower" / "ledgers"
+    ledgers.mkdir(parents=True)
+    for client in ("client-0", "client-1", "client-2"):
+        (ledgers / f"{client}.jsonl").write_text("no ledger\n")
+    with pytest.raises(LedgerError, match="ledgers"):
+        simulate(config, tmp_path / "flower", lambda event: None)
+
+
+class InThisProcess(Backend):
+    """Flower's simulation engine without Ray: ClientApps run in its threads."""
+
+    def __init__(self) -> None:
+        super().__init__({})
+
+    def build(self, app_fn: Callable[[], ClientApp]) -> None:
+        self.app = app_fn()
+
+    @property
+    def num_workers(self) -> int:
+        return 4
+
+    def is_worker_idle(self) -> bool:
+        return True
+
+    def terminate(self) -> None: ...
+
+    def process_message(self, message: Message, context: Context) -> tuple[Message, Context]:
+        return self.app(message, context), context
+
+
+@contextmanager
+def federation(answers: list[Callable[[bytes], bytes]], names: list[str] | None = None) -> Iterator[Grid]:
+    """A grid with a node for each answer; node k is the owner `site-k` unless named otherwise."""
+    names = names or [f"site-{k}" for k in range(len(answers))]
+
+    def greet(context: Context) -> Hello:
+        return Hello(client=names[int(context.node_config["partition-id"])], records=10, classes=("a", "b"))
+
+    def answer(context: Context, frame: bytes) -> bytes:
+        return answers[int(context.node_config["partition-id"])](frame)
+
+    factory = LinkStateFactory(FLWR_IN_MEMORY_DB_NAME, NoOpFederationManager(), ObjectStoreFactory())
+    run = Run.create_empty(run_id=7)
+    run.primary_task_id, run.federation_id = 9, NOOP_FEDERATION_ID
+    TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 7, 1, 1
+    links = factory.state()
+    links.run_ids[7] = RunRecord(run=run)
+    links.task_store[9] = Task(task_id=9, run_id=7)
+    grid = InMemoryGrid(state_factory=factory, pull_interval=0.01)
+    grid.set_run(run)
+    nodes = vce_api._register_nodes(len(answers), factory)
+    stores = vce_api._register_node_info_stores(nodes, run)
+    stop = threading.Event()
+    app = client_app(greet, answer)
+    arguments = (lambda: app, InThisProcess, nodes, factory, stores, stop, VceMetrics())
+    engine = threading.Thread(target=vce_api.run_api, args=arguments, daemon=True)
+    engine.start()
+    try:
+        yield grid
+    finally:
+        stop.set()
+        engine.join(10)
+
+
+def cohort_of(grid: Grid, clients: int, deadline_s: float = 5.0) -> FlowerCohort:
+    nodes = Nodes(grid, lambda hello: True)
+    meet(nodes, lambda hellos: len(hellos) == clients)
+    return FlowerCohort(nodes, deadline_s=deadline_s, ttl_s=60.0, listener=lambda event: None)
+
+
+def request(number: int) -> TrainRequest:
+    factors = Factors(a=torch.eye(2, 4), b=torch.zeros(3, 2))
+    adapters = Adapters(basis=0, scale=1.0, sites={"layer": factors})
+    return TrainRequest(run="r", round=number, adapters=adapters, work=LocalWork(steps=2, learning_rate=0.1))
+
+
+def honest(client: str, frame: bytes, spent: DpEvent | None = SPENT) -> bytes:
+    asked = decode_request(frame)
+    delta = Delta(basis=asked.adapters.basis, sites={"layer": torch.full((3, 2), float(asked.round))})
+    return encode_reply(
+        ClientUpdate(client=client, run=asked.run, round=asked.round, delta=delta, spent=spent)
+    )
+
+
+def slow_first(client: str, seconds: float, frame: bytes) -> bytes:
+    time.sleep(seconds if decode_request(frame).round == 1 else 0.0)
+    return honest(client, frame)
+
+
+def breaks(frame: bytes) -> bytes:
+    raise ValueError("patient 4711 has it")
+
+
+def test_whatever_a_node_does_ends_as_a_reply_that_bears_its_name(caplog):
+    answers = [
+        partial(honest, "site-0"),
+        breaks,
+        lambda frame: b"\x00" * 100,
+        partial(honest, "site-0"),  # node 3 speaks in another's name
+    ]
+    names = ["site-0", "site-1", "site-2", "site-3", "nobody"]
+    with federation(answers) as grid:
+        replies = {reply.client: reply for reply in cohort_of(grid, 4).ask(names, request(1))}
+    assert sorted(replies) == sorted(names)
+    assert isinstance(replies.pop("site-0"), ClientUpdate)
+    assert {reply.reason for reply in replies.values()} == {RefusalReason.FAILED}
+    assert {(reply.run, reply.round) for reply in replies.values()} == {("r", 1)}
+
+
+def test_an_exceptions_words_stay_on_the_node():
+    from fedlora.runtime.flower_client import TRAIN, frame_content
+    from fedlora.runtime.flower_cohort import pull, push
+
+    with federation([breaks]) as grid:
+        (node,) = grid.get_node_ids()
+        identifier = push(grid, frame_content(b"frame"), node, TRAIN, 60.0)
+        while not (found := pull(grid, [identifier])):
+            time.sleep(0.01)
+    assert found[0].has_error()
+    assert "4711" not in found[0].error.reason
+
+
+def test_a_reply_after_the_deadline_comes_with_a_later_round_and_the_node_is_asked_again():
+    answers = [partial(slow_first, "site-0", 1.5), partial(honest, "site-1")]
+    with federation(answers) as grid:
+        cohort = cohort_of(grid, 2, deadline_s=0.7)
+        first = [(reply.client, reply.round) for reply in cohort.ask(["site-0", "site-1"], request(1))]
+        cohort.deadline_s = 5.0
+        second = [(reply.client, reply.round) for reply in cohort.ask(["site-0", "site-1"], request(2))]
+    assert first == [("site-1", 1)]
+    assert sorted(second) == [("site-0", 1), ("site-0", 2), ("site-1", 2)]
+
+
+def test_a_second_node_under_the_name_of_one_that_is_online_is_ignored():
+    answers = [partial(honest, "site-0"), partial(honest, "site-0")]
+    with federation(answers, names=["site-0", "site-0"]) as grid:
+        nodes = Nodes(grid, lambda hello: True)
+        meet(nodes, lambda hellos: len(hellos) == 1 and not nodes._asked)
+        first = nodes.online()["site-0"]
+        assert [nodes.online()["site-0"] for _ in range(3)] == [first] * 3
+
+
+def test_what_replies_say_they_spent_is_kept_once_a_round_and_nonsense_is_dropped(tmp_path):
+    free = partial(honest, "site-1", spent=None)
+    negative = partial(honest, "site-2", spent=DpEvent(noise_multiplier=-1.0, sample_rate=0.1, steps=2))
+    with federation([partial(honest, "site-0"), free, negative]) as grid:
+        cohort = Reported(cohort_of(grid, 3), tmp_path / "spent.jsonl")
+        for number in (1, 1, 2):  # a round may be done again after a crash
+            replies = list(cohort.ask(["site-0", "site-1", "site-2"], request(number)))
+            refused = {reply.client for reply in replies if isinstance(reply, Refusal)}
+            assert refused == {"site-1", "site-2"}
+    members = [Member(client=f"site-{k}", examples=10) for k in range(3)]
+    assert reported_events(tmp_path / "spent.jsonl", members) == {
+        "site-0": (SPENT, SPENT),
+        "site-1": (),
+        "site-2": (),
+    }
+
+
+def test_a_transport_that_cannot_go_on_ends_the_round_at_once():
+    def watch(error: object) -> None:
+        if error is not None:
+            raise IncompleteError("a worker died")
+
+    with federation([breaks]) as grid:
+        cohort = cohort_of(grid, 1)
+        cohort.watch = watch
+        with pytest.raises(IncompleteError):
+            list(cohort.ask(["site-0"], request(1)))
