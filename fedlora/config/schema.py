@@ -62,8 +62,9 @@ class Lora(Section):
     """Names of the linear layers to adapt, matched at the end of the module path."""
     layers_to_transform: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] | None = None
     """Only these; null: all. Fewer trained numbers carry less noise, layers below are not back-propagated."""
-    init: Literal["orthonormal", "kaiming"] = "orthonormal"
-    """The first A: orthonormal rows, or Kaiming-uniform as PEFT and FFA-LoRA draw it."""
+    init: Literal["orthonormal", "centred", "kaiming"] = "orthonormal"
+    """The first A: orthonormal rows; the same, but orthogonal to the site's mean input over public text, a large
+    component that carries nothing and dominates gradients (centred); or Kaiming-uniform as PEFT draws it."""
 
 
 class Iid(Section):

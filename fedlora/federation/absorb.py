@@ -48,6 +48,7 @@ def start(
     method: Method,
     seed: int,
     dtype: torch.dtype,
+    mean_inputs: Mapping[Site, Tensor] | None = None,
 ) -> ServerState:
     """The state before the first round: basis 0, B zero, nothing remembered, the frame spanning the first A.
 
@@ -58,6 +59,7 @@ def start(
         method: draws the first A.
         seed: of the run.
         dtype: of every tensor of the state.
+        mean_inputs: (d_in,) of each site over public text, for `lora.init: centred`.
 
     Raises:
         ConfigError: lora.r exceeds a side of a site.
@@ -70,7 +72,7 @@ def start(
             )
     sites = {
         site: Factors(
-            a=method.subspace.first_a(site, (r, d_in), seed, dtype),
+            a=method.subspace.first_a(site, (r, d_in), seed, dtype, (mean_inputs or {}).get(site)),
             b=torch.zeros(d_out, r, dtype=dtype),
         )
         for site, (d_out, d_in) in sorted(shapes.items())

@@ -20,10 +20,17 @@ class Subspace:
     refactor_every: rounds between two refactorisations; None leaves A as drawn.
     """
 
-    init: Literal["orthonormal", "kaiming"]
+    init: Literal["orthonormal", "centred", "kaiming"]
     refactor_every: int | None
 
-    def first_a(self, site: Site, shape: tuple[int, int], seed: int, dtype: torch.dtype) -> Tensor:
+    def first_a(
+        self,
+        site: Site,
+        shape: tuple[int, int],
+        seed: int,
+        dtype: torch.dtype,
+        mean_input: Tensor | None = None,
+    ) -> Tensor:
         """The first A of a site, the same for equal seed and site, whatever other sites there are.
 
         Drawn in float64, so that runs of different dtypes start from the same subspace.
@@ -33,6 +40,7 @@ class Subspace:
             shape: (r, d_in), r <= d_in.
             seed: of the run.
             dtype: of the result.
+            mean_input: (d_in,), what `centred` rows are orthogonal to; needed by it alone.
 
         Raises:
             ShapeError: orthonormal rows are asked for and r exceeds d_in.
@@ -43,6 +51,9 @@ class Subspace:
                 return orthonormalise(torch.randn(shape, generator=generator, dtype=torch.float64)).q.to(
                     dtype
                 )
+            case "centred":
+                draw = torch.randn(shape, generator=generator, dtype=torch.float64)
+                return orthonormalise(_without(draw, mean_input)).q.to(dtype)
             case "kaiming":
                 # PEFT calls kaiming_uniform_ with a = sqrt(5), which makes the bound 1 / sqrt(d_in).
                 draw = torch.rand(shape, generator=generator, dtype=torch.float64)
@@ -59,6 +70,12 @@ class Subspace:
             return adapters
         sites = {site: _refactored(adapters.sites[site]) for site in sorted(adapters.sites)}
         return replace(adapters, basis=adapters.basis + 1, sites=sites)
+
+
+def _without(rows: Tensor, direction: Tensor | None) -> Tensor:
+    assert direction is not None, "init centred needs the site's mean input"
+    unit = torch.nn.functional.normalize(direction.double(), dim=0)
+    return rows - (rows @ unit)[:, None] * unit
 
 
 def _refactored(factors: Factors) -> Factors:

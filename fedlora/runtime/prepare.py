@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
+
 from fedlora.config.load import config_digest
 from fedlora.config.schema import RunConfig
 from fedlora.data import load_corpus
@@ -40,20 +42,29 @@ class Prepared:
     model: AdaptedModel
 
     def first_state(self) -> ServerState:
-        """The zero-step state: B = 0, A as the method draws it."""
-        config = self.config
-        return start(
-            self.model.shapes(),
-            head=self.model.head(),
-            lora_cfg=config.lora,
-            method=self.method,
-            seed=config.seed,
-            dtype=next(iter(self.model.trained.values())).dtype,
-        )
+        """The zero-step state."""
+        return first_state(self.config, self.model, self.method)
+
+
+def first_state(config: RunConfig, model: AdaptedModel, method: Method) -> ServerState:
+    """The zero-step state: B = 0, the head as the model has it, A as the method draws it."""
+    centred = config.lora.init == "centred"
+    return start(
+        model.shapes(),
+        head=model.head(),
+        lora_cfg=config.lora,
+        method=method,
+        seed=config.seed,
+        dtype=next(iter(model.trained.values())).dtype,
+        mean_inputs=model.mean_inputs(load_tokenizer(config.model.name)) if centred else None,
+    )
 
 
 def prepare(config: RunConfig, listener: Listener) -> Prepared:
     """The run that `config` describes; every mistake that can be found before training is found here."""
+    torch.set_num_threads(
+        config.runtime.threads
+    )  # what public text says of the model must not depend on the cores
     clients = gather_clients(config, listener)
     listener(Stage(name=f"loading {config.model.name}"))
     model = load_model(config.model, config.task, config.lora, clients.classes, config.seed)

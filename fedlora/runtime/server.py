@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import secrets
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,13 +21,13 @@ from fedlora.config.schema import RunConfig
 from fedlora.data import load_corpus
 from fedlora.data.tokenise import tokenise
 from fedlora.errors import ConfigError
-from fedlora.federation.absorb import start
 from fedlora.federation.cohort import Cohort
-from fedlora.federation.loop import rounds
+from fedlora.federation.loop import line_zero, rounds
 from fedlora.federation.store import Store, append_durably, state_digest, write_durably
 from fedlora.methods import build
 from fedlora.runtime.flower_client import Hello
 from fedlora.runtime.flower_cohort import FlowerCohort, Nodes, meet
+from fedlora.runtime.prepare import first_state
 from fedlora.runtime.rundir import finished_summary, locked, run_config, run_rounds
 from fedlora.runtime.summary import privacy_summary, versions, write_summary
 from fedlora.training.model import load_model, load_tokenizer
@@ -76,10 +77,8 @@ def _serve(grid: Grid, config: RunConfig, run_dir: Path) -> None:
     roster, nodes = _roster(grid, config, run_dir, centre.classes)
     store = Store(run_dir)
     if store.is_empty():
-        nobody: dict[str, Any] = {"round": 0, "asked": [], "answered": [], "refused": {}, "rejected": {}}
-        first = centre.first
-        store.begin(first, {**nobody, **centre.score(first.adapters), "epsilon_max": None, "seconds": 0.0})
-    state, _ = store.load()
+        store.begin(centre.first, line_zero(centre.score(centre.first.adapters)))
+    state = store.recover()
     federation = config.federation
     cohort = FlowerCohort(
         nodes,
@@ -120,14 +119,7 @@ def _centre(config: RunConfig) -> _Centre:
         found = evaluate(model, test)
         return {"metric": found.metric, "score": found.value, "loss": found.loss}
 
-    first = start(
-        model.shapes(),
-        head=model.head(),
-        lora_cfg=config.lora,
-        method=build(config.method, config.lora),
-        seed=config.seed,
-        dtype=next(iter(model.trained.values())).dtype,
-    )
+    first = first_state(config, model, build(config.method, config.lora))
     return _Centre(classes=corpus.classes, first=first, score=score)
 
 
@@ -146,8 +138,9 @@ def _roster(grid: Grid, config: RunConfig, run_dir: Path, classes: tuple[str, ..
     if path.exists():
         words = json.loads(path.read_text())
         known.update(words["members"])
-        log.info("waiting for %d of %s", config.federation.min_clients, sorted(known))
-        meet(nodes, lambda hellos: len(hellos.keys() & known.keys()) >= config.federation.min_clients)
+        log.info("waiting for %s", sorted(known))
+        ends = time.monotonic() + config.federation.deadline_s
+        meet(nodes, lambda hellos: _enough(hellos, known, ends, config.federation.min_clients))
     else:
         wanted = getattr(config.data.partition, "clients", None)
         if wanted is None:
@@ -161,6 +154,12 @@ def _roster(grid: Grid, config: RunConfig, run_dir: Path, classes: tuple[str, ..
         write_durably(path, json.dumps(words, indent=2) + "\n")
     members = tuple(Member(client=client, examples=records) for client, records in sorted(known.items()))
     return Roster(run=words["run"], members=members), nodes
+
+
+def _enough(hellos: Mapping[str, Hello], known: Mapping[str, int], ends: float, least: int) -> bool:
+    """Everybody of the roster, or after the time that a round gets, as many as a round needs."""
+    back = len(hellos.keys() & known.keys())
+    return back == len(known) or (back >= least and time.monotonic() >= ends)
 
 
 def _fits(hello: Hello, classes: tuple[str, ...], known: Mapping[str, int]) -> bool:

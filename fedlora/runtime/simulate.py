@@ -1,8 +1,11 @@
 """The main job: a whole run on simulated clients, from a config to a finished run directory; and going on with one."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from fedlora.config.load import config_digest, dump_config
 from fedlora.config.schema import RunConfig
@@ -119,7 +122,9 @@ def _scorer(prepared: Prepared, run_dir: Path) -> Score:
 
     def score(adapters: Adapters) -> dict[str, Any]:
         prepared.model.load(adapters)
+        torch.set_num_threads(os.cpu_count() or 1)  # workers are idle while the server scores
         found = evaluate(prepared.model, prepared.clients.test)
+        torch.set_num_threads(prepared.config.runtime.threads)
         spent = privacy_summary(prepared.config.privacy, ledger_events(run_dir))["epsilon_max"]
         return {"metric": found.metric, "score": found.value, "loss": found.loss, "epsilon_max": spent}
 

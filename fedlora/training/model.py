@@ -16,7 +16,7 @@ from fedlora.config import schema
 from fedlora.errors import ModelError, ShapeError
 from fedlora.seeds import seed_for
 from fedlora.training.checkpoints import load_base, locate, quiet
-from fedlora.training.pooler import make_identity
+from fedlora.training.public import make_identity_pooler, mean_inputs
 from fedlora.values import Adapters, Delta, Site
 
 ADAPTER = "default"  # PEFT's name for the one adapter that a model here has
@@ -48,6 +48,11 @@ class AdaptedModel:
     def shapes(self) -> dict[Site, tuple[int, int]]:
         """(d_out, d_in) of every site."""
         return {site: (b.shape[0], a.shape[1]) for site, (a, b) in self.factors().items()}
+
+    def mean_inputs(self, tokenizer: PreTrainedTokenizerBase) -> dict[Site, Tensor]:
+        """The mean input (d_in,) of every site over public text; see `training.public`."""
+        layers = dict(_lora_layers(self.peft_model))
+        return mean_inputs(self.peft_model, {site: layers[site] for site in self.sites}, tokenizer)
 
     def head(self) -> dict[str, Tensor]:
         """Clones of the head's trained tensors; empty where the head is frozen or there is none."""
@@ -130,7 +135,7 @@ def load_model(
         torch.manual_seed(seed_for(seed, "head"))
         model, new = load_base(model_cfg, task_cfg, classes)
         if isinstance(task_cfg, schema.Classification) and task_cfg.pooler == "identity":
-            new = (*new, *make_identity(model, load_tokenizer(model_cfg.name)))
+            new = (*new, *make_identity_pooler(model, load_tokenizer(model_cfg.name)))
         head = {} if isinstance(task_cfg, schema.CausalLm) else _head_layers(model, len(classes))
         _draw_head(model, head, new, seed, zero_output=trained_head)
         saved = _saved_modules(model, head, new)

@@ -1,0 +1,79 @@
+"""What can be learnt about a pretrained model from public text alone: rows of words drawn from its own vocabulary.
+
+Hidden states of a transformer share one large component whatever the text. It says nothing about a record, but it
+dominates gradients, and clipping would spend its bound on it. Two places can be rid of it for free, since random
+words of the vocabulary show it as well as any text: the pooler of a classifier, and the first rows of A.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from fedlora.errors import ModelError
+
+ROWS, WORDS = 256, 12
+SEED = 0
+"""Fixed: the text is a constant of the vocabulary, the same on every machine and in every run."""
+
+
+def public_rows(tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """Token ids (256, 12 and special tokens) of random words; of equal length, so nothing is padded."""
+    vocabulary = tokenizer.get_vocab()
+    words = sorted(word for word in vocabulary if word.isalpha() and word.isascii() and len(word) > 1)
+    ids = torch.tensor([vocabulary[word] for word in words or sorted(vocabulary)])
+    draw = torch.Generator().manual_seed(SEED)
+    drawn = ids[torch.randint(len(ids), (ROWS, WORDS), generator=draw)]
+    special = tokenizer("")["input_ids"]  # such as [CLS] and [SEP], or nothing
+    before = torch.tensor(special[: (len(special) + 1) // 2], dtype=torch.long)
+    after = torch.tensor(special[(len(special) + 1) // 2 :], dtype=torch.long)
+    return torch.cat([before.expand(ROWS, -1), drawn, after.expand(ROWS, -1)], dim=1)
+
+
+@torch.no_grad()
+def make_identity_pooler(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+    """The pooler passes on the centred first token: tanh(h - mean h over public rows).
+
+    BERT-like classifiers read tanh(W h + b) of the first token's state h. Checkpoints trained on another read-out
+    (sentence-transformers average over tokens) carry a W that is noise to a classifier.
+
+    Returns:
+        The names of the parameters replaced, which an exported adapter must carry.
+
+    Raises:
+        ModelError: the model has no pooler of one square linear layer.
+    """
+    path = f"{model.base_model_prefix}.pooler.dense"
+    dense = dict(model.named_modules()).get(path)
+    if not isinstance(dense, nn.Linear) or dense.in_features != dense.out_features:
+        raise ModelError(
+            f"task.pooler identity: {type(model).__name__} has no square linear layer {path!r}; "
+            f"write pooler: checkpoint"
+        )
+    first = model.base_model(input_ids=public_rows(tokenizer)).last_hidden_state[:, 0]
+    dense.weight.copy_(torch.eye(dense.in_features))
+    dense.bias.copy_(-first.double().mean(dim=0))
+    return f"{path}.weight", f"{path}.bias"
+
+
+@torch.no_grad()
+def mean_inputs(
+    model: nn.Module, layers: Mapping[str, nn.Module], tokenizer: PreTrainedTokenizerBase
+) -> dict[str, Tensor]:
+    """The mean input (d_in,) of each of `layers` over all tokens of the public rows, float64."""
+    means: dict[str, Tensor] = {}
+
+    def keep(name: str, inputs: tuple[Tensor, ...]) -> None:
+        means[name] = inputs[0].double().flatten(0, -2).mean(dim=0)
+
+    handles = [
+        layer.register_forward_pre_hook(lambda _, inputs, name=name: keep(name, inputs))
+        for name, layer in layers.items()
+    ]
+    try:
+        model(input_ids=public_rows(tokenizer))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return means
