@@ -111,7 +111,7 @@ class Mechanism:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DpEvent:
-    """What one participation spent: `steps` releases of a Poisson-subsampled Gaussian. Epsilon is computed, never stored."""
+    """What one participation spent: `steps` releases of a Poisson-subsampled Gaussian. No epsilon: it is computed."""
 
     noise_multiplier: float
     sample_rate: float
@@ -194,7 +194,7 @@ class RoundPlan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoundReport:
-    """What became of a plan: sorted clients that answered, that refused (and why), whose reply was rejected (and why)."""
+    """What became of a plan: who answered, who refused and why, whose reply was rejected and why; all sorted."""
 
     round: int
     asked: tuple[str, ...]

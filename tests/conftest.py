@@ -1,5 +1,6 @@
 """A model and data small enough for any machine, made by the tests themselves."""
 
+import json
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -132,10 +133,8 @@ def tiny_config(
     def build(**changes: object) -> RunConfig:
         path = tmp_path / "run.yaml"
         path.write_text(yaml.safe_dump(text))
-        overrides = [
-            f"{key.replace('__', '.')}={yaml.safe_dump(value, default_flow_style=True).removesuffix('...' + chr(10)).strip()}"
-            for key, value in changes.items()
-        ]
+        # JSON is YAML, so every value can be written as --set would have it.
+        overrides = [f"{key.replace('__', '.')}={json.dumps(value)}" for key, value in changes.items()]
         return load_config(path, overrides)
 
     return build

@@ -253,7 +253,7 @@ class Privacy(Section):
     target_epsilon: Annotated[float, Field(gt=0)]
     """Of one record of one client, zero-out adjacency, over all that the client ever releases."""
     target_delta: Annotated[float, Field(gt=0, lt=1)]
-    """Must be below 1 / records of the smallest client."""
+    """Must be below 1 / records of the largest client."""
     max_grad_norm: Annotated[float, Field(gt=0)]
     """L2 bound on one example's gradient, jointly over everything trained."""
     max_participations: Annotated[int, Field(ge=1)]

@@ -54,7 +54,7 @@ class Host:
         self.noise = SeededNoise(seed_for(config.seed, "client randomness"))
 
     def answer(self, client: str, examples: Examples, frame: bytes) -> bytes:
-        """The reply's frame. Whatever goes wrong is a refusal without a reason in words, since words could carry a record.
+        """The reply's frame. Whatever goes wrong is a refusal with a code and no words, which could carry a record.
 
         Raises:
             LedgerError: the ledger on this machine cannot be trusted; its owner has to look before anything goes on.

@@ -4,6 +4,7 @@ import os
 import time
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from fedlora.config.schema import IndependentCohort, RunConfig
@@ -91,7 +92,7 @@ def _workers(config: RunConfig) -> int:
 def _training_seconds(prepared: Prepared) -> float:
     """Scores a few test records to learn this machine's pace, and scales it to the whole run."""
     config = prepared.config
-    probe = prepared.clients.test.select(range(min(PROBE_EXAMPLES, len(prepared.clients.test))))
+    probe = prepared.clients.test.select(np.arange(min(PROBE_EXAMPLES, len(prepared.clients.test))))
     torch.set_num_threads(config.runtime.threads)
     evaluate(prepared.model, probe)
     began = time.monotonic()
@@ -108,9 +109,9 @@ def _expected_cohort(prepared: Prepared) -> float:
     cohort, members = prepared.config.federation.cohort, prepared.clients.members
     if not isinstance(cohort, IndependentCohort):
         return cohort
-    if isinstance(cohort.probability, float):
-        return cohort.probability * len(members)
-    return sum(cohort.probability.values())
+    if isinstance(cohort.probability, dict):
+        return sum(cohort.probability[member.client] for member in members)
+    return cohort.probability * len(members)
 
 
 def _notes(prepared: Prepared) -> list[str]:
@@ -127,9 +128,10 @@ def _notes(prepared: Prepared) -> list[str]:
             f"a client will be asked about {expected:.1f} times but may answer {most} times: later rounds go on "
             f"without it; raise privacy.max_participations (more noise) or lower federation.rounds"
         )
-    smallest = min(member.examples for member in prepared.clients.members)
-    if config.privacy.target_delta > 0.1 / smallest:
+    largest = max(member.examples for member in prepared.clients.members)
+    if config.privacy.target_delta > 0.1 / largest:
         notes.append(
-            f"target_delta {config.privacy.target_delta:g} is above a tenth of 1/{smallest}, the smallest client; lower is better"
+            f"target_delta {config.privacy.target_delta:g} is above a tenth of 1/{largest}, the records of the "
+            f"largest client; lower is better"
         )
     return notes

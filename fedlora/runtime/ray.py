@@ -3,6 +3,7 @@
 An actor that dies is replaced and its client asked again; the request is idempotent, so nothing is spent twice.
 """
 
+import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -83,7 +84,7 @@ class RayCohort:
 
 
 def _connect(address: str | None, workers: int | None) -> None:
-    quiet = {"include_dashboard": False, "log_to_driver": False, "logging_level": "error"}
+    quiet = {"include_dashboard": False, "log_to_driver": False, "logging_level": logging.ERROR}
     environment = {"OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0"}
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -91,7 +92,7 @@ def _connect(address: str | None, workers: int | None) -> None:
         if address is None:
             ray.init(num_cpus=workers or os.cpu_count(), **quiet, runtime_env={"env_vars": environment})
         else:
-            ray.init(address=address, logging_level="error", runtime_env={"env_vars": environment})
+            ray.init(address=address, logging_level=logging.ERROR, runtime_env={"env_vars": environment})
     except (ConnectionError, RuntimeError, ValueError) as error:
         where = "on this machine" if address is None else f"at runtime.address {address!r}"
         raise ConfigError(

@@ -51,8 +51,10 @@ class AdaptedModel:
 
     def mean_inputs(self, tokenizer: PreTrainedTokenizerBase) -> dict[Site, Tensor]:
         """The mean input (d_in,) of every site over public text; see `training.public`."""
-        layers = dict(_lora_layers(self.peft_model))
-        return mean_inputs(self.peft_model, {site: layers[site] for site in self.sites}, tokenizer)
+        base = _base(self.peft_model)
+        return mean_inputs(
+            self.peft_model, {site: base.get_submodule(site) for site in self.sites}, tokenizer
+        )
 
     def head(self) -> dict[str, Tensor]:
         """Clones of the head's trained tensors; empty where the head is frozen or there is none."""

@@ -5,7 +5,7 @@ dominates gradients, and clipping would spend its bound on it. Two places can be
 words of the vocabulary show it as well as any text: the pooler of a classifier, and the first rows of A.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -64,13 +64,13 @@ def mean_inputs(
     """The mean input (d_in,) of each of `layers` over all tokens of the public rows, float64."""
     means: dict[str, Tensor] = {}
 
-    def keep(name: str, inputs: tuple[Tensor, ...]) -> None:
-        means[name] = inputs[0].double().flatten(0, -2).mean(dim=0)
+    def keeping(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def keep(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            means[name] = inputs[0].double().flatten(0, -2).mean(dim=0)
 
-    handles = [
-        layer.register_forward_pre_hook(lambda _, inputs, name=name: keep(name, inputs))
-        for name, layer in layers.items()
-    ]
+        return keep
+
+    handles = [layer.register_forward_pre_hook(keeping(name)) for name, layer in layers.items()]
     try:
         model(input_ids=public_rows(tokenizer))
     finally:
