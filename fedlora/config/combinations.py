@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 def conflicts(config: "RunConfig") -> list[str]:
     """Every impossible combination, as `key: what is wrong; what to write instead`."""
-    return [*_labels(config), *_cohort(config), *_runtime(config)]
+    return [*_labels(config), *_cohort(config), *_method(config), *_runtime(config)]
 
 
 def _labels(config: "RunConfig") -> Iterator[str]:
@@ -32,6 +32,11 @@ def _cohort(config: "RunConfig") -> Iterator[str]:
         yield f"federation.min_clients: {least} answers needed, but {cohort} asked; write {cohort} or less"
     if not isinstance(cohort, int) and clients is not None and least > clients:
         yield f"federation.min_clients: {least} answers needed of {clients} clients; write {clients} or less"
+
+
+def _method(config: "RunConfig") -> Iterator[str]:
+    if config.method.name == "fedavg" and config.lora.init != "kaiming":
+        yield f"lora.init: {config.lora.init}, but fedavg keeps the A that PEFT draws; write kaiming, or name: ffa"
 
 
 def _runtime(config: "RunConfig") -> Iterator[str]:

@@ -206,7 +206,8 @@ class Federation(Section):
     min_clients: Annotated[int, Field(ge=1)] = 1
     """Fewer answers in a round stop the run, which can be resumed."""
     deadline_s: Annotated[float, Field(gt=0)] = 600.0
-    """Seconds a round waits for replies; later ones count in a later round."""
+    """Seconds a round waits for Flower nodes; later replies count in a later round. A simulation on `local` or `ray`
+    waits for everybody, so that its result does not depend on the machine's speed."""
     keep_gauges: Annotated[int, Field(ge=1)] = 20
     """How many bases back a late reply may reach."""
     evaluate_every: Annotated[int, Field(ge=1)] = 1
@@ -218,7 +219,8 @@ class Stale(Section):
 
     beta: Annotated[float, Field(ge=0, le=1)]
     """0 is FedAvg, 1 is FedVARP. Under strong noise small values are best: beta* = SNR / (1 + SNR)."""
-    memory: Literal["disk", "ram"] = "disk"
+    memory: Literal["disk"] = "disk"
+    """Where they are kept: one file a client, so that the server's memory does not grow with the federation."""
 
 
 class FedSvd(Section):
@@ -290,7 +292,8 @@ class RunConfig(Section):
     privacy: Privacy | Literal["none"]
     """The budget, or `none`, spelled out: every output then says NOT PRIVATE."""
     runtime: Runtime
-    tracking: list[Literal["jsonl"]] = ["jsonl"]
+    tracking: Annotated[list[Literal["jsonl"]], Field(min_length=1)] = ["jsonl"]
+    """Where round lines go: rounds.jsonl in the run directory."""
     output: str
     """Directory of the run."""
 

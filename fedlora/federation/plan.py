@@ -51,6 +51,24 @@ def plan(
     )
 
 
+def require_plannable(members: Sequence[Member], federation: schema.Federation) -> None:
+    """Passes only a roster that every round can be planned for; asked before anything is written.
+
+    Raises:
+        ConfigError: as `plan` would, or a probability is given for a client that is no member.
+    """
+    clients = sorted(member.client for member in members)
+    _require_a_roster(clients)
+    _probability(clients, federation.cohort)
+    _weight(members, federation.weighting)
+    named = getattr(federation.cohort, "probability", None)
+    strangers = sorted(set(named) - set(clients)) if isinstance(named, dict) else []
+    if strangers:
+        raise ConfigError(
+            f"federation.cohort.probability names {strangers}, who are no members; members are {clients}"
+        )
+
+
 def _require_a_roster(clients: Sequence[str]) -> None:
     if not clients:
         raise ConfigError("0 clients are members of the run; let at least 1 join before a round is planned")

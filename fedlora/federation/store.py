@@ -7,6 +7,7 @@ rounds.jsonl                                             one line a round, repai
 """
 
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterable, Mapping
@@ -22,6 +23,8 @@ from fedlora.algebra.digest import digest, named_tensors
 from fedlora.errors import ConfigError, IncompleteError
 from fedlora.federation.absorb import Absorbed
 from fedlora.values import FRAME, Adapters, Delta, Factors, Gauges, RoundPlan, ServerState
+
+log = logging.getLogger(__name__)
 
 FORMAT = 1
 KEPT_CHECKPOINTS = 2
@@ -80,8 +83,8 @@ class Store:
         for path in sorted(self.checkpoints.glob("round-*"), reverse=True):
             try:
                 return _read_checkpoint(path)
-            except (OSError, KeyError, ValueError, SafetensorError):
-                continue
+            except (OSError, KeyError, ValueError, SafetensorError) as error:
+                log.warning("%s is damaged (%s); falling back to the round before", path, error)
         raise IncompleteError(
             f"no whole checkpoint under {self.checkpoints}; start the run again with fedlora simulate"
         )
@@ -105,12 +108,7 @@ class Store:
         _fsync(self.checkpoints)
 
     def _repair_log(self, last: dict[str, Any]) -> None:
-        lines = (
-            [json.loads(text) for text in self.log.read_text().splitlines() if text]
-            if self.log.exists()
-            else []
-        )
-        lines = [line for line in lines if line["round"] < last["round"]]
+        lines = [line for line in whole_lines(self.log) if line["round"] < last["round"]]
         write_durably(self.log, "".join(_json(line) for line in [*lines, last]))
 
     def _save_memory(self, client: str, at: int, delta: Delta) -> None:
@@ -153,6 +151,12 @@ def append_durably(path: Path, text: str) -> None:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
+
+
+def whole_lines(path: Path) -> list[dict[str, Any]]:
+    """Every JSON line of `path` that was written whole; a last one torn by a crash never counted."""
+    text = path.read_text() if path.exists() else ""
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
 def _fsync(path: Path) -> None:
@@ -201,7 +205,7 @@ def _state_words(state: ServerState) -> dict[str, Any]:
         "scale": state.adapters.scale,
         "gauges": [gauges.basis for gauges in state.gauges],
         "remembered": dict(sorted(state.remembered.items())),
-        "state_sha256": state_digest(state),
+        "sha256": digest(_state_tensors(state)),
     }
 
 
@@ -226,6 +230,6 @@ def _read_checkpoint(path: Path) -> tuple[ServerState, dict[str, Any]]:
         memory=_delta(tensors, "memory:"),
         remembered=words["remembered"],
     )
-    if state_digest(state) != words["state_sha256"]:
-        raise ValueError(f"{path}: tensors do not match their digest")
+    if digest(_state_tensors(state)) != words["sha256"]:
+        raise ValueError("its tensors do not match their digest")
     return state, words["line"]

@@ -7,7 +7,7 @@ from fedlora.methods.subspace import Subspace
 
 
 def fedavg(method_cfg: schema.FedAvg, lora_cfg: schema.Lora) -> Method:
-    """Clients train B; the server averages it; A stays as PEFT draws it, whatever `lora.init` says.
+    """Clients train B; the server averages it; A stays as PEFT draws it, Kaiming-uniform.
 
     Averaging A and B apart would not average their product, and noise on both multiplies; so A is frozen here
     too, and plain FedAvg of B is FFA-LoRA with PEFT's A. The name stands for what a user of PEFT gets without

@@ -32,7 +32,7 @@ from fedlora.federation.cohort import Cohort
 from fedlora.runtime.events import Listener
 from fedlora.runtime.flower_client import Hello, client_app
 from fedlora.runtime.flower_cohort import FlowerCohort, Nodes, meet
-from fedlora.runtime.host import Host, HostSetup, Terms
+from fedlora.runtime.host import Host, HostSetup, Terms, worker_count
 from fedlora.values import Mechanism, Reply, TrainRequest
 
 ENGINE_ERROR = 0
@@ -145,10 +145,7 @@ class SimulatedCohort:
 
 def _workers(config: RunConfig, clients: int) -> tuple[int, int]:
     """Worker processes, and cores of each."""
-    threads = config.runtime.threads
-    wanted = config.runtime.workers
-    most = max(1, (os.cpu_count() or 1) // threads) if wanted == "auto" else wanted
-    return min(most, clients), threads
+    return min(worker_count(config.runtime, os.cpu_count() or 1), clients), config.runtime.threads
 
 
 def _quiet(home: Path) -> int:

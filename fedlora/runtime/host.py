@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from fedlora.config.schema import Privacy, RunConfig
+from fedlora.config.schema import Privacy, RunConfig, Runtime
 from fedlora.data.records import Examples
 from fedlora.data.tokenise import fingerprint
 from fedlora.errors import LedgerError, WireError
@@ -118,6 +118,11 @@ def engine_of(privacy: Privacy | None) -> Engine:
 
         return OpacusEngine()
     return DirectEngine()
+
+
+def worker_count(runtime: Runtime, cores: int) -> int:
+    """Worker processes of a run on so many cores."""
+    return max(1, cores // runtime.threads) if runtime.workers == "auto" else runtime.workers
 
 
 def ledger_path(run_dir: Path, client: str) -> Path:

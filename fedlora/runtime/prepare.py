@@ -12,6 +12,7 @@ from fedlora.data.partition import partition
 from fedlora.data.records import Examples
 from fedlora.data.tokenise import tokenise
 from fedlora.federation.absorb import start
+from fedlora.federation.plan import require_plannable
 from fedlora.methods import Method, build
 from fedlora.privacy.calibration import check_delta, noise_multiplier
 from fedlora.runtime.events import Listener, Stage
@@ -48,7 +49,7 @@ class Prepared:
 
 def first_state(config: RunConfig, model: AdaptedModel, method: Method) -> ServerState:
     """The zero-step state: B = 0, the head as the model has it, A as the method draws it."""
-    centred = config.lora.init == "centred"
+    centred = method.subspace.init == "centred"
     return start(
         model.shapes(),
         head=model.head(),
@@ -62,9 +63,8 @@ def first_state(config: RunConfig, model: AdaptedModel, method: Method) -> Serve
 
 def prepare(config: RunConfig, listener: Listener) -> Prepared:
     """The run that `config` describes; every mistake that can be found before training is found here."""
-    torch.set_num_threads(
-        config.runtime.threads
-    )  # what public text says of the model must not depend on the cores
+    # What public text says of the model must not depend on the number of cores.
+    torch.set_num_threads(config.runtime.threads)
     clients = gather_clients(config, listener)
     listener(Stage(name=f"loading {config.model.name}"))
     model = load_model(config.model, config.task, config.lora, clients.classes, config.seed)
@@ -88,6 +88,7 @@ def gather_clients(config: RunConfig, listener: Listener) -> Clients:
     test = tokenise(corpus.test, tokenizer, config.data.max_length)
     examples = {client: train.select(parts[client]) for client in sorted(parts)}
     members = tuple(Member(client=client, examples=len(held)) for client, held in examples.items())
+    require_plannable(members, config.federation)
     if config.privacy != "none":
         listener(Stage(name="calibrating noise"))
     terms = {member.client: client_terms(config, member) for member in members}

@@ -9,12 +9,12 @@ import torch
 
 from fedlora.config.schema import IndependentCohort, RunConfig
 from fedlora.privacy.accountants import epsilon
+from fedlora.privacy.step import spent
 from fedlora.runtime.events import Listener
-from fedlora.runtime.host import Terms
+from fedlora.runtime.host import Terms, worker_count
 from fedlora.runtime.prepare import Prepared, prepare
 from fedlora.runtime.summary import frame_sizes
 from fedlora.training.tasks import evaluate
-from fedlora.values import DpEvent
 
 PROBE_EXAMPLES = 64
 BACKWARD_COST = 2.5
@@ -54,7 +54,7 @@ def preview(config: RunConfig, listener: Listener) -> Preview:
     down, up = frame_sizes(prepared, prepared.first_state())
     parameters = list(prepared.model.peft_model.parameters())
     model_bytes = sum(p.numel() * p.element_size() for p in parameters)
-    processes = 1 if config.runtime.kind == "local" else 1 + _workers(config)
+    processes = 1 if config.runtime.kind == "local" else 1 + worker_count(config.runtime, os.cpu_count() or 1)
     return Preview(
         clients=tuple(_client(prepared, name, terms) for name, terms in prepared.clients.terms.items()),
         trained_parameters=sum(p.numel() for p in prepared.model.trained.values()),
@@ -72,10 +72,7 @@ def _client(prepared: Prepared, client: str, terms: Terms) -> ClientPreview:
     worst = None
     if privacy != "none" and mechanism is not None:
         steps = privacy.max_participations * prepared.config.federation.local_steps
-        event = DpEvent(
-            noise_multiplier=mechanism.noise_multiplier, sample_rate=mechanism.sample_rate, steps=steps
-        )
-        worst = epsilon((event,), privacy.target_delta, privacy.accountant)
+        worst = epsilon((spent(mechanism, steps),), privacy.target_delta, privacy.accountant)
     return ClientPreview(
         client=client,
         records=len(prepared.clients.examples[client]),
@@ -83,10 +80,6 @@ def _client(prepared: Prepared, client: str, terms: Terms) -> ClientPreview:
         noise_multiplier=mechanism and mechanism.noise_multiplier,
         epsilon=worst,
     )
-
-
-def _workers(config: RunConfig) -> int:
-    return (os.cpu_count() or 1) if config.runtime.workers == "auto" else config.runtime.workers
 
 
 def _training_seconds(prepared: Prepared) -> float:
@@ -100,7 +93,7 @@ def _training_seconds(prepared: Prepared) -> float:
     forward = (time.monotonic() - began) / len(probe)
     federation = config.federation
     drawn = federation.rounds * _expected_cohort(prepared) * federation.local_steps * federation.batch_size
-    workers = 1 if config.runtime.kind == "local" else _workers(config)
+    workers = 1 if config.runtime.kind == "local" else worker_count(config.runtime, os.cpu_count() or 1)
     scored = (1 + federation.rounds // federation.evaluate_every) * len(prepared.clients.test)
     return forward * (drawn * BACKWARD_COST / workers + scored)
 

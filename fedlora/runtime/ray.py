@@ -11,10 +11,11 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
+from fedlora.config.schema import Runtime
 from fedlora.data.records import Examples
 from fedlora.errors import ConfigError, FedLoraError
 from fedlora.runtime.events import ClientDone, Listener, outcome
-from fedlora.runtime.host import Host, HostSetup
+from fedlora.runtime.host import Host, HostSetup, worker_count
 from fedlora.runtime.wire import decode_reply, encode_request
 from fedlora.values import Refusal, RefusalReason, Reply, TrainRequest
 
@@ -28,19 +29,12 @@ class RayCohort:
     On a cluster of several machines the run directory, which holds the ledgers, must be on a file system they share.
     """
 
-    def __init__(
-        self,
-        setup: HostSetup,
-        examples: Mapping[str, Examples],
-        listener: Listener,
-        workers: int | None = None,
-    ) -> None:
+    def __init__(self, setup: HostSetup, examples: Mapping[str, Examples], listener: Listener) -> None:
         runtime = setup.config.runtime
         self.started_here = not ray.is_initialized()
         if self.started_here:
-            _connect(runtime.address, workers)
-        if workers is None:
-            workers = max(1, int(ray.cluster_resources().get("CPU", 1)) // runtime.threads)
+            _connect(runtime)
+        workers = worker_count(runtime, int(ray.cluster_resources().get("CPU", 1)))
         self.listener = listener
         self.run = setup.run
         self.setup = ray.put(setup)
@@ -83,14 +77,15 @@ class RayCohort:
         return self.actor.remote(self.setup)
 
 
-def _connect(address: str | None, workers: int | None) -> None:
+def _connect(runtime: Runtime) -> None:
+    address, cores = runtime.address, worker_count(runtime, os.cpu_count() or 1) * runtime.threads
     quiet = {"include_dashboard": False, "log_to_driver": False, "logging_level": logging.ERROR}
-    environment = {"OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0"}
+    environment = {"OMP_NUM_THREADS": str(runtime.threads), "RAY_USAGE_STATS_ENABLED": "0"}
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     try:
         if address is None:
-            ray.init(num_cpus=workers or os.cpu_count(), **quiet, runtime_env={"env_vars": environment})
+            ray.init(num_cpus=cores, **quiet, runtime_env={"env_vars": environment})
         else:
             ray.init(address=address, logging_level=logging.ERROR, runtime_env={"env_vars": environment})
     except (ConnectionError, RuntimeError, ValueError) as error:

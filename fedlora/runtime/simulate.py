@@ -34,8 +34,8 @@ def simulate(config: RunConfig, run_dir: Path, listener: Listener) -> Path:
     prepared = prepare(config, listener)
     run_dir.mkdir(parents=True, exist_ok=True)
     with locked(run_dir):
-        write_durably(run_dir / "config.yaml", dump_config(config))
         write_durably(run_dir / "classes.json", json.dumps(prepared.clients.classes) + "\n")
+        write_durably(run_dir / "config.yaml", dump_config(config))  # last: it makes this a run
         _drive(prepared, run_dir, listener)
     return run_dir
 
@@ -63,7 +63,7 @@ def _refuse_existing(config: RunConfig, run_dir: Path) -> None:
 
 def _drive(prepared: Prepared, run_dir: Path, listener: Listener) -> None:
     """Rounds from the newest checkpoint, or from none, to the last; then the summary."""
-    _config, store = prepared.config, Store(run_dir)
+    store = Store(run_dir)
     score = _scorer(prepared, run_dir)
     if store.is_empty():
         listener(Stage(name="scoring the zero-step model"))

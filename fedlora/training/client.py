@@ -31,6 +31,7 @@ class Node:
     """A data owner: its records, the model it trains and the limits that no server can move.
 
     batch_size: expected size of a draw and divisor of every step, a constant of the configuration.
+    sample_rate: of the draws where privacy is off; under privacy the mechanism's own rate is drawn at and paid for.
     mechanism and budget: None only where the configuration says `privacy: none`.
     """
 
@@ -99,10 +100,11 @@ def request_digest(request: TrainRequest) -> str:
 def _local_steps(node: Node, request: TrainRequest) -> None:
     """`work.steps` DP-SGD steps, their number and divisor independent of the data; an empty draw is a step."""
     trained = node.model.trained
+    rate = node.sample_rate if node.mechanism is None else node.mechanism.sample_rate
     optimizer = _optimizer(trained, node.optimizer, request.work.learning_rate)
     for step in range(request.work.steps):
         purpose = (node.client, request.round, step)
-        drawn = poisson_draw(len(node.examples), node.sample_rate, node.noise, ("draw", *purpose))
+        drawn = poisson_draw(len(node.examples), rate, node.noise, ("draw", *purpose))
         gradient = private_gradient(
             node.engine,
             node.model.peft_model,

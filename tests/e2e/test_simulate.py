@@ -135,3 +135,44 @@ def test_without_privacy_nothing_pretends_to_be_private(tiny_config, tmp_path):
     assert found["epsilon_max"] is None
     assert not (tmp_path / "run" / "ledgers").exists()
     assert found["score"] > found["score_before"] + 0.2  # the tiny task is learnable, so training does happen
+
+
+def by_site(tiny_config, **changes):
+    return tiny_config(data__partition={"kind": "column", "column": "site"}, **changes)
+
+
+@pytest.mark.parametrize(
+    "cohort",
+    [4, {"probability": {"north": 0.5, "south": 0.5}}, {"probability": {"north": 0.5, "nowhere": 1.0}}],
+)
+def test_a_cohort_that_no_roster_can_fill_is_found_before_anything_is_written(tiny_config, tmp_path, cohort):
+    with pytest.raises(ConfigError, match=r"federation\.cohort"):
+        simulate(by_site(tiny_config, federation__cohort=cohort), tmp_path / "run", quiet)
+    assert not (tmp_path / "run").exists()
+
+
+def test_one_client_for_each_value_of_a_column(tiny_config, tmp_path):
+    found = summary(simulate(by_site(tiny_config), tmp_path / "run", quiet))
+    assert set(found["participations"]) == {"north", "south", "east"}
+
+
+def test_a_line_torn_by_a_crash_does_not_stop_a_resume(tiny_config, tmp_path):
+    whole = simulate(tiny_config(), tmp_path / "whole", quiet)
+    with pytest.raises(KeyboardInterrupt):
+        simulate(tiny_config(), tmp_path / "cut", Interrupt(RoundDone, 1))
+    with (tmp_path / "cut" / "rounds.jsonl").open("a") as file:
+        file.write('{"round": 3, "answ')
+    cut = resume(tmp_path / "cut", quiet)
+    assert summary(cut)["state_sha256"] == summary(whole)["state_sha256"]
+
+
+def test_a_damaged_checkpoint_is_left_for_the_one_before(tiny_config, tmp_path):
+    config = tiny_config(method__stale={"beta": 0.5})
+    whole = simulate(config, tmp_path / "whole", quiet)
+    with pytest.raises(KeyboardInterrupt):
+        simulate(config, tmp_path / "cut", Interrupt(RoundDone, 1))
+    damaged = tmp_path / "cut" / "checkpoints" / "round-000002" / "state.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-8] + b"\0" * 8)
+    cut = resume(tmp_path / "cut", quiet)
+    assert summary(cut)["state_sha256"] == summary(whole)["state_sha256"]
+    assert summary(cut)["epsilon_by_client"] == summary(whole)["epsilon_by_client"]

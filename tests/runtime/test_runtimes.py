@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from fedlora.runtime.events import ClientDone
+from fedlora.runtime.host import worker_count
 from fedlora.runtime.simulate import simulate
 
 
@@ -32,13 +33,19 @@ def test_ray_ends_in_the_state_of_the_local_reference(tiny_config, tmp_path):
     assert state(spread) == state(local)
 
 
+def test_as_many_workers_as_the_config_says(tiny_config):
+    def count(**runtime):
+        return worker_count(tiny_config(runtime={"kind": "ray", **runtime}).runtime, cores=8)
+
+    assert (count(), count(threads=2), count(threads=16), count(workers=3)) == (8, 4, 1, 3)
+
+
 def test_a_killed_ray_worker_is_replaced_and_nothing_is_spent_twice(tiny_config, tmp_path):
     config = tiny_config(runtime={"kind": "ray", "workers": 2})
 
     def kill_one(event: object) -> None:
         if isinstance(event, ClientDone) and event.round == 1:
-            victim = next(pid for pid, title in _processes() if title.startswith("ray::Host"))
-            os.kill(victim, signal.SIGKILL)
+            os.kill(_own_workers()[0], signal.SIGKILL)
 
     local = simulate(tiny_config(), tmp_path / "local", lambda event: None)
     struck = simulate(config, tmp_path / "struck", kill_one)
@@ -48,11 +55,18 @@ def test_a_killed_ray_worker_is_replaced_and_nothing_is_spent_twice(tiny_config,
         assert sum(counts) == 6
 
 
-def _processes() -> list[tuple[int, str]]:
-    found = []
+def _own_workers() -> list[int]:
+    """Ray's worker processes below this one: another run on the machine is none of our business."""
+    status: dict[int, tuple[int, str]] = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             with contextlib.suppress(OSError):  # it may be gone by now
-                title = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-                found.append((int(entry.name), title.strip()))
-    return found
+                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+                status[int(entry.name)] = (parent, (entry / "cmdline").read_bytes().decode(errors="replace"))
+
+    def is_ours(pid: int) -> bool:
+        while pid in status and pid != os.getpid():
+            pid = status[pid][0]
+        return pid == os.getpid()
+
+    return sorted(pid for pid, (_, title) in status.items() if title.startswith("ray::Host") and is_ours(pid))
