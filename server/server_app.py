@@ -9,9 +9,12 @@ import os
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from fedlora.cli.run import deliver
 from fedlora.config.load import load_config
+from fedlora.config.located import located
+from fedlora.export.deliver import deliver
+from fedlora.runtime.rundir import adapters_of, run_rounds
 from fedlora.runtime.server import serve
+from fedlora.runtime.summary import summary_so_far
 
 app = ServerApp()
 
@@ -21,6 +24,15 @@ def main(grid: Grid, context: Context) -> None:
     """The run of FEDLORA_CONFIG is finished, its adapter and report written."""
     logging.basicConfig(format="%(asctime)s %(name)s %(message)s")
     logging.getLogger("fedlora").setLevel(logging.INFO)
-    config = load_config(os.environ["FEDLORA_CONFIG"], os.environ.get("FEDLORA_CONFIG_SET", "").split())
-    run_dir = serve(grid, config)
-    deliver(run_dir, lambda event: None)
+    path, overrides = os.environ["FEDLORA_CONFIG"], os.environ.get("FEDLORA_CONFIG_SET", "").split()
+    config = load_config(path, overrides)
+    with located(path, overrides):
+        run_dir = serve(grid, config)
+    deliver(
+        run_dir,
+        config=config,
+        summary=summary_so_far(run_dir),
+        rounds=run_rounds(run_dir),
+        trained=lambda: adapters_of(run_dir),
+        say=logging.getLogger("fedlora").info,
+    )

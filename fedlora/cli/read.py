@@ -1,6 +1,7 @@
 """Commands that look: status, budget, evaluate, report, schema."""
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -36,12 +37,11 @@ def add_to(app: typer.Typer) -> None:
 def status(run_dir: RunDirArgument, form: FormatOption = Format.TEXT) -> None:
     """Tell how far a run is: rounds, score, refusals, epsilon, throughput. Works while it goes on."""
     from fedlora.export.words import duration, epsilon, number, score
+    from fedlora.runtime.rundir import going_on
 
     with only_ours():
         found = run_status(run_dir)
-    state = (
-        "finished" if found["finished"] else f"not finished; if nothing works on it: fedlora resume {run_dir}"
-    )
+    state = "finished" if found["finished"] else f"not finished; if nothing works on it, {going_on(run_dir)}"
     metric, pace = str(found["metric"]), number(found["client_rounds_per_second"])
     rows = [
         ("state", state),
@@ -60,8 +60,8 @@ def status(run_dir: RunDirArgument, form: FormatOption = Format.TEXT) -> None:
 
 def run_status(run_dir: Path) -> dict[str, Any]:
     """The run's summary so far, and how far that is."""
-    from fedlora.cli.so_far import summary_so_far
     from fedlora.runtime.rundir import finished_summary, run_config, run_rounds
+    from fedlora.runtime.summary import summary_so_far
 
     lines = run_rounds(run_dir)
     return {
@@ -74,33 +74,47 @@ def run_status(run_dir: Path) -> dict[str, Any]:
 
 
 def budget(
-    path: Annotated[Path, typer.Argument(metavar="PATH", help="A run directory, or one ledger file.")],
+    path: Annotated[
+        Path, typer.Argument(metavar="PATH", help="A run directory, a node.yaml, or one ledger file.")
+    ],
+    delta: Annotated[
+        float | None,
+        typer.Option("--delta", help="Of epsilon, for a lone ledger. [default: 1e-5]", show_default=False),
+    ] = None,
     form: FormatOption = Format.TEXT,
 ) -> None:
-    """Tell what a ledger, or every ledger of a run, has spent and has left."""
-    from fedlora.export.words import epsilon, number
-    from fedlora.runtime.summary import run_budget
+    """Tell what ledgers have spent and have left, once their chains are verified."""
+    from fedlora.runtime.budgets import budgets
 
-    if not path.exists():
-        raise ConfigError(f"{path}: no such file or directory; name a run directory or a ledger")
-    rows = run_budget(path)
+    rows = budgets(path, delta)
+    show(rows, budget_text(path, rows), form)
+
+
+def budget_text(path: Path, rows: Sequence[Mapping[str, Any]]) -> str:
+    """The rows as people read them, and what vouches for them."""
+    from fedlora.export.words import epsilon, number
+
+    if not rows:
+        return f"{path}: NOT PRIVATE: there are no ledgers"
     lines = [
         (
             row["client"],
-            f"{row['participations']} of {row.get('max_participations', '-')}",
-            epsilon(row.get("epsilon")),
-            number(row.get("target_epsilon")),
-            number(row.get("left")),
-            number(row.get("delta")),
+            f"{row['participations']} of {row['max_participations'] or '-'}",
+            epsilon(row["epsilon"]),
+            number(row["target_epsilon"]),
+            number(row["left"]),
+            number(row["delta"]),
         )
         for row in rows
     ]
     heads = ("client", "rounds answered", "epsilon spent", "target", "left", "delta")
-    show(
-        rows,
-        table(heads, lines) if rows else f"{path}: nothing spent: no ledgers (NOT PRIVATE, or not begun)",
-        form,
+    entries = sum(row["participations"] for row in rows if row["verified"])
+    reported = sum(row["participations"] for row in rows if not row["verified"])
+    notes = [f"chain verified: {entries} entries"] if any(row["verified"] for row in rows) else []
+    notes += (
+        [f"{reported} as the nodes report them: each node's own ledger is the authority"] if reported else []
     )
+    return "\n".join([table(heads, lines), *[f"  {note}" for note in notes or ["no ledger yet"]]])
 
 
 def evaluate(
@@ -113,12 +127,13 @@ def evaluate(
 ) -> None:
     """Score an adapter on the test data that a config names."""
     from fedlora.config.load import load_config
+    from fedlora.config.located import located
 
     loaded = load_config(config, overrides or [])
     from fedlora.cli.progress import watching
     from fedlora.export.words import number, score
 
-    with only_ours(), watching() as listener:
+    with located(config, overrides or []), only_ours(), watching() as listener:
         found = _score(path, loaded, listener)
     metric = str(found["metric"])
     count = f"{found['examples']:,}"
@@ -130,14 +145,14 @@ def _score(path: Path, config: "RunConfig", listener: "Listener") -> dict[str, A
     """{metric, score, loss, examples} of a run's or a PEFT directory's model on the config's test data."""
     from fedlora.export.peft_directory import load_adapter
     from fedlora.runtime.prepare import prepare
-    from fedlora.runtime.rundir import adapters_of
+    from fedlora.runtime.rundir import adapters_of, run_config
     from fedlora.training.tasks import evaluate as score_of
 
     # Scoring spends nothing, so no noise needs to be calibrated.
     prepared = prepare(config.model_copy(update={"privacy": "none"}), listener)
     if (path / "config.yaml").exists():
-        made_by, adapters, classes = adapters_of(path)
-        _require_same(path, made_by, config)
+        _require_same(path, run_config(path), config)
+        adapters, classes = adapters_of(path)
         if classes != prepared.clients.classes:
             theirs, ours = list(classes), list(prepared.clients.classes)
             raise ConfigError(f"{path} tells {theirs} apart, the data {ours}; use the same labels")
@@ -155,13 +170,16 @@ def _score(path: Path, config: "RunConfig", listener: "Listener") -> dict[str, A
 
 def _require_same(path: Path, made_by: "RunConfig", config: "RunConfig") -> None:
     """The config describes the model that the run trained. A frozen random head follows from the seed."""
+    from fedlora.config.located import flat
+
     frozen = getattr(made_by.task, "head", None) == "frozen"
-    for key in ("model", "task", "lora", "seed") if frozen else ("model", "task", "lora"):
-        theirs, ours = getattr(made_by, key), getattr(config, key)
-        if theirs != ours:
-            raise ConfigError(
-                f"{path} was trained with {key} {theirs!r}, the config has {ours!r}; make them equal"
-            )
+    sections = {"model", "task", "lora", "seed"} if frozen else {"model", "task", "lora"}
+    theirs, ours = (dict(flat(c.model_dump(mode="json", include=sections))) for c in (made_by, config))
+    for key in sorted({*theirs, *ours}):
+        there, here = theirs.get(key), ours.get(key)
+        if there != here and not isinstance(here, Mapping):
+            name = ".".join(key)
+            raise ConfigError(f"{name}: {here!r}, but {path} was trained with {there!r}; make them equal")
 
 
 def report(
@@ -172,10 +190,12 @@ def report(
     form: FormatOption = Format.TEXT,
 ) -> None:
     """Write one self-contained HTML file: curves, epsilon by client, participation, privacy statement."""
-    from fedlora.cli.write import write_report
+    from fedlora.export.report import write_report
+    from fedlora.runtime.rundir import run_config, run_rounds
+    from fedlora.runtime.summary import summary_so_far
 
     target = run_dir / "report.html" if to is None else to
-    write_report(run_dir, target)
+    write_report(target, summary_so_far(run_dir), run_rounds(run_dir), run_config(run_dir))
     show({"report": str(target)}, str(target), form)
 
 

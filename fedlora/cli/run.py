@@ -1,10 +1,9 @@
 """Commands that work: check, simulate, resume."""
 
-import json
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -37,12 +36,13 @@ def add_to(app: typer.Typer) -> None:
 def check(config: ConfigArgument, overrides: SetOption = None, form: FormatOption = Format.TEXT) -> None:
     """Tell what a run would be, without training: clients, noise, epsilon, bytes, memory and time."""
     from fedlora.config.load import dump_config, load_config
+    from fedlora.config.located import located
 
     loaded = load_config(config, overrides or [])
     from fedlora.cli.progress import watching
     from fedlora.runtime.preview import preview
 
-    with only_ours(), watching() as listener:
+    with located(config, overrides or []), only_ours(), watching() as listener:
         found = preview(loaded, listener)
     value = {"config": loaded.model_dump(mode="json"), **asdict(found)}
     show(value, f"{dump_config(loaded)}\n{preview_text(found)}", form)
@@ -58,31 +58,55 @@ def simulate(
 ) -> None:
     """Run the whole federation with simulated clients; ends with a table, the adapter and the report."""
     from fedlora.config.load import load_config
+    from fedlora.config.located import located
 
     loaded = load_config(config, overrides or [])
     target = Path(loaded.output) if run_dir is None else run_dir
     from fedlora.runtime import simulate as runtime
 
-    _to_the_end(target, lambda listener: runtime.simulate(loaded, target, listener), form)
+    with located(config, overrides or []):
+        _to_the_end(target, lambda listener: runtime.simulate(loaded, target, listener), form)
 
 
 def resume(run_dir: RunDirArgument, form: FormatOption = Format.TEXT) -> None:
     """Go on after any interruption; a finished run is left alone."""
+    from fedlora.config.located import located
     from fedlora.runtime import simulate as runtime
+    from fedlora.runtime.rundir import run_config
 
-    _to_the_end(run_dir, lambda listener: runtime.resume(run_dir, listener), form)
+    run_config(run_dir)
+    with located(run_dir / "config.yaml"):
+        _to_the_end(run_dir, lambda listener: runtime.resume(run_dir, listener), form)
 
 
 def _to_the_end(run_dir: Path, work: "Callable[[Listener], Path]", form: Format) -> None:
     """Does the work, writes the adapter and the report where they are missing, prints the table."""
     from fedlora.cli.progress import watching
-    from fedlora.runtime.rundir import finished_summary
+    from fedlora.export.deliver import deliver
+    from fedlora.runtime.events import Stage
+    from fedlora.runtime.rundir import (
+        adapters_of,
+        finished_summary,
+        require_simulation,
+        run_config,
+        run_rounds,
+    )
+    from fedlora.runtime.summary import summary_so_far
 
+    require_simulation(run_dir)
     was_finished = finished_summary(run_dir) is not None
     try:
         with only_ours(), watching() as listener:
             work(listener)
-            summary = deliver(run_dir, listener)
+            summary = summary_so_far(run_dir)
+            deliver(
+                run_dir,
+                config=run_config(run_dir),
+                summary=summary,
+                rounds=run_rounds(run_dir),
+                trained=lambda: adapters_of(run_dir),
+                say=lambda words: listener(Stage(name=words)),
+            )
     except KeyboardInterrupt:
         raise IncompleteError(interruption(run_dir)) from None
     heading = f"{run_dir} is finished already; nothing was done" if was_finished else f"{run_dir} is finished"
@@ -94,23 +118,6 @@ def interruption(run_dir: Path) -> str:
     if (run_dir / "config.yaml").exists():
         return f"interrupted; every finished round is kept, go on with: fedlora resume {run_dir}"
     return "interrupted before the first round; nothing was written, give the same command again"
-
-
-def deliver(run_dir: Path, listener: "Listener") -> dict[str, Any]:
-    """The finished run's adapter/ and report.html are there; what was there before is whole, and kept."""
-    from fedlora.cli.write import write_report
-    from fedlora.export.peft_directory import write_adapter
-    from fedlora.runtime.events import Stage
-    from fedlora.runtime.rundir import adapters_of
-
-    summary = json.loads((run_dir / "summary.json").read_text())
-    if not (run_dir / "adapter").exists():
-        listener(Stage(name="writing the adapter, and loading it again to be sure"))
-        config, adapters, classes = adapters_of(run_dir)
-        write_adapter(run_dir / "adapter", config=config, adapters=adapters, classes=classes, summary=summary)
-    if not (run_dir / "report.html").exists():
-        write_report(run_dir, run_dir / "report.html")
-    return summary
 
 
 def preview_text(found: "Preview") -> str:

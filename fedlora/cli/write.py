@@ -1,4 +1,4 @@
-"""Commands that write files: init, export; and the report's file."""
+"""Commands that write files: init, export."""
 
 from pathlib import Path
 from typing import Annotated
@@ -22,13 +22,13 @@ def init(
     node: Annotated[bool, typer.Option("--node", help="node.yaml, for a data owner.")] = False,
 ) -> None:
     """Write a commented run.yaml that runs offline as it is."""
-    from fedlora.config.template import NODE_YAML, RUN_YAML
+    from fedlora.config.template import NODE_YAML, run_yaml
 
     target = directory / ("node.yaml" if node else "run.yaml")
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with target.open("x", encoding="utf-8") as file:
-            file.write(NODE_YAML if node else RUN_YAML)
+            file.write(NODE_YAML if node else run_yaml(directory.resolve().name))
     except FileExistsError:
         raise ConfigError(f"{target} exists already and is left alone; name another directory") from None
     except OSError as error:
@@ -45,28 +45,13 @@ def export(
     form: FormatOption = Format.TEXT,
 ) -> None:
     """Write a PEFT directory (or a merged model), loaded again and compared before this says done."""
-    from fedlora.cli.so_far import summary_so_far
     from fedlora.export.peft_directory import write_adapter
-    from fedlora.runtime.rundir import adapters_of
+    from fedlora.runtime.rundir import adapters_of, run_config
+    from fedlora.runtime.summary import summary_so_far
 
     with only_ours():
-        summary = summary_so_far(run_dir)
-        config, adapters, classes = adapters_of(run_dir)
+        summary, config = summary_so_far(run_dir), run_config(run_dir)
+        adapters, classes = adapters_of(run_dir)
         write_adapter(to, config=config, adapters=adapters, classes=classes, summary=summary, merge=merge)
     kind = "merged model" if merge else "adapter"
     show({"directory": str(to), "merged": merge}, f"{to}: {kind} written, loaded again, logits equal", form)
-
-
-def write_report(run_dir: Path, target: Path) -> None:
-    """The report of a run, as far as it has come, is in `target`."""
-    from fedlora.cli.so_far import summary_so_far
-    from fedlora.export.report import report_html
-    from fedlora.runtime.rundir import run_config, run_rounds
-
-    text = report_html(summary_so_far(run_dir), run_rounds(run_dir), run_config(run_dir))
-    aside = target.with_name(f".{target.name}.part")
-    try:
-        aside.write_text(text, encoding="utf-8")
-        aside.replace(target)
-    except OSError as error:
-        raise ConfigError(f"{target} cannot be written ({error.strerror}); name another file") from None

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path as FilePath
 from typing import Any, TypeVar
 
@@ -38,6 +38,16 @@ def load_node(path: FilePath | str, overrides: Sequence[str] = ()) -> NodeConfig
     return _load(NodeConfig, FilePath(path), overrides)
 
 
+def origins_of(path: FilePath | str, overrides: Sequence[str] = ()) -> dict[Path, str]:
+    """Where each key was written: `FILE:LINE`, or the `--set` that overrode it."""
+    return _read(FilePath(path), overrides)[1]
+
+
+def origin_of(path: Path, origins: Mapping[Path, str]) -> str:
+    """Where a key was written, or for a missing one the nearest section around it."""
+    return next(origins[path[:depth]] for depth in range(len(path), -1, -1) if path[:depth] in origins)
+
+
 def dump_config(config: Section) -> str:
     """YAML text that loads back to an equal config, every default spelled out."""
     return render(config.model_dump(mode="json"))
@@ -56,6 +66,17 @@ def json_schema() -> dict[str, Any]:
 
 
 def _load(kind: type[_Kind], path: FilePath, overrides: Sequence[str]) -> _Kind:
+    value, origins = _read(path, overrides)
+    if found := list(problems(value, kind)):
+        raise ConfigError(_report(found, origins))
+    try:
+        return kind.model_validate(value)
+    except ValidationError as error:
+        raise ConfigError(_report([_combination(line) for line in _messages(error)], origins)) from None
+
+
+def _read(path: FilePath, overrides: Sequence[str]) -> tuple[dict[str, Any], dict[Path, str]]:
+    """The values, overrides in their place, and where each key was written."""
     document = parse(_text(path), str(path))
     value = {} if document.value is None else document.value
     origins = {key: f"{path}:{line}" for key, line in document.lines.items()}
@@ -65,12 +86,7 @@ def _load(kind: type[_Kind], path: FilePath, overrides: Sequence[str]) -> _Kind:
         )
     for override in overrides:
         _override(value, origins, override)
-    if found := list(problems(value, kind)):
-        raise ConfigError(_report(found, origins))
-    try:
-        return kind.model_validate(value)
-    except ValidationError as error:
-        raise ConfigError(_report([_combination(line) for line in _messages(error)], origins)) from None
+    return value, origins
 
 
 def _text(path: FilePath) -> str:
@@ -125,14 +141,9 @@ def _combination(line: str) -> Problem:
 
 def _report(found: Sequence[Problem], origins: dict[Path, str]) -> str:
     """One line a problem, in the order of the file, those of `--set` last."""
-    lines = [(_origin(problem.path, origins), problem) for problem in found]
+    lines = [(origin_of(problem.path, origins), problem) for problem in found]
     lines.sort(key=lambda line: (line[0].startswith("--set"), _line_number(line[0])))
     return "\n".join(f"{origin}: {'.'.join(map(str, p.path))}: {p.wrong}; {p.mend}" for origin, p in lines)
-
-
-def _origin(path: Path, origins: dict[Path, str]) -> str:
-    """Where a key was written, or for a missing one the nearest section around it."""
-    return next(origins[path[:depth]] for depth in range(len(path), -1, -1) if path[:depth] in origins)
 
 
 def _line_number(origin: str) -> int:

@@ -1,5 +1,7 @@
 """The commented files that `fedlora init` writes: each runs, or loads, as it stands."""
 
+from fedlora.config.yaml_text import render
+
 RUN_YAML = """\
 # fedlora simulate run.yaml
 #
@@ -21,11 +23,11 @@ lora:
   lora_alpha: 4                                  # the adapted layer computes W x + (lora_alpha / r) B A x
   target_modules: [query, value]                 # ends of the names of the linear layers to adapt
   layers_to_transform: [4, 5]                    # null: all. Fewer trained numbers carry less noise
-  init: orthonormal                              # how the first A is chosen; or kaiming
+  init: centred                                  # the first A: orthonormal, or blind to the mean input as well
 
 data:
   source: docstrings                             # built in, offline; your own: see below
-  max_per_class: 2500                            # at most so many records of one package
+  max_per_class: 3000                            # at most so many records of one package
   max_length: 32                                 # tokens kept of each record
   max_test_examples: 1000                        # of the public test records; null: all
   partition: {kind: dirichlet, clients: 8, alpha: 1.0, min_examples: 500}   # or iid, pathological, column
@@ -69,6 +71,13 @@ runtime:
 
 output: runs/first
 """
+
+
+def run_yaml(name: str) -> str:
+    """RUN_YAML with its output in runs/NAME; an empty name leaves it as it is."""
+    head, _, _ = RUN_YAML.rpartition("output: ")
+    return head + render({"output": f"runs/{name}"}) if name else RUN_YAML
+
 
 NODE_YAML = """\
 # What a data owner decides. No server can change a line of it; the node refuses what does not fit.

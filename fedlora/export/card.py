@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fedlora.config.schema import Files, HuggingFace, RunConfig
-from fedlora.export.statement import METHODS, Statement, privacy_statement
+from fedlora.export.statement import METHODS, Statement, calibrated_for, privacy_statement
 from fedlora.export.words import epsilon, number, score
 
 
@@ -16,8 +16,7 @@ def model_card(config: RunConfig, summary: Mapping[str, Any], *, merged: bool = 
         summary: as in summary.json.
         merged: the card goes with a whole model, not with an adapter.
     """
-    target = None if config.privacy == "none" else config.privacy.target_epsilon
-    statement = privacy_statement(summary, target)
+    statement = privacy_statement(summary, calibrated_for(summary, config))
     parts = [
         _front_matter(config, merged),
         _title(config, statement),

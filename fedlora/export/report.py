@@ -2,26 +2,39 @@
 
 from collections.abc import Mapping, Sequence
 from html import escape
+from pathlib import Path
 from typing import Any
 
 from fedlora.config.load import dump_config
 from fedlora.config.schema import RunConfig
+from fedlora.errors import ConfigError
 from fedlora.export.card import data_source
 from fedlora.export.charts import bar_chart, line_chart, mark, matrix_chart
 from fedlora.export.page import folded, page, pairs, table
 from fedlora.export.statement import (
     METHODS,
     NOT_PRIVATE,
-    SIMULATION,
-    is_guarantee,
+    calibrated_for,
     privacy_statement,
+    reservation,
 )
 from fedlora.export.words import bytes_text, duration, epsilon, number, score
+from fedlora.federation.store import write_durably
 
 _SHOWN_CLIENTS = 60
 """Rows of a chart; more could not be read. The figures of all clients are in summary.json."""
 _SHOWN_ROUNDS = 120
 """Columns of the participation chart, the latest ones."""
+
+
+def write_report(
+    target: Path, summary: Mapping[str, Any], rounds: Sequence[Mapping[str, Any]], config: RunConfig
+) -> None:
+    """The report is in `target`, whole; ConfigError where it cannot be."""
+    try:
+        write_durably(target, report_html(summary, rounds, config))
+    except OSError as error:
+        raise ConfigError(f"{target} cannot be written ({error.strerror}); name another file") from None
 
 
 def report_html(
@@ -35,7 +48,7 @@ def report_html(
         config: adds the target epsilon, the data and the whole config, if given.
     """
     title = f"{_method(summary)}, {summary['clients']} clients, {summary['rounds_completed']} rounds"
-    target = None if config is None or config.privacy == "none" else config.privacy.target_epsilon
+    target = config and calibrated_for(summary, config)
     parts = [_head(summary, config), _figures(summary, target), _curve(summary, rounds)]
     parts += [_epsilon(summary, target), _participation(summary, rounds), _statement(summary, target)]
     return page(title, [part for part in [*parts, _config(summary, config), _made_with(summary)] if part])
@@ -48,8 +61,8 @@ def _head(summary: Mapping[str, Any], config: RunConfig | None) -> str:
         else f"{config.model.name} on {data_source(config).replace('`', '')}"
     )
     flags = [f'<span class="flag{"" if summary["private"] else " warn"}">{escape(_flag(summary))}</span>']
-    if summary["private"] and not is_guarantee(summary):
-        flags.append(f'<span class="flag warn">{SIMULATION}</span>')
+    if summary["private"] and (taken_back := reservation(summary)) is not None:
+        flags.append(f'<span class="flag warn">{taken_back}</span>')
     if config is not None and summary["rounds_completed"] < config.federation.rounds:
         flags.append(f'<span class="flag warn">not finished: {_rounds_of(summary, config)}</span>')
     heading = f"<h1>{escape(_method(summary))}: report of a run</h1>"
@@ -193,7 +206,7 @@ def _reasons(reasons: Mapping[str, str]) -> str:
 
 def _statement(summary: Mapping[str, Any], target: float | None) -> str:
     statement = privacy_statement(summary, target)
-    warn = "" if is_guarantee(summary) else " warn"
+    warn = "" if summary["private"] and reservation(summary) is None else " warn"
     outside = "".join(f"<li>{escape(line)}</li>" for line in statement.not_protected)
     outside = f"<h3>Not protected</h3>\n<ul>{outside}</ul>" if outside else ""
     heading = f"<h2>Privacy statement: {escape(statement.heading)}</h2>"
@@ -210,7 +223,7 @@ def _config(summary: Mapping[str, Any], config: RunConfig | None) -> str:
         ("Local work", f"{rounds.local_steps} steps, expected batch {rounds.batch_size}"),
         ("Optimizer", f"{rounds.optimizer.name}, learning rate {number(rounds.optimizer.lr)}"),
         ("Partition", config.data.partition.kind),
-        ("Runtime", str(summary.get("execution", config.runtime.kind))),
+        ("Runtime", str(summary["execution"])),
     )
     whole = folded("The whole config", f"<pre>{escape(dump_config(config))}</pre>")
     return f"<h2>Method</h2>\n{pairs(rows)}\n{whole}"

@@ -4,10 +4,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from fedlora.config.schema import RunConfig
 from fedlora.export.words import epsilon, number
+from fedlora.privacy import noise
 
 NOT_PRIVATE = "NOT PRIVATE"
 SIMULATION = "SIMULATION: not a guarantee"
+REPORTED = "as the nodes report it"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,19 +41,39 @@ def headline(summary: Mapping[str, Any]) -> str:
     if not summary["private"]:
         return NOT_PRIVATE
     promise = f"epsilon {epsilon(summary['epsilon_max'])} at delta {number(summary['delta'])}"
-    return promise if is_guarantee(summary) else f"{promise} ({SIMULATION})"
+    taken_back = reservation(summary)
+    return promise if taken_back is None else f"{promise} ({taken_back})"
 
 
-def is_guarantee(summary: Mapping[str, Any]) -> bool:
-    """Whether the noise was such that nobody can subtract it."""
-    return bool(summary["private"]) and summary["noise_source"] == "os-entropy"
+def reservation(summary: Mapping[str, Any]) -> str | None:
+    """What keeps the promise of a private run from being a guarantee; None where nothing does."""
+    match summary["noise_source"]:
+        case noise.OS_ENTROPY:
+            return None
+        case noise.BY_THE_NODES:
+            return REPORTED
+        case _:
+            return SIMULATION
 
 
 def noise_label(noise_source: str | None) -> str:
     """Where the noise came from. Seeded noise is a simulation: whoever knows the seed can subtract it."""
-    if noise_source == "os-entropy":
-        return "entropy of the operating system"
-    return f"{'seeded' if noise_source and noise_source.startswith('seeded') else 'unknown'} ({SIMULATION})"
+    match noise_source:
+        case noise.OS_ENTROPY:
+            return "entropy of the operating system"
+        case noise.BY_THE_NODES:
+            return "drawn by each node; its own ledger is the authority"
+        case noise.SEEDED:
+            return f"seeded ({SIMULATION})"
+        case _:
+            return f"unknown ({SIMULATION})"
+
+
+def calibrated_for(summary: Mapping[str, Any], config: RunConfig) -> float | None:
+    """The epsilon that the noise was calibrated for; None where nothing was, or each node did so itself."""
+    if config.privacy == "none" or summary["noise_source"] == noise.BY_THE_NODES:
+        return None
+    return config.privacy.target_epsilon
 
 
 def _terms(summary: Mapping[str, Any], target_epsilon: float | None) -> tuple[tuple[str, str], ...]:

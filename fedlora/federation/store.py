@@ -139,7 +139,7 @@ def state_digest(state: ServerState) -> str:
 def write_durably(path: Path, text: str) -> None:
     """`path` holds `text`, whole, also after a power cut: written aside, fsynced, renamed."""
     aside = path.with_name(f".{path.name}.part")
-    aside.write_text(text)
+    aside.write_text(text, encoding="utf-8")
     _fsync(aside)
     aside.replace(path)
     _fsync(path.parent)
@@ -147,7 +147,7 @@ def write_durably(path: Path, text: str) -> None:
 
 def append_durably(path: Path, text: str) -> None:
     """`text` stands at the end of `path` and is fsynced."""
-    with path.open("a") as file:
+    with path.open("a", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
@@ -155,7 +155,7 @@ def append_durably(path: Path, text: str) -> None:
 
 def whole_lines(path: Path) -> list[dict[str, Any]]:
     """Every JSON line of `path` that was written whole; a last one torn by a crash never counted."""
-    text = path.read_text() if path.exists() else ""
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
     return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 

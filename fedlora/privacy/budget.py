@@ -4,6 +4,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from fedlora.config.node import Budget as NodeBudget
+from fedlora.config.schema import Privacy
 from fedlora.privacy.accountants import epsilon
 from fedlora.values import DpEvent
 
@@ -24,6 +26,16 @@ class Budget:
             raise ValueError(f"target_delta {self.target_delta} must lie strictly between 0 and 1")
         if self.max_participations < 1:
             raise ValueError(f"max_participations {self.max_participations} must be at least 1")
+
+    @classmethod
+    def of(cls, section: Privacy | NodeBudget) -> "Budget":
+        """The budget that a section of YAML sets: a run's `privacy`, or `budget` of a node."""
+        return cls(
+            target_epsilon=section.target_epsilon,
+            target_delta=section.target_delta,
+            max_participations=section.max_participations,
+            accountant=section.accountant,
+        )
 
 
 def would_exceed(ledger_events: Sequence[DpEvent], next_event: DpEvent, budget: Budget) -> bool:

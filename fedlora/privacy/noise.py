@@ -11,6 +11,8 @@ from fedlora.seeds import seed_for
 
 SEEDED = "seeded"
 OS_ENTROPY = "os-entropy"
+BY_THE_NODES = "by the nodes"
+"""Of a server's run: each node drew its own, which no update can prove. No NoiseSource has this kind."""
 
 
 class NoiseSource(Protocol):

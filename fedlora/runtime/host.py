@@ -87,7 +87,7 @@ class Host:
             sample_rate=terms.sample_rate,
             optimizer=config.federation.optimizer,
             mechanism=terms.mechanism,
-            budget=privacy and budget_of(privacy),
+            budget=privacy and Budget.of(privacy),
             engine=engine_of(privacy),
             noise=self.noise,
         )
@@ -99,16 +99,6 @@ class Host:
         return open_ledger(
             path, client=client, dataset_fingerprint=fingerprint(examples), noise_kind=self.noise.kind
         )
-
-
-def budget_of(privacy: Privacy) -> Budget:
-    """The budget that a ledger is held to."""
-    return Budget(
-        target_epsilon=privacy.target_epsilon,
-        target_delta=privacy.target_delta,
-        max_participations=privacy.max_participations,
-        accountant=privacy.accountant,
-    )
 
 
 def engine_of(privacy: Privacy | None) -> Engine:

@@ -4,12 +4,7 @@ A reply is on the node's disk before it is sent, under its run and round. Asked 
 the same bytes: a second training under one debit would be a second release.
 """
 
-import fcntl
-import hashlib
 import logging
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 
@@ -25,10 +20,12 @@ from fedlora.data.records import Examples, Records
 from fedlora.data.tables import Columns, Table, corpus_from
 from fedlora.data.tokenise import fingerprint, tokenise
 from fedlora.errors import ConfigError, DataError, ShapeError, WireError
+from fedlora.privacy.budget import Budget
 from fedlora.privacy.calibration import check_delta, noise_multiplier
 from fedlora.privacy.direct_engine import DirectEngine
-from fedlora.privacy.ledger import Budget, Ledger, open_ledger
+from fedlora.privacy.ledger import Ledger, open_ledger
 from fedlora.privacy.noise import OsEntropyNoise
+from fedlora.runtime.outbox import Outbox
 from fedlora.runtime.wire import decode_request, encode_reply
 from fedlora.training.client import Node, request_digest, train
 from fedlora.training.model import AdaptedModel, load_model, load_tokenizer
@@ -126,7 +123,7 @@ class DeployedNode:
 
     @cached_property
     def _node(self) -> Node:
-        config, budget = self.config, self.config.budget
+        config = self.config
         mechanism = own_mechanism(config, len(self._examples))
         return Node(
             client=config.client,
@@ -136,57 +133,10 @@ class DeployedNode:
             sample_rate=mechanism.sample_rate,
             optimizer=config.work.optimizer,
             mechanism=mechanism,
-            budget=Budget(
-                target_epsilon=budget.target_epsilon,
-                target_delta=budget.target_delta,
-                max_participations=budget.max_participations,
-                accountant=budget.accountant,
-            ),
+            budget=Budget.of(config.budget),
             engine=DirectEngine(),
             noise=OsEntropyNoise(),
         )
-
-
-class Outbox:
-    """Replies already given, one file each: the request's digest, a newline, the reply's frame."""
-
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-
-    @contextmanager
-    def locked(self) -> Iterator[None]:
-        """No other process of this node answers meanwhile."""
-        self.directory.mkdir(parents=True, exist_ok=True)
-        with (self.directory / ".lock").open("w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            yield
-
-    def find(self, run: str, round_: int) -> tuple[str, bytes] | None:
-        """The digest of the request that was answered in this round, and the answer."""
-        path = self._path(run, round_)
-        if not path.exists():
-            return None
-        digest, _, frame = path.read_bytes().partition(b"\n")
-        return digest.decode(), frame
-
-    def keep(self, run: str, round_: int, digest: str, frame: bytes) -> None:
-        """The answer is durable and may be sent: written aside, fsynced, renamed."""
-        path = self._path(run, round_)
-        aside = path.with_suffix(".part")
-        with aside.open("wb") as file:
-            file.write(digest.encode() + b"\n" + frame)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
-        descriptor = os.open(self.directory, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-    def _path(self, run: str, round_: int) -> Path:
-        # The run's name is the server's choice, so it is no file name of ours.
-        return self.directory / f"{hashlib.sha256(run.encode()).hexdigest()[:32]}-{round_:06d}.reply"
 
 
 def own_mechanism(config: NodeConfig, records: int) -> Mechanism:

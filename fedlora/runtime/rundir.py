@@ -4,14 +4,18 @@ import fcntl
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fedlora.config.load import load_config
 from fedlora.config.schema import RunConfig
 from fedlora.errors import ConfigError
-from fedlora.federation.store import Store
-from fedlora.values import Adapters
+from fedlora.federation.store import Store, whole_lines, write_durably
+from fedlora.values import Adapters, Member
+
+SPENT = "spent.jsonl"
+"""What nodes said they spent, in a server's run."""
 
 
 @contextmanager
@@ -25,6 +29,44 @@ def locked(run_dir: Path) -> Iterator[None]:
                 f"{run_dir} is being worked on by another process; follow it with: fedlora status {run_dir}"
             ) from None
         yield
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Roster:
+    """Who takes part in a server's run, decided once. run: a name no other run has, since ledgers go by it."""
+
+    run: str
+    members: tuple[Member, ...]
+
+
+def load_roster(run_dir: Path) -> Roster | None:
+    """Who takes part in a server's run; None for a simulation, which has no such file."""
+    path = run_dir / "roster.json"
+    if not path.exists():
+        return None
+    words = json.loads(path.read_text())
+    members = tuple(Member(client=client, examples=records) for client, records in words["members"].items())
+    return Roster(run=words["run"], members=members)
+
+
+def save_roster(run_dir: Path, roster: Roster) -> None:
+    """The roster is durable; from now on the directory is a server's."""
+    members = {member.client: member.examples for member in roster.members}
+    words = {"run": roster.run, "members": members}
+    write_durably(run_dir / "roster.json", json.dumps(words, indent=2) + "\n")
+
+
+def require_simulation(run_dir: Path) -> None:
+    """Refuses a server's run: its members are real, and nobody may be simulated in their names."""
+    if load_roster(run_dir) is not None:
+        raise ConfigError(f"{run_dir} is a server's run: {going_on(run_dir)}")
+
+
+def going_on(run_dir: Path) -> str:
+    """What to do so that an interrupted run goes on."""
+    if load_roster(run_dir) is not None:
+        return "submit the server app again"
+    return f"go on with: fedlora resume {run_dir}"
 
 
 def run_config(run_dir: Path) -> RunConfig:
@@ -48,14 +90,12 @@ def finished_summary(run_dir: Path) -> dict[str, Any] | None:
 def run_rounds(run_dir: Path) -> list[dict[str, Any]]:
     """The lines of rounds.jsonl so far; line 0 is the zero-step model. A line still being written is left out."""
     run_config(run_dir)
-    path = run_dir / "rounds.jsonl"
-    text = path.read_text() if path.exists() else ""
-    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    return whole_lines(run_dir / "rounds.jsonl")
 
 
-def adapters_of(run_dir: Path) -> tuple[RunConfig, Adapters, tuple[str, ...]]:
-    """The config, the newest adapters and the class names of a run."""
-    config = run_config(run_dir)
+def adapters_of(run_dir: Path) -> tuple[Adapters, tuple[str, ...]]:
+    """The newest adapters and the class names of a run."""
+    run_config(run_dir)
     state, _ = Store(run_dir).load()
     classes = json.loads((run_dir / "classes.json").read_text())
-    return config, state.adapters, tuple(classes)
+    return state.adapters, tuple(classes)

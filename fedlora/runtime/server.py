@@ -6,10 +6,9 @@ what the replies say, and each node's ledger is the authority.
 
 import json
 import logging
-import math
 import secrets
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,28 +20,26 @@ from fedlora.config.schema import RunConfig
 from fedlora.data import load_corpus
 from fedlora.data.tokenise import tokenise
 from fedlora.errors import ConfigError
-from fedlora.federation.cohort import Cohort
 from fedlora.federation.loop import line_zero, rounds
-from fedlora.federation.store import Store, append_durably, state_digest, write_durably
+from fedlora.federation.store import Store, write_durably
 from fedlora.methods import build
 from fedlora.runtime.flower_client import Hello
 from fedlora.runtime.flower_cohort import FlowerCohort, Nodes, meet
+from fedlora.runtime.journal import Reported
 from fedlora.runtime.prepare import first_state
-from fedlora.runtime.rundir import finished_summary, locked, run_config, run_rounds
-from fedlora.runtime.summary import privacy_summary, versions, write_summary
+from fedlora.runtime.rundir import (
+    SPENT,
+    Roster,
+    finished_summary,
+    load_roster,
+    locked,
+    run_config,
+    save_roster,
+)
+from fedlora.runtime.summary import run_summary, write_summary
 from fedlora.training.model import load_model, load_tokenizer
 from fedlora.training.tasks import evaluate
-from fedlora.values import (
-    Adapters,
-    ClientUpdate,
-    DpEvent,
-    Member,
-    Refusal,
-    RefusalReason,
-    Reply,
-    ServerState,
-    TrainRequest,
-)
+from fedlora.values import Adapters, Member, ServerState
 
 log = logging.getLogger(__name__)
 
@@ -56,12 +53,15 @@ def serve(grid: Grid, config: RunConfig) -> Path:
             nodes to wait for, `privacy` the report's delta and accountant; the rest is as in a simulation.
 
     Raises:
-        ConfigError: the directory holds another run, or the config names no number of nodes.
+        ConfigError: the directory holds another run or a simulation, or the config names no number of nodes.
         IncompleteError: too few nodes answered; submit the run again.
     """
     run_dir = Path(config.output)
-    if (run_dir / "config.yaml").exists() and config_digest(run_config(run_dir)) != config_digest(config):
-        raise ConfigError(f"{run_dir} holds the run of another config; choose another output")
+    if (run_dir / "config.yaml").exists():
+        if config_digest(run_config(run_dir)) != config_digest(config):
+            raise ConfigError(f"{run_dir} holds the run of another config; choose another output")
+        if load_roster(run_dir) is None:
+            raise ConfigError(f"{run_dir} holds a simulation; choose another output")
     if finished_summary(run_dir) is not None:
         return run_dir
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -72,9 +72,10 @@ def serve(grid: Grid, config: RunConfig) -> Path:
 
 def _serve(grid: Grid, config: RunConfig, run_dir: Path) -> None:
     centre = _centre(config)
-    write_durably(run_dir / "config.yaml", dump_config(config))
-    write_durably(run_dir / "classes.json", json.dumps(centre.classes))
+    # The roster comes first: without it, a directory with a config is a simulation's.
     roster, nodes = _roster(grid, config, run_dir, centre.classes)
+    write_durably(run_dir / "classes.json", json.dumps(centre.classes))
+    write_durably(run_dir / "config.yaml", dump_config(config))
     store = Store(run_dir)
     if store.is_empty():
         store.begin(centre.first, line_zero(centre.score(centre.first.adapters)))
@@ -93,12 +94,14 @@ def _serve(grid: Grid, config: RunConfig, run_dir: Path) -> None:
         members=roster.members,
         method=build(config.method, config.lora),
         federation=federation,
-        cohort=Reported(cohort, run_dir / "spent.jsonl"),
+        cohort=Reported(cohort, run_dir / SPENT),
         store=store,
         score=centre.score,
     ):
         log.info("round %(round)d: %(answered)s answered, score %(score)s, %(seconds).1f s", line)
-    write_summary(run_dir, summary(config, roster.members, run_dir))
+    state, _ = store.load()
+    clients = [member.client for member in roster.members]
+    write_summary(run_dir, run_summary(run_dir, config, clients=clients, state=state))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,37 +126,29 @@ def _centre(config: RunConfig) -> _Centre:
     return _Centre(classes=corpus.classes, first=first, score=score)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Roster:
-    """Who takes part, decided once. run: a name no other run has, since ledgers go by it."""
-
-    run: str
-    members: tuple[Member, ...]
-
-
 def _roster(grid: Grid, config: RunConfig, run_dir: Path, classes: tuple[str, ...]) -> tuple[Roster, Nodes]:
-    path = run_dir / "roster.json"
-    known: dict[str, int] = {}
+    roster = load_roster(run_dir)
+    known = {} if roster is None else {member.client: member.examples for member in roster.members}
     nodes = Nodes(grid, lambda hello: _fits(hello, classes, known))
-    if path.exists():
-        words = json.loads(path.read_text())
-        known.update(words["members"])
+    if roster is not None:
         log.info("waiting for %s", sorted(known))
         ends = time.monotonic() + config.federation.deadline_s
         meet(nodes, lambda hellos: _enough(hellos, known, ends, config.federation.min_clients))
-    else:
-        wanted = getattr(config.data.partition, "clients", None)
-        if wanted is None:
-            raise ConfigError(
-                "data.partition.clients: a server waits for that many nodes; write kind: iid and a number"
-            )
-        log.info("waiting for %d nodes", wanted)
-        meet(nodes, lambda hellos: len(hellos) >= wanted)
-        known.update({client: hello.records for client, hello in sorted(nodes.hellos.items())})
-        words = {"run": f"{config_digest(config)[:16]}-{secrets.token_hex(4)}", "members": known}
-        write_durably(path, json.dumps(words, indent=2) + "\n")
-    members = tuple(Member(client=client, examples=records) for client, records in sorted(known.items()))
-    return Roster(run=words["run"], members=members), nodes
+        return roster, nodes
+    wanted = getattr(config.data.partition, "clients", None)
+    if wanted is None:
+        raise ConfigError(
+            "data.partition.clients: a server waits for that many nodes; write kind: iid and a number"
+        )
+    log.info("waiting for %d nodes", wanted)
+    meet(nodes, lambda hellos: len(hellos) >= wanted)
+    known.update({client: hello.records for client, hello in nodes.hellos.items()})
+    roster = Roster(
+        run=f"{config_digest(config)[:16]}-{secrets.token_hex(4)}",
+        members=tuple(Member(client=client, examples=records) for client, records in sorted(known.items())),
+    )
+    save_roster(run_dir, roster)
+    return roster, nodes
 
 
 def _enough(hellos: Mapping[str, Hello], known: Mapping[str, int], ends: float, least: int) -> bool:
@@ -175,82 +170,3 @@ def _fits(hello: Hello, classes: tuple[str, ...], known: Mapping[str, int]) -> b
         log.error("%r with %d records is not on the roster %s", hello.client, hello.records, dict(known))
         return False
     return True
-
-
-class Reported:
-    """A Cohort whose updates' spent events are in a journal before anybody uses the update."""
-
-    def __init__(self, cohort: Cohort, journal: Path) -> None:
-        self.cohort = cohort
-        self.journal = journal
-
-    def ask(self, clients: Sequence[str], request: TrainRequest) -> Iterator[Reply]:
-        """See Cohort. An update whose account of itself makes no sense counts as failed."""
-        for reply in self.cohort.ask(clients, request):
-            if isinstance(reply, Refusal):
-                yield reply
-            elif reply.spent is None or not _sound(reply.spent):
-                log.error("%s says it spent %s; its update is dropped", reply.client, reply.spent)
-                failed = RefusalReason.FAILED
-                yield Refusal(client=reply.client, run=reply.run, round=reply.round, reason=failed)
-            else:
-                self._write(reply, reply.spent)
-                yield reply
-
-    def close(self) -> None:
-        """See Cohort."""
-        self.cohort.close()
-
-    def _write(self, update: ClientUpdate, spent: DpEvent) -> None:
-        event = [spent.noise_multiplier, spent.sample_rate, spent.steps]
-        append_durably(
-            self.journal, json.dumps({"client": update.client, "round": update.round, "spent": event}) + "\n"
-        )
-
-
-def _sound(event: DpEvent) -> bool:
-    return 0 < event.noise_multiplier < math.inf and 0 < event.sample_rate <= 1 and event.steps >= 1
-
-
-def reported_events(journal: Path, members: Sequence[Member]) -> dict[str, tuple[DpEvent, ...]]:
-    """What each member said it spent, one event a round however often the reply came."""
-    found: dict[tuple[str, int], DpEvent] = {}
-    for text in journal.read_text().splitlines(keepends=True) if journal.exists() else ():
-        if not text.endswith("\n"):
-            continue  # torn by a crash: its update was not used and will be sent again
-        words = json.loads(text)
-        noise, rate, steps = words["spent"]
-        event = DpEvent(noise_multiplier=noise, sample_rate=rate, steps=steps)
-        found[words["client"], words["round"]] = event
-    return {
-        member.client: tuple(event for (client, _), event in sorted(found.items()) if client == member.client)
-        for member in members
-    }
-
-
-def summary(config: RunConfig, members: Sequence[Member], run_dir: Path) -> dict[str, Any]:
-    """summary.json of a real federation; epsilon as far as the replies tell."""
-    state, _ = Store(run_dir).load()
-    lines = run_rounds(run_dir)
-    seconds = sum(line["seconds"] for line in lines)
-    took_part = {m.client: sum(m.client in line["answered"] for line in lines) for m in members}
-    return {
-        "rounds_completed": state.round,
-        "clients": len(members),
-        "participations": took_part,
-        "metric": lines[-1]["metric"],
-        "score": lines[-1]["score"],
-        "score_before": lines[0]["score"],
-        **privacy_summary(config.privacy, reported_events(run_dir / "spent.jsonl", members)),
-        "epsilon_source": "reported by the nodes; each node's own ledger is the authority",
-        "noise_source": "each node's own",
-        "method": config.method.name,
-        "beta": config.method.stale.beta,
-        "seconds": round(seconds, 1),
-        "client_rounds_per_second": round(sum(took_part.values()) / seconds, 3) if seconds else None,
-        "bytes_up_per_client_round": None,
-        "bytes_down_per_client_round": None,
-        "state_sha256": state_digest(state),
-        "execution": "flower, one node for each data owner",
-        "versions": versions(),
-    }

@@ -23,7 +23,7 @@ def fedlora(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_help_and_schema_answer_without_importing_torch():
     """An import of torch alone takes seconds; a person who asks for help should not wait for it."""
     loaded = "print(sorted({'torch', 'ray', 'flwr', 'transformers'} & set(sys.modules)))"
-    for arguments in (["--help"], ["schema"], ["simulate", "--help"], ["init", "/"]):
+    for arguments in (["--help"], ["schema"], ["simulate", "--help"], ["init", "/dev/null/here"]):
         began = time.monotonic()
         done = subprocess.run(
             [
@@ -67,7 +67,7 @@ def test_schema_is_one_json_document(capsys):
 def test_init_writes_a_run_that_loads_and_never_overwrites(tmp_path, capsys):
     assert main(["init", str(tmp_path / "new")]) == 0
     path = tmp_path / "new" / "run.yaml"
-    assert load_config(path).privacy != "none"
+    assert load_config(path).privacy != "none" and load_config(path).output == "runs/new"
     path.write_text("mine")
     assert main(["init", str(tmp_path / "new")]) == 2
     assert path.read_text() == "mine" and "left alone" in capsys.readouterr().err

@@ -25,6 +25,11 @@ def test_an_app_imports(module):
     subprocess.run([sys.executable, "-c", f"from {module} import app"], cwd=PROJECT, check=True)
 
 
+def test_the_server_app_needs_no_command_line():
+    code = "import sys, server.server_app; assert not [m for m in sys.modules if m.startswith('fedlora.cli')]"
+    subprocess.run([sys.executable, "-c", code], cwd=PROJECT, check=True)
+
+
 def test_a_hello_needs_no_torch():
     code = (
         "import sys, clients.client_app as c; from types import SimpleNamespace as S\n"

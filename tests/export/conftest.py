@@ -4,6 +4,8 @@ from typing import Any
 
 import pytest
 
+from fedlora.privacy.noise import SEEDED
+
 HOSTILE = "<script>alert('x')</script>"
 
 
@@ -51,7 +53,7 @@ def summary() -> dict[str, Any]:
         "epsilon_by_client": {"client-0": 3.20001, "client-1": 1.5, HOSTILE: 1.5},
         "delta": 1e-5,
         "accountant": "pld",
-        "noise_source": "seeded (simulation)",
+        "noise_source": SEEDED,
         "method": "fedsvd",
         "seconds": 6.0,
         "client_rounds_per_second": 0.833,

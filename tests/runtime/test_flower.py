@@ -29,7 +29,7 @@ from fedlora.errors import IncompleteError, LedgerError
 from fedlora.runtime.events import ClientDone, RoundDone
 from fedlora.runtime.flower_client import Hello, client_app
 from fedlora.runtime.flower_cohort import FlowerCohort, Nodes, meet
-from fedlora.runtime.server import Reported, reported_events
+from fedlora.runtime.journal import Reported, reported_events
 from fedlora.runtime.simulate import resume, simulate
 from fedlora.runtime.wire import decode_request, encode_reply
 from fedlora.values import (
