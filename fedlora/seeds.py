@@ -3,11 +3,18 @@
 import hashlib
 
 
-def seed_for(seed: int, *purpose: str | int) -> int:
-    """A 63-bit seed that depends on every part of `purpose` and nothing else.
+def key_for(seed: int, *purpose: str | int) -> bytes:
+    """32 bytes that depend on every part of `purpose` and nothing else: the key of a stream of its own.
 
-    Example: seed_for(7, "noise", "client-03", 12). Two purposes that differ anywhere give unrelated
-    seeds, so the order in which clients run cannot change a result.
+    Two purposes that differ anywhere give unrelated keys, so the order in which clients run cannot change a result.
     """
     text = "\x1f".join([str(seed), *(f"{type(part).__name__}:{part}" for part in purpose)])
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
+    return hashlib.sha256(text.encode()).digest()
+
+
+def seed_for(seed: int, *purpose: str | int) -> int:
+    """A 63-bit seed made like `key_for`, for generators that take a number. Not for noise.
+
+    Example: seed_for(7, "cohort", 12). Torch's CPU generator uses only 32 bits of it.
+    """
+    return int.from_bytes(key_for(seed, *purpose)[:8], "little") >> 1

@@ -33,8 +33,10 @@ KEPT_CHECKPOINTS = 2
 class Store:
     """The server's memory of one run, in one directory."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, run: str | None = None) -> None:
+        """Binds the store to a directory; with `run`, checkpoints of any other run are refused."""
         self.directory = directory
+        self.run = run
         self.checkpoints = directory / "checkpoints"
         self.memory = directory / "memory"
         self.log = directory / "rounds.jsonl"
@@ -82,17 +84,23 @@ class Store:
         """
         for path in sorted(self.checkpoints.glob("round-*"), reverse=True):
             try:
-                return _read_checkpoint(path)
+                return self._read_checkpoint(path)
             except (OSError, KeyError, ValueError, SafetensorError) as error:
                 log.warning("%s is damaged (%s); falling back to the round before", path, error)
         raise IncompleteError(
-            f"no whole checkpoint under {self.checkpoints}; start the run again with fedlora simulate"
+            f"no whole checkpoint under {self.checkpoints}; restore one, or start again in another directory"
         )
 
     def recover(self) -> ServerState:
         """The state to go on from; the round log, which a crash may have left behind, agrees with it again."""
         state, line = self.load()
         self._repair_log(line)
+        logged = [line["round"] for line in whole_lines(self.log)]
+        if logged != list(range(state.round + 1)):
+            lost = sorted(set(range(state.round + 1)) - set(logged))
+            raise ConfigError(
+                f"{self.log} lacks rounds {lost}; restore it, or start again in another directory"
+            )
         return state
 
     def _write_checkpoint(self, state: ServerState, line: dict[str, Any]) -> None:
@@ -103,9 +111,38 @@ class Store:
         aside.mkdir()
         save_file(_state_tensors(state), aside / "state.safetensors")
         _fsync(aside / "state.safetensors")
-        write_durably(aside / "state.json", _json({**_state_words(state), "line": line}))
+        write_durably(aside / "state.json", _json({**_state_words(state), "run": self.run, "line": line}))
         aside.rename(target)
         _fsync(self.checkpoints)
+
+    def _read_checkpoint(self, path: Path) -> tuple[ServerState, dict[str, Any]]:
+        words = json.loads((path / "state.json").read_text())
+        if words["format"] > FORMAT:
+            raise ConfigError(
+                f"{path} has format {words['format']}, this fedlora reads up to {FORMAT}; update fedlora"
+            )
+        if self.run is not None and words["run"] != self.run:
+            raise ConfigError(
+                f"{path} belongs to run {words['run']}, config.yaml says {self.run}: it was changed since; restore it"
+            )
+        tensors = load_file(path / "state.safetensors")
+        a, b = _under(tensors, "a:"), _under(tensors, "b:")
+        state = ServerState(
+            round=words["round"],
+            adapters=Adapters(
+                basis=words["basis"],
+                scale=words["scale"],
+                sites={site: Factors(a=a[site], b=b[site]) for site in a},
+                head=_under(tensors, "head:"),
+            ),
+            frame=_under(tensors, "frame:"),
+            gauges=tuple(Gauges(basis=n, sites=_under(tensors, f"gauge:{n}:")) for n in words["gauges"]),
+            memory=_delta(tensors, "memory:"),
+            remembered=words["remembered"],
+        )
+        if digest(_state_tensors(state)) != words["sha256"]:
+            raise ValueError("its tensors do not match their digest")
+        return state, words["line"]
 
     def _repair_log(self, last: dict[str, Any]) -> None:
         lines = [line for line in whole_lines(self.log) if line["round"] < last["round"]]
@@ -119,7 +156,12 @@ class Store:
         _fsync(path.parent)
 
     def _load_memory(self, client: str, at: int) -> Delta:
-        return _delta(load_file(self.memory / client / f"{_round(at)}.safetensors"), "")
+        path = self.memory / client / f"{_round(at)}.safetensors"
+        if not path.exists():
+            raise IncompleteError(
+                f"{path}, a remembered update, is missing; restore it, or start again elsewhere"
+            )
+        return _delta(load_file(path), "")
 
     def _prune(self, state: ServerState, fresh: Mapping[str, Delta]) -> None:
         for path in sorted(self.checkpoints.glob("round-*"))[:-KEPT_CHECKPOINTS]:
@@ -207,29 +249,3 @@ def _state_words(state: ServerState) -> dict[str, Any]:
         "remembered": dict(sorted(state.remembered.items())),
         "sha256": digest(_state_tensors(state)),
     }
-
-
-def _read_checkpoint(path: Path) -> tuple[ServerState, dict[str, Any]]:
-    words = json.loads((path / "state.json").read_text())
-    if words["format"] > FORMAT:
-        raise ConfigError(
-            f"{path} has format {words['format']}, this fedlora reads up to {FORMAT}; update fedlora"
-        )
-    tensors = load_file(path / "state.safetensors")
-    a, b = _under(tensors, "a:"), _under(tensors, "b:")
-    state = ServerState(
-        round=words["round"],
-        adapters=Adapters(
-            basis=words["basis"],
-            scale=words["scale"],
-            sites={site: Factors(a=a[site], b=b[site]) for site in a},
-            head=_under(tensors, "head:"),
-        ),
-        frame=_under(tensors, "frame:"),
-        gauges=tuple(Gauges(basis=n, sites=_under(tensors, f"gauge:{n}:")) for n in words["gauges"]),
-        memory=_delta(tensors, "memory:"),
-        remembered=words["remembered"],
-    )
-    if digest(_state_tensors(state)) != words["sha256"]:
-        raise ValueError("its tensors do not match their digest")
-    return state, words["line"]

@@ -7,7 +7,7 @@ import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from torch import Tensor
 
-from fedlora.seeds import seed_for
+from fedlora.seeds import key_for
 
 SEEDED = "seeded"
 OS_ENTROPY = "os-entropy"
@@ -33,10 +33,10 @@ class NoiseSource(Protocol):
 
 
 class SeededNoise:
-    """One stream for each purpose of one seed, so that equal runs are equal bit for bit. For simulation only.
+    """One keystream for each purpose of one seed, so that equal runs are equal bit for bit. For simulation only.
 
-    Asking twice for one purpose gives the same numbers: name round, client, step and tensor in it, or noise
-    repeats.
+    Asking twice for one purpose gives the same numbers: name run, round, client, step and tensor in it, or noise
+    repeats. The streams differ from those of a real node in their keys alone.
     """
 
     kind = SEEDED
@@ -46,14 +46,12 @@ class SeededNoise:
 
     def normal(self, shape: tuple[int, ...], *, dtype: torch.dtype, purpose: tuple[str | int, ...]) -> Tensor:
         """Standard normals of this purpose; see `NoiseSource.normal`."""
-        return torch.randn(shape, generator=self._stream("normal", purpose), dtype=torch.float64).to(dtype)
+        words = _keystream(torch.Size(shape).numel(), key_for(self._seed, "normal", *purpose))
+        return _normals(words).reshape(shape).to(dtype)
 
     def uniform(self, count: int, *, purpose: tuple[str | int, ...]) -> Tensor:
         """Uniforms of this purpose; see `NoiseSource.uniform`."""
-        return torch.rand(count, generator=self._stream("uniform", purpose), dtype=torch.float64)
-
-    def _stream(self, law: str, purpose: tuple[str | int, ...]) -> torch.Generator:
-        return torch.Generator().manual_seed(seed_for(self._seed, law, *purpose))
+        return _uniforms(_keystream(count, key_for(self._seed, "uniform", *purpose)))
 
 
 class OsEntropyNoise:
@@ -67,19 +65,23 @@ class OsEntropyNoise:
 
     def normal(self, shape: tuple[int, ...], *, dtype: torch.dtype, purpose: tuple[str | int, ...]) -> Tensor:
         """Standard normals nobody can repeat; see `NoiseSource.normal`."""
-        return _normals(_keystream(torch.Size(shape).numel())).reshape(shape).to(dtype)
+        return _normals(_keystream(torch.Size(shape).numel(), os.urandom(32))).reshape(shape).to(dtype)
 
     def uniform(self, count: int, *, purpose: tuple[str | int, ...]) -> Tensor:
         """Uniforms nobody can repeat; see `NoiseSource.uniform`."""
-        return _shifted(_keystream(count), 11).to(torch.float64) * 2.0**-53
+        return _uniforms(_keystream(count, os.urandom(32)))
 
 
-def _keystream(words: int) -> Tensor:
-    """Unpredictable 64-bit words (words,) as int64."""
+def _keystream(words: int, key: bytes) -> Tensor:
+    """64-bit words (words,) as int64, unpredictable to whoever lacks the 32-byte key."""
     if words == 0:
         return torch.empty(0, dtype=torch.int64)
-    cipher = Cipher(algorithms.AES(os.urandom(32)), modes.CTR(bytes(16)))
+    cipher = Cipher(algorithms.AES(key), modes.CTR(bytes(16)))
     return torch.frombuffer(bytearray(cipher.encryptor().update(bytes(8 * words))), dtype=torch.int64)
+
+
+def _uniforms(words: Tensor) -> Tensor:
+    return _shifted(words, 11).to(torch.float64) * 2.0**-53
 
 
 def _normals(words: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
 
 from fedlora.config.schema import Runtime
 from fedlora.data.records import Examples
@@ -57,7 +57,7 @@ class RayCohort:
             try:
                 reply = decode_reply(ray.get(done))
                 self.idle.append(worker)
-            except RayActorError:
+            except (RayActorError, OutOfMemoryError):
                 self.idle.append(self._worker())
                 if attempt < ATTEMPTS:
                     waiting.append((client, attempt + 1))

@@ -17,7 +17,7 @@ from fedlora.runtime.events import Listener, RoundDone, RunDone, RunStarted, Sta
 from fedlora.runtime.host import HostSetup
 from fedlora.runtime.prepare import Prepared, prepare
 from fedlora.runtime.rundir import finished_summary, locked, run_config
-from fedlora.runtime.summary import ledger_events, privacy_summary, summarise, write_summary
+from fedlora.runtime.summary import ledger_events, privacy_summary, require_debits, summarise, write_summary
 from fedlora.training.tasks import evaluate
 from fedlora.values import Adapters, ServerState
 
@@ -63,13 +63,14 @@ def _refuse_existing(config: RunConfig, run_dir: Path) -> None:
 
 def _drive(prepared: Prepared, run_dir: Path, listener: Listener) -> None:
     """Rounds from the newest checkpoint, or from none, to the last; then the summary."""
-    store = Store(run_dir)
+    store = Store(run_dir, prepared.run)
     score = _scorer(prepared, run_dir)
     if store.is_empty():
         listener(Stage(name="scoring the zero-step model"))
         state = prepared.first_state()
         store.begin(state, line_zero(score(state.adapters)))
     state = store.recover()
+    require_debits(prepared.config, run_dir)
     cohort = _cohort(prepared, run_dir, listener)
     try:
         _run_rounds(prepared, state, cohort, store, score, listener, run_dir)

@@ -3,13 +3,14 @@
 import importlib.metadata
 import json
 import platform
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from fedlora.config.schema import Privacy, RunConfig
 from fedlora.data.partition import client_names
-from fedlora.errors import IncompleteError
+from fedlora.errors import IncompleteError, LedgerError
 from fedlora.federation.loop import work
 from fedlora.federation.store import Store, state_digest, write_durably
 from fedlora.privacy.accountants import epsilon
@@ -28,6 +29,7 @@ VERSIONED = ("fedlora", "torch", "transformers", "peft", "opacus", "dp-accountin
 
 def summarise(prepared: Prepared, run_dir: Path) -> dict[str, Any]:
     """summary.json of a finished simulation."""
+    require_debits(prepared.config, run_dir)
     state, _ = Store(run_dir).load()
     down, up = frame_sizes(prepared, state)
     clients = [member.client for member in prepared.clients.members]
@@ -128,6 +130,24 @@ def spent_events(run_dir: Path) -> dict[str, tuple[DpEvent, ...]]:
 def ledger_events(run_dir: Path) -> dict[str, tuple[DpEvent, ...]]:
     """Simulated client -> everything its ledger says it spent."""
     return {ledger.header.client: events_of(ledger.entries) for ledger in _ledgers(run_dir)}
+
+
+def require_debits(config: RunConfig, run_dir: Path) -> None:
+    """Passes only a simulation in which every update that counted was paid for in its client's ledger.
+
+    Raises:
+        LedgerError: a ledger is gone or shorter than the rounds that its client answered.
+    """
+    if config.privacy == "none":
+        return
+    held = ledger_events(run_dir)
+    answers = Counter(client for line in run_rounds(run_dir) for client in line["answered"])
+    for client, answered in sorted(answers.items()):
+        if len(held.get(client, ())) < answered:
+            raise LedgerError(
+                f"{run_dir / 'ledgers'}: {client} answered {answered} rounds, its ledger has "
+                f"{len(held.get(client, ()))} debits; restore it, since what was spent is no longer known"
+            )
 
 
 def noise_source(run_dir: Path) -> str:

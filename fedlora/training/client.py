@@ -48,7 +48,7 @@ class Node:
 
 
 def train(node: Node, request: TrainRequest, ledger: Ledger | None) -> Reply:
-    """The client's reply; what it spends is durable in `ledger` before a record is read.
+    """The client's reply; what it spends is durable in `ledger` before a record is drawn.
 
     The same request again is answered again without a second debit: seeded noise makes the bytes the same, and a
     node with noise from the operating system keeps what it sent (the deployed app's outbox).
@@ -103,7 +103,8 @@ def _local_steps(node: Node, request: TrainRequest) -> None:
     rate = node.sample_rate if node.mechanism is None else node.mechanism.sample_rate
     optimizer = _optimizer(trained, node.optimizer, request.work.learning_rate)
     for step in range(request.work.steps):
-        purpose = (node.client, request.round, step)
+        # The run is part of it: the same seed in another run must not repeat noise that a ledger pays for twice.
+        purpose = (request.run, node.client, request.round, step)
         drawn = poisson_draw(len(node.examples), rate, node.noise, ("draw", *purpose))
         gradient = private_gradient(
             node.engine,

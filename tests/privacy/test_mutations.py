@@ -153,8 +153,8 @@ MUTATIONS = (
     Mutation(
         "a stream for the seed alone",
         "noise",
-        "seed_for(self._seed, law, *purpose)",
-        "self._seed",
+        'key_for(self._seed, "normal", *purpose)',
+        'key_for(self._seed, "normal")',
         INDEPENDENT,
     ),
     Mutation(
