@@ -4,8 +4,8 @@
     python benchmarks/accuracy.py --full                             quickstart, three seeds
     python benchmarks/accuracy.py --full --config configs/sst2.yaml  any other config
 
-Arms: the config as it is; FFA-LoRA with the same orthonormal A, which FedSVD must tie with; the same run without
-privacy, which is the price of it. Beside them the zero-step model and the majority class. Writes
+Arms: the config as it is; FFA-LoRA with the same first A, which FedSVD must tie with; the same run without privacy,
+which is the price of it; and, if named, single choices undone. Beside them the zero-step model and the majority class. Writes
 benchmarks/results/accuracy-<config>.json.
 """
 
@@ -24,9 +24,15 @@ from fedlora.runtime.simulate import simulate
 
 ARMS = {
     "private": [],
-    "private, FFA-LoRA orthonormal": ["method={name: ffa}"],
+    "private, FFA-LoRA, same A": ["method={name: ffa}"],
     "not private": ["privacy=none"],
+    "checkpoint's pooler": ["task.pooler=checkpoint"],
+    "frozen random head": ["task.head=frozen"],
+    "A not centred": ["lora.init=orthonormal"],
 }
+PEERS = list(ARMS)[:3]
+"""What runs unless --arms says otherwise; the others show what single choices are worth."""
+
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -37,7 +43,7 @@ def main() -> int:
     )
     parser.add_argument("--config", type=Path, default=Path("configs/quickstart.yaml"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=PEERS)
     parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="K=V")
     scale = parser.add_mutually_exclusive_group(required=True)
     scale.add_argument("--quick", action="store_true")
