@@ -136,7 +136,7 @@ def preview_text(found: "Preview") -> str:
         ),
         ("steps", f"{found.steps_per_participation} in each round that a client answers"),
         ("memory", f"about {bytes_text(found.memory_bytes)}"),
-        ("time", f"about {duration(found.training_seconds)}"),
+        ("time", f"about {duration(found.training_seconds)} at this machine's present load"),
     ]
     heads = ("client", "records", "sample rate", "noise multiplier", "epsilon at most")
     return "\n".join([table(heads, rows), "", pairs(facts), *[f"  note: {note}" for note in found.notes]])

@@ -1,10 +1,14 @@
 """What a data owner sets on the own node, and no server may ever set."""
 
+import re
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from fedlora.config.schema import Docstrings, Lora, Model, Optimizer, Section, Task
+
+CLIENT_NAME = r"(?!\.+\Z)[A-Za-z0-9._~-]{1,96}\Z"
+"""What a server takes as a node's name (re.match): it may become a file's name there."""
 
 
 class NodeFiles(Section):
@@ -56,7 +60,7 @@ class NodeConfig(Section):
     """One data owner's node, whole."""
 
     client: str
-    """The name under which the server knows this node."""
+    """The name under which the server knows this node: letters, digits and . _ ~ -, not only dots."""
     data: Annotated[NodeFiles | NodeDocstrings, Field(discriminator="source")]
     declared_records: Annotated[int, Field(ge=1)]
     """The number of records as told to the server. Public: sampling rates and noise follow from it."""
@@ -71,7 +75,7 @@ class NodeConfig(Section):
     ledger: str
     """Path of the append-only record of everything spent. Losing it means losing the guarantee: back it up.
 
-    Replies already given lie in `outbox` beside it.
+    Replies already given lie beside it, in a folder of its name and `.outbox`; they bear it witness.
     """
     budget: Budget
     min_noise_multiplier: Annotated[float, Field(gt=0)]
@@ -81,6 +85,13 @@ class NodeConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: Annotated[int, Field(ge=1)] = 1
     """Cores that training uses."""
+
+    @field_validator("client")
+    @classmethod
+    def _is_a_plain_name(cls, name: str) -> str:
+        if not re.match(CLIENT_NAME, name):
+            raise ValueError(f"client: {name!r} is no name; use 1 to 96 letters, digits and . _ ~ -")
+        return name
 
     @model_validator(mode="after")
     def _fits_together(self) -> "NodeConfig":

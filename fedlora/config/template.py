@@ -60,7 +60,7 @@ method:
 # `privacy: none` switches it off; every output then says NOT PRIVATE.
 privacy:
   target_epsilon: 8.0                            # smaller is more private; 1 is strong, 8 is usual in papers
-  target_delta: 1.0e-5                           # must be below 1 / records of the smallest client
+  target_delta: 1.0e-5                           # must be below 1 / records of the largest client
   max_grad_norm: 2.0                             # bound on one record's gradient
   max_participations: 20                         # what the noise is for; the ledger refuses the next
   accountant: pld                                # or prv, rdp

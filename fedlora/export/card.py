@@ -58,23 +58,32 @@ def _title(config: RunConfig, statement: Statement) -> str:
 
 
 def _usage(config: RunConfig, merged: bool) -> str:
-    """Python that loads what lies beside the card; DIRECTORY is where the reader put it."""
+    """Python that loads what lies beside the card and, for a classifier, uses it."""
     classifies = config.task.kind == "sequence-classification"
     auto = "AutoModelForSequenceClassification" if classifies else "AutoModelForCausalLM"
+    here, name = 'here = "."  # the directory of this card', repr(config.model.name)
     if merged:
-        lines = [f"from transformers import {auto}, AutoTokenizer", ""]
-        lines += [
-            f'model = {auto}.from_pretrained("DIRECTORY")',
-            'tokenizer = AutoTokenizer.from_pretrained("DIRECTORY")',
-        ]
+        lines = [f"from transformers import {auto}, AutoTokenizer", "", here]
+        lines += [f"model = {auto}.from_pretrained(here).eval()"]
+        lines += ["tokenizer = AutoTokenizer.from_pretrained(here)"]
     else:
         lines = ["import json", "from pathlib import Path", ""] if classifies else []
-        lines += ["from peft import PeftModel", f"from transformers import {auto}", ""]
-        lines += ['classes = json.loads(Path("DIRECTORY/classes.json").read_text())'] if classifies else []
+        lines += ["from peft import PeftModel", f"from transformers import {auto}, AutoTokenizer", "", here]
+        lines += [f"name = {name}"]
+        lines += ["# without the hub: from fedlora.training.checkpoints import locate; name = locate(name)"]
+        lines += ['classes = json.loads(Path(here, "classes.json").read_text())'] if classifies else []
         labels = ", num_labels=len(classes)" if classifies else ""
-        lines += [f'base = {auto}.from_pretrained("{config.model.name}"{labels})']
-        lines += ['model = PeftModel.from_pretrained(base, "DIRECTORY")']
-    return "## Use\n\n```python\n" + "\n".join(lines) + "\n```\n"
+        lines += [f"base = {auto}.from_pretrained(name{labels})"]
+        lines += ["model = PeftModel.from_pretrained(base, here).eval()"]
+        lines += ["tokenizer = AutoTokenizer.from_pretrained(name)"]
+    if classifies:
+        label = "model.config.id2label[best]" if merged else "classes[best]"
+        cut = f"truncation=True, max_length={config.data.max_length}"
+        lines += ["", f'tokens = tokenizer("A text.", {cut}, return_tensors="pt")']
+        lines += ["best = model(**tokens).logits.argmax().item()", f"print({label})"]
+    note = "transformers reports the classifier as missing from the base model: the adapter brings it.\n"
+    shown = "\n".join(lines)
+    return f"## Use\n\n```python\n{shown}\n```\n" + (f"\n{note}" if classifies and not merged else "")
 
 
 def _training(config: RunConfig, summary: Mapping[str, Any]) -> str:

@@ -6,6 +6,7 @@ plans/round-000012.json                                  who is asked, on disk b
 rounds.jsonl                                             one line a round, repaired from the checkpoint on opening
 """
 
+import hashlib
 import json
 import logging
 import os
@@ -14,6 +15,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -28,6 +30,7 @@ log = logging.getLogger(__name__)
 
 FORMAT = 1
 KEPT_CHECKPOINTS = 2
+LONGEST_NAME = 200
 
 
 class Store:
@@ -148,15 +151,24 @@ class Store:
         lines = [line for line in whole_lines(self.log) if line["round"] < last["round"]]
         write_durably(self.log, "".join(_json(line) for line in [*lines, last]))
 
+    def _memory_of(self, client: str) -> Path:
+        """A directory directly under `memory`, its own for each client, whatever the client is called."""
+        name = quote(client, safe="")
+        if not name.strip("."):
+            name = f"%{name}"  # no name is quoted to this
+        elif len(name) > LONGEST_NAME:
+            name = hashlib.sha256(client.encode()).hexdigest()
+        return self.memory / name
+
     def _save_memory(self, client: str, at: int, delta: Delta) -> None:
-        path = self.memory / client / f"{_round(at)}.safetensors"
+        path = self._memory_of(client) / f"{_round(at)}.safetensors"
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file(_delta_tensors(delta), path)
         _fsync(path)
         _fsync(path.parent)
 
     def _load_memory(self, client: str, at: int) -> Delta:
-        path = self.memory / client / f"{_round(at)}.safetensors"
+        path = self._memory_of(client) / f"{_round(at)}.safetensors"
         if not path.exists():
             raise IncompleteError(
                 f"{path}, a remembered update, is missing; restore it, or start again elsewhere"
@@ -168,7 +180,7 @@ class Store:
             shutil.rmtree(path)
         for client in fresh:
             newest = f"{_round(state.remembered[client])}.safetensors"
-            older = [path for path in sorted((self.memory / client).iterdir()) if path.name < newest]
+            older = [path for path in sorted(self._memory_of(client).iterdir()) if path.name < newest]
             for path in older[: -(KEPT_CHECKPOINTS - 1) or None]:
                 path.unlink()
 

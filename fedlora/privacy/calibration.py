@@ -141,6 +141,6 @@ def check_delta(delta: float, records: int) -> None:
     """Passes only a delta below 1 / records: at 1 / records a mechanism may publish a record outright."""
     if records < 1 or not 0 < delta < 1 / records:
         raise PrivacyError(
-            f"target_delta {delta} is not below 1 / {records} records; lower privacy.target_delta "
-            f"(below {0.1 / max(records, 1):.1e} is usual) or give the client more records"
+            f"privacy.target_delta {delta} is not below 1 / {records}, the records of a client; "
+            f"lower it (below {0.1 / max(records, 1):.1e} is usual)"
         )

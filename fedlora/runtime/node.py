@@ -19,11 +19,12 @@ from fedlora.data.partition import partition
 from fedlora.data.records import Examples, Records
 from fedlora.data.tables import Columns, Table, corpus_from
 from fedlora.data.tokenise import fingerprint, tokenise
-from fedlora.errors import ConfigError, DataError, ShapeError, WireError
+from fedlora.errors import ConfigError, DataError, LedgerError, ShapeError
 from fedlora.privacy.budget import Budget
 from fedlora.privacy.calibration import check_delta, noise_multiplier
 from fedlora.privacy.direct_engine import DirectEngine
-from fedlora.privacy.ledger import Ledger, open_ledger
+from fedlora.privacy.ledger import Ledger, open_ledger, read_ledger
+from fedlora.privacy.ledger_format import RESTORE
 from fedlora.privacy.noise import OsEntropyNoise
 from fedlora.runtime.outbox import Outbox
 from fedlora.runtime.wire import decode_request, encode_reply
@@ -39,13 +40,13 @@ class DeployedNode:
 
     def __init__(self, config: NodeConfig) -> None:
         self.config = config
-        self._outbox = Outbox(Path(config.ledger).parent / "outbox")
+        self._outbox = Outbox(Path(f"{config.ledger}.outbox"))
 
     def answer(self, frame: bytes) -> bytes:
         """The reply's frame: an update, or a refusal with a code and no words. Nothing raises."""
         try:
             request = decode_request(frame)
-        except WireError as error:
+        except Exception as error:
             log.error("malformed request: %s", error)
             return self._refusal("", 0, RefusalReason.BAD_REQUEST)
         try:
@@ -56,6 +57,7 @@ class DeployedNode:
             return self._refusal(request.run, request.round, RefusalReason.FAILED)
 
     def _answered(self, request: TrainRequest) -> bytes:
+        self._require_paid()
         run, round_, digest = request.run, request.round, request_digest(request)
         kept = self._outbox.find(run, round_)
         if kept is not None:
@@ -76,6 +78,19 @@ class DeployedNode:
         if isinstance(reply, ClientUpdate):
             self._outbox.keep(run, round_, digest, frame)
         return frame
+
+    def _require_paid(self) -> None:
+        """Every reply given is in the ledger, which was therefore not lost, rolled back or begun anew."""
+        given = self._outbox.given()
+        if not given:
+            return
+        path = Path(self.config.ledger)
+        entries = read_ledger(path).entries if path.exists() else ()
+        if unpaid := sorted(given - {(entry.run, entry.round) for entry in entries}):
+            raise LedgerError(
+                f"{path}: {len(unpaid)} replies in {self._outbox.directory} are not among its {len(entries)} "
+                f"debits, the first is round {unpaid[0][1]} of run {unpaid[0][0]!r}; {RESTORE}"
+            )
 
     def _fault(self, request: TrainRequest) -> str | None:
         """Why the request does not fit this node; None if it does. Loads its adapters into the model."""

@@ -2,6 +2,7 @@
 
 import fcntl
 import hashlib
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,7 +10,7 @@ from pathlib import Path
 
 
 class Outbox:
-    """Replies already given, one file each: the request's digest, a newline, the reply's frame."""
+    """Replies already given, one file each: a line of JSON (run, round, digest of the request), the frame."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -27,15 +28,25 @@ class Outbox:
         path = self._path(run, round_)
         if not path.exists():
             return None
-        digest, _, frame = path.read_bytes().partition(b"\n")
-        return digest.decode(), frame
+        line, _, frame = path.read_bytes().partition(b"\n")
+        return json.loads(line)["request"], frame
+
+    def given(self) -> set[tuple[str, int]]:
+        """Run and round of every reply."""
+        found = set()
+        for path in self.directory.glob("*.reply"):
+            with path.open("rb") as file:
+                words = json.loads(file.readline())
+            found.add((words["run"], words["round"]))
+        return found
 
     def keep(self, run: str, round_: int, digest: str, frame: bytes) -> None:
         """The answer is durable and may be sent: written aside, fsynced, renamed."""
         path = self._path(run, round_)
         aside = path.with_suffix(".part")
+        line = json.dumps({"run": run, "round": round_, "request": digest}, sort_keys=True)
         with aside.open("wb") as file:
-            file.write(digest.encode() + b"\n" + frame)
+            file.write(line.encode() + b"\n" + frame)
             file.flush()
             os.fsync(file.fileno())
         aside.replace(path)

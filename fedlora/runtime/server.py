@@ -6,6 +6,7 @@ what the replies say, and each node's ledger is the authority.
 
 import json
 import logging
+import re
 import secrets
 import time
 from collections.abc import Callable, Mapping
@@ -16,6 +17,7 @@ from typing import Any
 from flwr.serverapp import Grid
 
 from fedlora.config.load import config_digest, dump_config
+from fedlora.config.node import CLIENT_NAME
 from fedlora.config.schema import RunConfig
 from fedlora.data import load_corpus
 from fedlora.data.tokenise import tokenise
@@ -94,7 +96,7 @@ def _serve(grid: Grid, config: RunConfig, run_dir: Path) -> None:
         members=roster.members,
         method=build(config.method, config.lora),
         federation=federation,
-        cohort=Reported(cohort, run_dir / SPENT),
+        cohort=Reported(cohort, run_dir / SPENT, most_steps=federation.local_steps),
         store=store,
         score=centre.score,
     ):
@@ -158,6 +160,9 @@ def _enough(hellos: Mapping[str, Hello], known: Mapping[str, int], ends: float, 
 
 
 def _fits(hello: Hello, classes: tuple[str, ...], known: Mapping[str, int]) -> bool:
+    if not re.match(CLIENT_NAME, hello.client):
+        log.error("%r is no name for a node; use 1 to 96 letters, digits and . _ ~ -", hello.client[:200])
+        return False
     if hello.classes != classes:
         log.error(
             "%r has classes %s, this run %s; list the same in its node.yaml",

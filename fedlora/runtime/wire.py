@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fedlora.algebra.digest import named_tensors
-from fedlora.errors import WireError
+from fedlora.errors import ShapeError, WireError
 from fedlora.values import (
     Adapters,
     ClientUpdate,
@@ -34,6 +34,7 @@ from fedlora.values import (
 MAGIC = b"fedlora\x01"
 DIGEST_BYTES = 32
 MAX_HEADER_BYTES = 1 << 22
+MAX_DIMENSIONS = 8
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
@@ -58,15 +59,15 @@ def decode_request(frame: bytes) -> TrainRequest:
     with _Strict("request"):
         sites = sorted({name[2:] for name in tensors if name[:2] in ("a:", "b:")})
         return TrainRequest(
-            run=str(header["run"]),
-            round=int(header["round"]),
+            run=_text(header["run"]),
+            round=_whole(header["round"]),
             adapters=Adapters(
-                basis=int(header["basis"]),
-                scale=float(header["scale"]),
+                basis=_whole(header["basis"]),
+                scale=_number(header["scale"]),
                 sites={site: Factors(a=tensors[f"a:{site}"], b=tensors[f"b:{site}"]) for site in sites},
                 head=_named(tensors, "head:"),
             ),
-            work=LocalWork(steps=int(header["steps"]), learning_rate=float(header["learning_rate"])),
+            work=LocalWork(steps=_whole(header["steps"]), learning_rate=_number(header["learning_rate"])),
         )
 
 
@@ -88,19 +89,27 @@ def decode_reply(frame: bytes) -> Reply:
     """The update or refusal in `frame`; WireError when it is neither."""
     header, tensors = _decode(frame, "update", "refusal")
     with _Strict("reply"):
-        who = {"client": str(header["client"]), "run": str(header["run"]), "round": int(header["round"])}
+        client, run, round_ = _text(header["client"]), _text(header["run"]), _whole(header["round"])
         if header["kind"] == "refusal":
-            return Refusal(**who, reason=RefusalReason(header["reason"]))
-        spent = header["spent"]
-        event = spent and DpEvent(
-            noise_multiplier=float(spent[0]), sample_rate=float(spent[1]), steps=int(spent[2])
+            return Refusal(client=client, run=run, round=round_, reason=RefusalReason(header["reason"]))
+        event = None
+        if header["spent"] is not None:
+            noise, rate, steps = header["spent"]
+            event = DpEvent(noise_multiplier=_number(noise), sample_rate=_number(rate), steps=_whole(steps))
+        delta = Delta(
+            basis=_whole(header["basis"]), sites=_named(tensors, "b:"), head=_named(tensors, "head:")
         )
-        delta = Delta(basis=int(header["basis"]), sites=_named(tensors, "b:"), head=_named(tensors, "head:"))
-        return ClientUpdate(**who, delta=delta, spent=event or None)
+        return ClientUpdate(client=client, run=run, round=round_, delta=delta, spent=event)
+
+
+_MALFORMED = (
+    *(KeyError, IndexError, TypeError, AttributeError, ValueError),
+    *(OverflowError, RuntimeError, ShapeError),  # RecursionError is a RuntimeError, and so are torch's own
+)
 
 
 class _Strict:
-    """Turns a missing or mistyped header field into a WireError."""
+    """Turns whatever a missing, mistyped or senseless header field raises into a WireError."""
 
     def __init__(self, what: str) -> None:
         self.what = what
@@ -108,8 +117,26 @@ class _Strict:
     def __enter__(self) -> None: ...
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, (KeyError, TypeError, ValueError, IndexError)):
+        if isinstance(error, _MALFORMED):
             raise WireError(f"malformed {self.what} header: {error!r}") from error
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} is no text")
+    return value
+
+
+def _whole(value: object) -> int:
+    if type(value) is not int or not -(1 << 63) <= value < 1 << 63:
+        raise TypeError(f"{value!r} is no whole number of 64 bits")
+    return value
+
+
+def _number(value: object) -> float:
+    if type(value) is not float and type(value) is not int:
+        raise TypeError(f"{value!r} is no number")
+    return float(value)
 
 
 def _named(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -153,13 +180,13 @@ def _decode(frame: bytes, *kinds: str) -> tuple[dict[str, Any], dict[str, Tensor
 
 
 def _tensors(table: list[Any], data: bytes) -> dict[str, Tensor]:
-    sizes = [math.prod(shape) * _DTYPES[dtype].itemsize for _, dtype, shape in table]
-    if any(size < 0 for size in sizes) or sum(sizes) != len(data):
+    sizes = [_elements(shape) * _DTYPES[dtype].itemsize for _, dtype, shape in table]
+    if sum(sizes) != len(data):
         raise WireError(f"tensor table asks for {sum(sizes)} bytes, the frame holds {len(data)}")
     tensors: dict[str, Tensor] = {}
     offset = 0
     for (name, dtype, shape), size in zip(table, sizes, strict=True):
-        if name in tensors:
+        if _text(name) in tensors:
             raise WireError(f"tensor {name!r} occurs twice")
         numbers = np.frombuffer(
             data, dtype="<f8" if dtype == "float64" else "<f4", count=math.prod(shape), offset=offset
@@ -167,3 +194,10 @@ def _tensors(table: list[Any], data: bytes) -> dict[str, Tensor]:
         tensors[name] = torch.from_numpy(numbers.astype(numbers.dtype.newbyteorder("="))).reshape(shape)
         offset += size
     return tensors
+
+
+def _elements(shape: list[Any]) -> int:
+    if len(shape) > MAX_DIMENSIONS or any(_whole(size) < 0 for size in shape):
+        raise ValueError(f"{shape!r} is no shape of at most {MAX_DIMENSIONS} dimensions")
+    _whole(math.prod(max(size, 1) for size in shape))  # what an empty tensor's strides have to hold
+    return math.prod(shape)

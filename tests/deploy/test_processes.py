@@ -114,7 +114,7 @@ def test_two_nodes_train_two_rounds_and_their_ledgers_say_what_the_server_report
         ledger = read_ledger(tmp_path / f"node-{number}" / "ledger.jsonl")
         assert ledger.header.noise == "os-entropy"
         assert len(ledger.entries) == 2
-        assert len(list((tmp_path / f"node-{number}" / "outbox").glob("*.reply"))) == 2
+        assert len(list((tmp_path / f"node-{number}" / "ledger.jsonl.outbox").glob("*.reply"))) == 2
     assert 0 < summary["epsilon_max"] <= 8.0
     card = finished.read_text()
     assert "SIMULATION" not in card and "its own ledger is the authority" in card

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import struct
 
 import pytest
@@ -112,6 +113,25 @@ GOOD = {"kind": "update", "client": "c", "run": "r", "round": 1, "basis": 0, "sp
         {**GOOD, "tensors": [["b:x", "float32", ["many"]]]},
         {**GOOD, "tensors": [["b:x"]]},
         {**GOOD, "tensors": 7},
+        {**GOOD, "tensors": [["b:x", "float32", [-1, -4]]]},
+        {**GOOD, "tensors": [["b:x", "float32", [0, -1]]]},
+        {**GOOD, "tensors": [["b:x", "float32", [0, 1 << 62, 1 << 62]]]},
+        {**GOOD, "tensors": [["b:x", "float32", [0] * 100]]},
+        {**GOOD, "tensors": [["b:x", "float32", [True, 0]]]},
+        {**GOOD, "tensors": [["b:x", "float32", [0.0]]]},
+        {**GOOD, "tensors": [["b:x", ["float32"], [0]]]},
+        {**GOOD, "tensors": [[5, "float32", [0]]]},
+        {**GOOD, "tensors": [], "round": math.inf},
+        {**GOOD, "tensors": [], "round": math.nan},
+        {**GOOD, "tensors": [], "round": 1.5},
+        {**GOOD, "tensors": [], "round": True},
+        {**GOOD, "tensors": [], "round": 10**400},
+        {**GOOD, "tensors": [], "run": None},
+        {**GOOD, "tensors": [], "client": ["c"]},
+        {**GOOD, "tensors": [], "spent": [10**400, 0.1, 2]},
+        {**GOOD, "tensors": [], "spent": [1.0, 0.1, math.inf]},
+        {**GOOD, "tensors": [], "spent": "111"},
+        {**GOOD, "tensors": [], "spent": 0},
         {**GOOD, "tensors": [], "spent": ["much"]},
         {**GOOD, "kind": "request", "tensors": []},
         {key: value for key, value in GOOD.items() if key != "run"} | {"tensors": []},
@@ -123,6 +143,43 @@ GOOD = {"kind": "update", "client": "c", "run": "r", "round": 1, "basis": 0, "sp
 def test_a_hostile_header_is_refused_before_memory_is_asked_for(header):
     with pytest.raises(WireError):
         decode_reply(resealed(header))
+
+
+ASKED = {
+    "kind": "request",
+    "run": "r",
+    "round": 1,
+    "basis": 0,
+    "scale": 1.0,
+    "steps": 1,
+    "learning_rate": 0.1,
+}
+
+
+@pytest.mark.parametrize(
+    ("header", "size"),
+    [
+        ({**ASKED, "tensors": [], "scale": 10**400}, 0),
+        ({**ASKED, "tensors": [], "scale": "1"}, 0),
+        ({**ASKED, "tensors": [], "steps": math.inf}, 0),
+        ({**ASKED, "tensors": [], "basis": math.inf}, 0),
+        ({**ASKED, "tensors": [[5, "float32", [1]]]}, 4),
+        ({**ASKED, "tensors": [["b:x", "float32", [1]]]}, 4),
+        ({**ASKED, "tensors": [["a:x", "float32", [1]], ["b:x", "float32", [1]]]}, 8),
+        ({**ASKED, "tensors": [["b:x", "float32", [-1, -4]]]}, 16),
+        ({**ASKED, "tensors": [["b:x", "float32", [0, -1]]]}, 0),
+    ],
+)
+def test_a_hostile_request_is_refused(header, size):
+    with pytest.raises(WireError):
+        decode_request(resealed(header, b"\0" * size))
+
+
+@pytest.mark.parametrize("decode", [decode_request, decode_reply])
+def test_a_header_too_deep_to_read_is_refused(decode):
+    body = MAGIC + struct.pack("<I", 200_000) + b"[" * 200_000
+    with pytest.raises(WireError):
+        decode(body + hashlib.sha256(body).digest())
 
 
 def test_a_name_may_not_occur_twice():
