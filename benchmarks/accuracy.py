@@ -5,8 +5,8 @@
     python benchmarks/accuracy.py --full --config configs/sst2.yaml  any other config
 
 Arms: the config as it is; FFA-LoRA with the same first A, which FedSVD must tie with; the same run without privacy,
-which is the price of it; and, if named, single choices undone. Beside them the zero-step model and the majority class. Writes
-benchmarks/results/accuracy-<config>.json.
+which is the price of it; and, if named, single choices undone. Beside them the zero-step model and the majority class.
+Writes benchmarks/results/accuracy-<config>.json.
 """
 
 import argparse
