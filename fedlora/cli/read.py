@@ -21,6 +21,8 @@ from fedlora.cli.output import (
 from fedlora.errors import ConfigError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from fedlora.config.schema import RunConfig
     from fedlora.runtime.events import Listener
 
@@ -36,12 +38,16 @@ def add_to(app: typer.Typer) -> None:
 
 def status(run_dir: RunDirArgument, form: FormatOption = Format.TEXT) -> None:
     """Tell how far a run is: rounds, score, refusals, epsilon, throughput. Works while it goes on."""
+    from fedlora.export.statement import reservation
     from fedlora.export.words import duration, epsilon, number, score
     from fedlora.runtime.rundir import going_on
 
     with only_ours():
         found = run_status(run_dir)
     state = "finished" if found["finished"] else f"not finished; if nothing works on it, {going_on(run_dir)}"
+    taken_back = reservation(found) if found["private"] else None
+    promise = _known(epsilon, found["epsilon_max"]) if found["private"] else "NOT PRIVATE"
+    promise += "" if taken_back is None else f" ({taken_back})"
     metric, pace = str(found["metric"]), number(found["client_rounds_per_second"])
     rows = [
         ("state", state),
@@ -51,7 +57,7 @@ def status(run_dir: RunDirArgument, form: FormatOption = Format.TEXT) -> None:
             f"test {metric}",
             f"{score(metric, found['score_before'])} before, {score(metric, found['score'])} now",
         ),
-        ("epsilon", epsilon(found["epsilon_max"]) if found["private"] else "NOT PRIVATE"),
+        ("epsilon", promise),
         ("refusals", f"{found['refusals']} refused, {found['rejections']} rejected"),
         ("pace", f"{pace} client rounds a second, {duration(found['seconds'])} so far"),
     ]
@@ -64,13 +70,33 @@ def run_status(run_dir: Path) -> dict[str, Any]:
     from fedlora.runtime.summary import summary_so_far
 
     lines = run_rounds(run_dir)
+    finished, summary = finished_summary(run_dir) is not None, summary_so_far(run_dir)
+    if summary["private"] and not finished and (lost := unaccounted(run_dir)):
+        known = {client: None if client in lost else e for client, e in summary["epsilon_by_client"].items()}
+        summary = {**summary, "epsilon_max": None, "epsilon_by_client": known}
     return {
-        "finished": finished_summary(run_dir) is not None,
+        "finished": finished,
         "rounds": run_config(run_dir).federation.rounds,
-        **summary_so_far(run_dir),
+        **summary,
         "refusals": sum(len(line["refused"]) for line in lines),
         "rejections": sum(len(line["rejected"]) for line in lines),
     }
+
+
+def unaccounted(run_dir: Path) -> dict[str, int]:
+    """Client -> rounds that it answered, where ledgers or reports hold fewer, so that nobody knows what it spent."""
+    from collections import Counter
+
+    from fedlora.runtime.rundir import run_rounds
+    from fedlora.runtime.summary import spent_events
+
+    answered = Counter(client for line in run_rounds(run_dir) for client in line["answered"])
+    spent = spent_events(run_dir)
+    return {client: count for client, count in sorted(answered.items()) if len(spent.get(client, ())) < count}
+
+
+def _known(words: "Callable[[float], str]", value: float | None) -> str:
+    return "unknown" if value is None else words(value)
 
 
 def budget(
@@ -87,11 +113,33 @@ def budget(
     from fedlora.runtime.budgets import budgets
 
     rows = budgets(path, delta)
+    if rows:
+        lost, source = unaccounted(path) if path.is_dir() else {}, _noise_source(path)
+        rows = [_honest(row, lost.get(row["client"], 0), source) for row in rows]
     show(rows, budget_text(path, rows), form)
+
+
+def _honest(row: Mapping[str, Any], lost: int, noise_source: str | None) -> dict[str, Any]:
+    """The row, which knows nothing of what was spent if its client answered `lost` rounds without a whole ledger."""
+    unknown = {"participations": lost, "epsilon": None, "left": None, "verified": False} if lost else {}
+    return {**row, **unknown, "noise_source": noise_source}
+
+
+def _noise_source(path: Path) -> str | None:
+    """The kind of noise behind what `budget` tells; None where there is no ledger to tell it."""
+    from fedlora.config.load import load_node
+    from fedlora.privacy.ledger import read_ledger
+    from fedlora.runtime.summary import noise_source
+
+    if path.is_dir():
+        return noise_source(path)
+    ledger = Path(load_node(path).ledger) if path.suffix in (".yaml", ".yml") else path
+    return read_ledger(ledger).header.noise if ledger.exists() else None
 
 
 def budget_text(path: Path, rows: Sequence[Mapping[str, Any]]) -> str:
     """The rows as people read them, and what vouches for them."""
+    from fedlora.export.statement import SIMULATION, reservation
     from fedlora.export.words import epsilon, number
 
     if not rows:
@@ -100,21 +148,29 @@ def budget_text(path: Path, rows: Sequence[Mapping[str, Any]]) -> str:
         (
             row["client"],
             f"{row['participations']} of {row['max_participations'] or '-'}",
-            epsilon(row["epsilon"]),
+            _known(epsilon, row["epsilon"]),
             number(row["target_epsilon"]),
-            number(row["left"]),
+            "unknown" if row["epsilon"] is None else number(row["left"]),
             number(row["delta"]),
         )
         for row in rows
     ]
     heads = ("client", "rounds answered", "epsilon spent", "target", "left", "delta")
     entries = sum(row["participations"] for row in rows if row["verified"])
-    reported = sum(row["participations"] for row in rows if not row["verified"])
+    lost = [row for row in rows if row["epsilon"] is None]
+    reported = sum(row["participations"] for row in rows if not row["verified"] and row not in lost)
     notes = [f"chain verified: {entries} entries"] if any(row["verified"] for row in rows) else []
     notes += (
         [f"{reported} as the nodes report them: each node's own ledger is the authority"] if reported else []
     )
-    return "\n".join([table(heads, lines), *[f"  {note}" for note in notes or ["no ledger yet"]]])
+    if lost:
+        count = sum(row["participations"] for row in lost)
+        notes.append(f"unknown: {count} answers of {len(lost)} clients without a whole ledger; restore it")
+    notes = notes or ["no ledger yet"]
+    source = rows[0].get("noise_source")
+    if source is not None and reservation({"noise_source": source}) == SIMULATION:
+        notes.append(SIMULATION)
+    return "\n".join([table(heads, lines), *[f"  {note}" for note in notes]])
 
 
 def evaluate(

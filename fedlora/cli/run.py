@@ -1,6 +1,9 @@
 """Commands that work: check, simulate, resume."""
 
-from collections.abc import Callable
+import errno
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -19,7 +22,7 @@ from fedlora.cli.output import (
     summary_text,
     table,
 )
-from fedlora.errors import IncompleteError
+from fedlora.errors import ConfigError, IncompleteError
 
 if TYPE_CHECKING:
     from fedlora.runtime.events import Listener
@@ -64,7 +67,7 @@ def simulate(
     target = Path(loaded.output) if run_dir is None else run_dir
     from fedlora.runtime import simulate as runtime
 
-    with located(config, overrides or []):
+    with located(config, overrides or []), usable(target):
         _to_the_end(target, lambda listener: runtime.simulate(loaded, target, listener), form)
 
 
@@ -75,7 +78,7 @@ def resume(run_dir: RunDirArgument, form: FormatOption = Format.TEXT) -> None:
     from fedlora.runtime.rundir import run_config
 
     run_config(run_dir)
-    with located(run_dir / "config.yaml"):
+    with located(run_dir / "config.yaml"), usable(run_dir):
         _to_the_end(run_dir, lambda listener: runtime.resume(run_dir, listener), form)
 
 
@@ -111,6 +114,41 @@ def _to_the_end(run_dir: Path, work: "Callable[[Listener], Path]", form: Format)
         raise IncompleteError(interruption(run_dir)) from None
     heading = f"{run_dir} is finished already; nothing was done" if was_finished else f"{run_dir} is finished"
     show(summary, f"{heading}\n{summary_text(summary, run_dir)}", form)
+
+
+@contextmanager
+def usable(run_dir: Path) -> Iterator[None]:
+    """What the system refuses to do with the run directory is a ConfigError that names it; all else passes.
+
+    Raises:
+        ConfigError: the directory cannot be made, read or written, or its disk is full.
+    """
+    mend = "choose another --run-dir or output"
+    for place in (run_dir, *run_dir.parents):
+        if os.path.lexists(place):
+            if not place.is_dir():
+                raise ConfigError(f"{place} is no directory, so no run can be kept in {run_dir}; {mend}")
+            break
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _FULL and not _concerns(error, run_dir):
+            raise
+        why = error.strerror or type(error).__name__
+        raise ConfigError(
+            f"{run_dir} cannot be used as a run directory ({why}); make it writable, or {mend}"
+        ) from error
+
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+
+
+def _concerns(error: OSError, run_dir: Path) -> bool:
+    """Whether the error names the directory, something in it, or one that it was to be made in."""
+    if not isinstance(error.filename, str | os.PathLike):
+        return False
+    named, ours = Path(error.filename).resolve(), run_dir.resolve()
+    return named.is_relative_to(ours) or ours.is_relative_to(named)
 
 
 def interruption(run_dir: Path) -> str:

@@ -43,8 +43,8 @@ def _dataset(data: HuggingFace, split: str) -> Any:
 
 
 def _named(values: list[object], feature: Any) -> list[object]:
-    """ClassLabel indices by name. -1, the hub's word for unlabelled, stays, and is later an unknown label."""
+    """ClassLabel indices by name. -1, the hub's word for unlabelled, becomes None and is refused, not a class."""
     names = getattr(feature, "names", None)
     if not isinstance(names, list):
         return values
-    return [names[value] if isinstance(value, int) and 0 <= value < len(names) else value for value in values]
+    return [names[value] if isinstance(value, int) and 0 <= value < len(names) else None for value in values]

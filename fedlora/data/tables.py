@@ -1,6 +1,7 @@
 """From named columns, wherever they were read, to a corpus."""
 
 import difflib
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -9,6 +10,12 @@ from numpy.typing import NDArray
 
 from fedlora.data.records import Corpus, Records
 from fedlora.errors import DataError
+
+MOST_QUOTED, LONGEST_QUOTED = 3, 30
+"""Label values that one message quotes, and the characters of each."""
+
+NAME_LIKE = re.compile(r"[\w.-]{1,30}")
+"""A column's name as people write them; a text, which stands there where the header line is missing, has blanks."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -53,13 +60,26 @@ def require_columns(origin: str, wanted: Iterable[str], found: Iterable[str]) ->
     names = [str(name) for name in found]
     for name in wanted:
         if name not in names:
-            raise DataError(f"{origin}: no column {name!r}; it has {shown(names)}{nearest(name, names)}")
+            told = [name for name in names if NAME_LIKE.fullmatch(name)]
+            # Not quoted: a file without a header line has a record there.
+            others = len(names) - len(told)
+            hint = f" and {others} that look like no names; is the header line missing?" if others else ""
+            raise DataError(f"{origin}: no column {name!r}; it has {shown(told)}{hint}{nearest(name, told)}")
 
 
 def shown(names: Sequence[str], most: int = 20) -> str:
-    """The names, quoted and cut: a file without a header line shows a record here."""
-    listed = ", ".join(repr(name[:40]) for name in names[:most])
+    """Names of files, packages or columns, quoted and cut."""
+    listed = ", ".join(quoted(name) for name in names[:most])
     return listed + (f" and {len(names) - most} more" if len(names) > most else "") if names else "none"
+
+
+def quoted(value: object) -> str:
+    """The value as a message may show it: at most 30 characters of a text, and of lists only that they are."""
+    if value is None or isinstance(value, int | float):
+        return str(value)
+    if not isinstance(value, str):
+        return type(value).__name__
+    return repr(value if len(value) <= LONGEST_QUOTED else f"{value[:LONGEST_QUOTED]}…")
 
 
 def nearest(name: str, names: Sequence[str]) -> str:
@@ -69,13 +89,16 @@ def nearest(name: str, names: Sequence[str]) -> str:
 
 
 def corpus_from(train: Table, test: Table, columns: Columns, *, causal: bool) -> Corpus:
-    """Texts, and labels as indices over the sorted training labels.
+    """Texts, and labels as indices over the sorted labels of the test data, which are public.
 
-    A causal LM reads a pair as prompt, newline, answer; labels, if any, only serve to deal its records out.
+    Classes are no private record's to choose: one more would change the head, outside of any epsilon. A causal
+    LM reads a pair as prompt, newline, answer; labels, if any, only serve to deal its records out.
 
     Raises:
-        DataError: no records, a value that is no text or no label, one label only, an unknown test label.
+        DataError: no records, a value that is no text or no label, one test label only, a training label that
+            the test data lack, a label column that is a text column too.
     """
+    _require_no_text(columns)
     for table in (train, test):
         if not table.lines:
             raise DataError(f"{table.origin}: no records; need at least one line after the header")
@@ -83,13 +106,13 @@ def corpus_from(train: Table, test: Table, columns: Columns, *, causal: bool) ->
     train_labels = test_labels = None
     if columns.label is not None:
         names = _label_names(train, columns.label)
-        classes = _sorted_classes(names)
+        tested = names if causal else _label_names(test, columns.label)
+        classes = _sorted_classes(tested)
+        if not causal:
+            _require_two_classes(test, columns.label, classes)
+            _require_known(train, columns.label, names, classes)
+            test_labels = _indices(tested, classes)
         train_labels = _indices(names, classes)
-    if columns.label is not None and not causal:
-        _require_two_classes(train, columns.label, classes)
-        names = _label_names(test, columns.label)
-        _require_known(test, columns.label, names, classes)
-        test_labels = _indices(names, classes)
     groups = None if columns.group is None else _label_names(train, columns.group)
     return Corpus(
         train=Records(texts=_texts(train, columns.text, causal), labels=train_labels, groups=groups),
@@ -127,7 +150,8 @@ def _label_name(table: Table, name: str, row: int) -> str:
     if isinstance(value, int | str) and value != "":
         return str(value)
     raise DataError(
-        f"{table.where(row)}: column {name!r} holds {value!r}; need a string or a whole number in every row"
+        f"{table.where(row)}: column {name!r} holds {quoted(value)}; need a string or a whole number in every "
+        f"row"
     )
 
 
@@ -147,7 +171,8 @@ def _indices(names: list[str], classes: tuple[str, ...]) -> NDArray[np.int64]:
 def _require_two_classes(table: Table, label: str, classes: tuple[str, ...]) -> None:
     if len(classes) < 2:
         raise DataError(
-            f"{table.origin}: column {label!r} holds one label only, {shown(classes)}; need at least two"
+            f"{table.origin}: column {label!r} holds one label only, {shown(classes)}; the test data decide "
+            f"the classes, so they need at least two"
         )
 
 
@@ -156,6 +181,13 @@ def _require_known(table: Table, label: str, names: list[str], classes: tuple[st
     for row, name in enumerate(names):
         if name not in known:
             raise DataError(
-                f"{table.where(row)}: label {name!r} in column {label!r} does not occur in the training "
-                f"data, which has {shown(classes)}; drop the row or add such records to train"
+                f"{table.where(row)}: label {quoted(name)} in column {label!r} is not among the {len(classes)} "
+                f"classes of the test data, {shown(classes, MOST_QUOTED)}; correct it, or add a test record of "
+                f"that class"
             )
+
+
+def _require_no_text(columns: Columns) -> None:
+    for key, name in (("data.label", columns.label), ("data.partition.column", columns.group)):
+        if name is not None and name in columns.text:
+            raise DataError(f"{key}: {name!r} is a column of data.text; name another column")

@@ -44,7 +44,7 @@ def load_roster(run_dir: Path) -> Roster | None:
     path = run_dir / "roster.json"
     if not path.exists():
         return None
-    words = json.loads(path.read_text())
+    words = _words(path, "members", "restore it")
     members = tuple(Member(client=client, examples=records) for client, records in words["members"].items())
     return Roster(run=words["run"], members=members)
 
@@ -82,20 +82,55 @@ def run_config(run_dir: Path) -> RunConfig:
 
 
 def finished_summary(run_dir: Path) -> dict[str, Any] | None:
-    """summary.json of a finished run, or None."""
+    """summary.json of a finished run, or None.
+
+    Raises:
+        ConfigError: it is damaged.
+    """
     path = run_dir / "summary.json"
-    return json.loads(path.read_text()) if path.exists() else None
+    mend = f"restore it, or remove it and {going_on(run_dir)}"
+    return _words(path, "rounds_completed", mend) if path.exists() else None
 
 
 def run_rounds(run_dir: Path) -> list[dict[str, Any]]:
     """The lines of rounds.jsonl so far; line 0 is the zero-step model. A line still being written is left out."""
     run_config(run_dir)
-    return whole_lines(run_dir / "rounds.jsonl")
+    path = run_dir / "rounds.jsonl"
+    try:
+        lines = whole_lines(path)
+    except ValueError as error:  # no JSON, no UTF-8
+        raise ConfigError(f"{path} is damaged ({_first(error)}); {_LOG_MEND}") from None
+    for number, line in enumerate(lines, 1):
+        if not isinstance(line, dict) or "round" not in line:
+            raise ConfigError(f"{path}:{number} is damaged: it is no round; {_LOG_MEND}")
+    return lines
 
 
 def adapters_of(run_dir: Path) -> tuple[Adapters, tuple[str, ...]]:
     """The newest adapters and the class names of a run."""
     run_config(run_dir)
     state, _ = Store(run_dir).load()
-    classes = json.loads((run_dir / "classes.json").read_text())
+    path = run_dir / "classes.json"
+    try:
+        classes = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{path} is damaged ({_first(error)}); restore it") from None
     return state.adapters, tuple(classes)
+
+
+_LOG_MEND = "restore it, or remove what follows the last whole line"
+
+
+def _words(path: Path, key: str, mend: str) -> dict[str, Any]:
+    """A JSON object that has `key`, as everything that fedlora wrote there does."""
+    try:
+        words = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # no JSON, no UTF-8
+        raise ConfigError(f"{path} is damaged ({_first(error)}); {mend}") from None
+    if not isinstance(words, dict) or key not in words:
+        raise ConfigError(f"{path} is damaged (no {key!r} in it); {mend}")
+    return words
+
+
+def _first(error: Exception) -> str:
+    return str(error).splitlines()[0]

@@ -59,6 +59,14 @@ def test_a_node_tells_what_is_left_of_its_own_budget(node, ledger, capsys):
     assert "0 of 10" in text and "no ledger yet" in text and "verified" not in text
 
 
+def test_seeded_noise_is_a_simulation_and_noise_of_the_system_is_not(ledger, node, tmp_path, capsys):
+    seeded = tmp_path / "seeded.jsonl"
+    open_ledger(seeded, client="c", dataset_fingerprint="d", noise_kind="seeded")
+    assert "SIMULATION: not a guarantee" in told(capsys, seeded)
+    for path in (ledger, node):
+        assert "SIMULATION" not in told(capsys, path)
+
+
 def test_an_edited_ledger_is_refused_with_status_3(ledger, node, capsys):
     ledger.write_text(ledger.read_text().replace('"steps":10', '"steps":11', 1))
     for path in (ledger, node):

@@ -1,6 +1,7 @@
 """The commands as a person meets them: what they print, what they leave, and the status they end with."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from fedlora.cli.app import explain, main
+from fedlora.cli.run import usable
 from fedlora.config.load import dump_config, load_config
 from fedlora.errors import ConfigError, IncompleteError, LedgerError
 
@@ -197,6 +199,57 @@ def test_status_and_budget_agree_with_the_summary(run_dir, capsys):
     assert {row["client"]: row["epsilon"] for row in rows} == summary["epsilon_by_client"]
     assert "finished" in out_of(capsys, "status", str(run_dir))
     assert out_of(capsys, "budget", str(run_dir)).count("client-") == len(rows)
+
+
+@pytest.mark.parametrize("name", ["afile", "afile/x", "/proc/x"])
+def test_a_directory_that_cannot_hold_a_run_is_status_2_with_path_and_mend(
+    name, config_file, tmp_path, capsys
+):
+    (tmp_path / "afile").write_text("mine")
+    target = tmp_path / name
+    for arguments in (["--run-dir", str(target)], ["--set", f"output={target}"]):
+        assert main(["simulate", str(config_file), *arguments]) == 2
+        err = capsys.readouterr().err.splitlines()[-1]
+        assert str(target) in err and "choose another --run-dir or output" in err
+    assert (tmp_path / "afile").read_text() == "mine"
+
+
+def test_an_os_error_elsewhere_is_not_blamed_on_the_run_directory(tmp_path):
+    other = OSError(13, "Permission denied", str(tmp_path / "data.tsv"))
+    with pytest.raises(OSError, match="Permission denied"), usable(tmp_path / "run"):
+        raise other
+    with pytest.raises(ConfigError, match="No space left"), usable(tmp_path / "run"):
+        raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("name", ["summary.json", "rounds.jsonl"])
+@pytest.mark.parametrize("garbage", [b"{gar bage}\n", b"[]\n", b"\xff\xfe\n", b"{}\n"])
+def test_a_damaged_file_of_a_run_is_named_with_status_2(run_dir, tmp_path, name, garbage, capsys):
+    copied = tmp_path / "copied"
+    shutil.copytree(run_dir, copied)
+    (copied / name).write_bytes(garbage)
+    for command in ("status", "report", "resume"):
+        assert main([command, str(copied)]) == 2, command
+        err = capsys.readouterr().err
+        assert str(copied / name) in err and "damaged" in err and "restore it" in err
+
+
+def test_what_no_ledger_tells_is_unknown_and_seeded_noise_a_simulation(run_dir, tmp_path, capsys):
+    for command in ("status", "budget"):
+        assert "SIMULATION: not a guarantee" in out_of(capsys, command, str(run_dir))
+    copied = tmp_path / "copied"
+    shutil.copytree(run_dir, copied)
+    (copied / "summary.json").unlink()
+    assert "unknown" not in out_of(capsys, "status", str(copied)) + out_of(capsys, "budget", str(copied))
+    shutil.rmtree(copied / "ledgers")
+    (line,) = (line for line in out_of(capsys, "status", str(copied)).splitlines() if "epsilon" in line)
+    assert line.split()[:2] == ["epsilon", "unknown"] and "SIMULATION" in line
+    assert json.loads(out_of(capsys, "status", str(copied), "--format", "json"))["epsilon_max"] is None
+    text = out_of(capsys, "budget", str(copied))
+    assert "without a whole ledger" in text and "nodes report" not in text
+    rows = json.loads(out_of(capsys, "budget", str(copied), "--format", "json"))
+    answered = [row for row in rows if row["participations"]]
+    assert answered and all(row["epsilon"] is None and row["left"] is None for row in answered)
 
 
 def test_a_run_and_its_exported_adapter_score_the_same(run_dir, config_file, tmp_path, capsys):

@@ -97,7 +97,7 @@ def test_a_language_model_uses_labels_to_deal_records_out_but_asks_none_of_the_t
 
 def test_the_partition_column_is_read_of_the_training_data_only(tmp_path):
     train = write(tmp_path / "train.tsv", [("a", "x", "anna"), ("b", "y", "bob")], ("text", "label", "who"))
-    test = write(tmp_path / "test.tsv", [("a", "x")])
+    test = write(tmp_path / "test.tsv", [("a", "x"), ("b", "y")])
     corpus = load_corpus(files(train, test, partition=Column(kind="column", column="who")), CLASSIFY, 0)
     assert corpus.train.groups == ["anna", "bob"]
 
@@ -126,11 +126,44 @@ def test_a_missing_file_names_its_neighbours(tmp_path):
     assert "no directory" in message(tmp_path / "nowhere" / "train.tsv")
 
 
-def test_a_test_label_unknown_to_training_names_file_line_and_value(tmp_path):
-    train = write(tmp_path / "train.tsv")
-    test = write(tmp_path / "test.tsv", [*ROWS, ("new", "c")])
-    with pytest.raises(DataError, match=r"test\.tsv:6: label 'c'.*'a', 'b'"):
-        load_corpus(files(train, test), CLASSIFY, 0)
+def test_a_training_label_that_the_test_data_lack_names_file_line_and_label_and_makes_no_class(tmp_path):
+    train = write(tmp_path / "train.tsv", [*ROWS, ("new", "c" * 40)])
+    with pytest.raises(
+        DataError, match=r"train\.tsv:6: label '(c{30})…'.*'a', 'b'; correct it, or add a test"
+    ):
+        load_corpus(files(train, write(tmp_path / "test.tsv")), CLASSIFY, 0)
+
+
+def test_classes_are_the_labels_of_the_test_data_whatever_training_holds(tmp_path):
+    train, few = write(tmp_path / "train.tsv"), write(tmp_path / "few.tsv", ROWS[:1])
+    test = write(tmp_path / "test.tsv", [*ROWS, ("a third", "aa")])
+    for path, labels in ((train, [2, 0, 2, 0]), (few, [2])):
+        corpus = load_corpus(files(path, test, max_test_examples=1), CLASSIFY, 0)
+        assert corpus.classes == ("a", "aa", "b")
+        assert corpus.train.labels.tolist() == labels
+
+
+def test_no_message_quotes_a_text(tmp_path):
+    secret = "a secret that nobody may read"
+    rows = [(secret, "a"), (f"{secret}, again", "b")]
+    path = write(tmp_path / "t.tsv", rows)
+    for changes in ({"label": "text"}, {"partition": Column(kind="column", column="text")}):
+        said = message(path, **changes)
+        assert "secret" not in said and "is a column of data.text" in said
+    headless = write(tmp_path / "headless.tsv", rows[1:], rows[0])
+    said = message(headless)
+    assert "secret" not in said and "1 that look like no names; is the header line missing?" in said
+    listed = tmp_path / "t.jsonl"
+    listed.write_text(json.dumps({"text": "one", "label": [secret]}) + "\n")
+    assert "secret" not in message(listed) and "holds list" in message(listed)
+
+
+def test_a_message_quotes_three_labels_at_most_each_cut(tmp_path):
+    test = write(tmp_path / "test.tsv", [(f"text {i}", f"{i}{'x' * 50}") for i in range(9)])
+    with pytest.raises(DataError) as caught:
+        load_corpus(files(write(tmp_path / "train.tsv"), test), CLASSIFY, 0)
+    said = str(caught.value)
+    assert "x" * 31 not in said and said.count("xxx…") == 3 and "9 classes" in said and "and 6 more" in said
 
 
 @pytest.mark.parametrize(

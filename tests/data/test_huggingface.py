@@ -1,12 +1,16 @@
 import importlib.util
 import json
+from types import SimpleNamespace
 
 import pytest
 
 from fedlora.config.schema import Classification, HuggingFace, Iid
 from fedlora.data import load_corpus
+from fedlora.data.huggingface import _named
+from fedlora.data.tables import Columns, Table, corpus_from
 from fedlora.errors import DataError
 
+UNLABELLED = SimpleNamespace(names=["a", "b"])
 CLASSIFY = Classification(kind="sequence-classification")
 INSTALLED = importlib.util.find_spec("datasets") is not None
 
@@ -40,3 +44,13 @@ def test_a_data_set_that_is_not_there_is_an_error_without_a_wait(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(DataError, match="no-such/data-set"):
         load_corpus(settings("no-such/data-set"), CLASSIFY, 0)
+
+
+def test_an_unlabelled_record_of_the_hub_is_refused_and_no_class():
+    def table(origin, labels):
+        columns = {"text": ["t"] * len(labels), "label": _named(labels, UNLABELLED)}
+        return Table(origin=origin, columns=columns, lines=range(1, len(labels) + 1))
+
+    train, test = table("train", [0, 1]), table("test", [0, 1, -1])
+    with pytest.raises(DataError, match="test:3: column 'label' holds None"):
+        corpus_from(train, test, Columns(text=("text",), label="label"), causal=False)
