@@ -286,6 +286,11 @@ def test_report_can_be_written_elsewhere(run_dir, tmp_path, capsys):
     assert main(["report", str(run_dir), "--to", str(tmp_path / "no" / "r.html")]) == 2
 
 
+def _hear_sigint() -> None:
+    """A shell's background jobs, and so their children, are born deaf to Ctrl-C; a terminal's are not."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_ctrl_c_says_how_to_go_on_and_resume_ends_where_the_whole_run_would(config_file, tmp_path, capsys):
     changes = ("federation.rounds=12", "federation.evaluate_every=12", "privacy.max_participations=12")
     longer = [word for change in changes for word in ("--set", change)]
@@ -300,7 +305,13 @@ def test_ctrl_c_says_how_to_go_on_and_resume_ends_where_the_whole_run_would(conf
         "--run-dir",
         str(broken),
     ]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=_hear_sigint,
+    )
     deadline = time.monotonic() + 90
     while time.monotonic() < deadline and not list(broken.glob("checkpoints/round-000002")):
         time.sleep(0.02)
