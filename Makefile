@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: quickstart test slow lint install clean
+.PHONY: quickstart test slow faults compose-test lint install clean
 
 quickstart: install   ## fine-tune a real model on eight simulated clients at epsilon 8
 	$(BIN)/fedlora simulate configs/quickstart.yaml
@@ -14,6 +14,12 @@ test: install         ## the test suite
 
 slow: install         ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow
+
+faults: install       ## five hundred kills of a node at random moments
+	FEDLORA_KILLS=500 $(BIN)/python -m pytest tests/faults
+
+compose-test: install ## the compose file, started for real; with no Docker engine, root may start one
+	$(BIN)/python -m pytest -s -rs -m slow tests/deploy/test_compose.py
 
 lint: install         ## format, lint, types, import contracts
 	$(BIN)/ruff format --check .

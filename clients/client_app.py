@@ -10,6 +10,7 @@ from flwr.app import Context
 from fedlora.config.load import load_node
 from fedlora.config.node import NodeConfig
 from fedlora.runtime.flower_client import Hello, client_app
+from fedlora.values import Witness
 
 
 def _config() -> NodeConfig:
@@ -21,10 +22,10 @@ def _greet(context: Context) -> Hello:
     return Hello(client=config.client, records=config.declared_records, classes=tuple(config.classes))
 
 
-def _answer(context: Context, frame: bytes) -> bytes:
+def _answer(context: Context, frame: bytes, echo: Witness | None) -> bytes:
     from fedlora.runtime.node import DeployedNode  # imports torch: only where there is work
 
-    return DeployedNode(_config()).answer(frame)
+    return DeployedNode(_config()).answer(frame, echo)
 
 
 app = client_app(_greet, _answer)

@@ -3,6 +3,8 @@
 Every message shows the offending values and the next move; none carries a record.
 """
 
+import traceback
+
 
 class FedLoraError(Exception):
     """Anything fedlora refuses to do. Subclasses say why; `exit_status` is what the command line returns."""
@@ -50,3 +52,14 @@ class BasisError(FedLoraError):
 
 class WireError(FedLoraError):
     """Bytes from outside are not a well-formed message."""
+
+
+def without_records(error: BaseException) -> str:
+    """What a log may hold of an error: our own words, or only the kind and place of anybody else's.
+
+    The text of an exception that a library raised over a record can quote it.
+    """
+    if isinstance(error, FedLoraError):
+        return str(error)
+    places = [f"{frame.name}:{frame.lineno}" for frame in traceback.extract_tb(error.__traceback__)[-4:]]
+    return f"{type(error).__name__} in {' > '.join(places)}"

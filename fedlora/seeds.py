@@ -1,6 +1,7 @@
 """Named randomness: one run seed, one stream for each purpose."""
 
 import hashlib
+import json
 
 
 def key_for(seed: int, *purpose: str | int) -> bytes:
@@ -8,8 +9,7 @@ def key_for(seed: int, *purpose: str | int) -> bytes:
 
     Two purposes that differ anywhere give unrelated keys, so the order in which clients run cannot change a result.
     """
-    text = "\x1f".join([str(seed), *(f"{type(part).__name__}:{part}" for part in purpose)])
-    return hashlib.sha256(text.encode()).digest()
+    return hashlib.sha256(json.dumps([seed, *purpose]).encode()).digest()
 
 
 def seed_for(seed: int, *purpose: str | int) -> int:

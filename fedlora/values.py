@@ -4,15 +4,18 @@ Shapes are (rows, columns). An adapted layer computes W x + scale * B (A x) with
 B means nothing without its A, so everything shaped like B carries the number of its basis.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import TypeAlias
-
-from torch import Tensor
+from typing import TYPE_CHECKING, TypeAlias
 
 from fedlora.errors import BasisError, ShapeError
+
+if TYPE_CHECKING:  # the nouns alone cost no import of torch
+    from torch import Tensor
 
 Site: TypeAlias = str
 """Dotted path of an adapted module, as in the base model. Always visited in sorted order."""
@@ -78,44 +81,90 @@ class LocalWork:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TrainRequest:
-    """One client's work in one round. Idempotent: asked twice, it is released once."""
+class Origin:
+    """Whose requests these are: the run's name, and the digests that `TrainRequest` carries."""
 
     run: str
+    base_model: str
+    code: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainRequest:
+    """One client's work in one round. Idempotent: asked twice, it is released once.
+
+    base_model: SHA-256 of the frozen weights that the adapters belong to. code: of the server's fedlora.
+    """
+
+    run: str
+    base_model: str
+    code: str
     round: int
     adapters: Adapters
     work: LocalWork
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """How the records of one DP-SGD step are drawn. All three are constants of the configuration.
+
+    rate: probability with which each record enters a draw, independently of all others (Poisson).
+    expected_batch: divisor of every step; no less than rate * records.
+    max_draw: records of one draw that are processed at most; the rest of an over-full one is dropped.
+    """
+
+    rate: float
+    expected_batch: float
+    max_draw: int
+
+    def __post_init__(self) -> None:
+        if not 0 < self.rate <= 1:
+            raise ValueError(f"rate {self.rate} must lie in (0, 1]")
+        if not (self.expected_batch > 0 and math.isfinite(self.expected_batch)):
+            raise ValueError(f"expected_batch {self.expected_batch} must be positive and finite")
+        if self.max_draw < self.expected_batch:
+            raise ValueError(f"max_draw {self.max_draw} is below expected_batch {self.expected_batch}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Mechanism:
-    """The Poisson-subsampled Gaussian mechanism of one DP-SGD step, for one example added or removed.
+    """The clip and the Gaussian noise of one DP-SGD step, for one example added or removed.
 
     max_grad_norm: L2 bound C on one example's gradient, jointly over everything trained.
-    noise_multiplier: std of the noise on the clipped sum, in units of max_grad_norm.
-    sample_rate: probability with which each record enters a step's draw.
+    noise_multiplier: std of the noise on the clipped sum, in units of what one example can move it by.
     """
 
     max_grad_norm: float
     noise_multiplier: float
-    sample_rate: float
 
     def __post_init__(self) -> None:
         if not (self.max_grad_norm > 0 and math.isfinite(self.max_grad_norm)):
             raise ValueError(f"max_grad_norm {self.max_grad_norm} must be positive and finite")
         if not (self.noise_multiplier > 0 and math.isfinite(self.noise_multiplier)):
             raise ValueError(f"noise_multiplier {self.noise_multiplier} must be positive and finite")
-        if not 0 < self.sample_rate <= 1:
-            raise ValueError(f"sample_rate {self.sample_rate} must lie in (0, 1]")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DpEvent:
-    """What one participation spent: `steps` releases of a Poisson-subsampled Gaussian. No epsilon: it is computed."""
+    """`steps` releases of a Poisson-subsampled Gaussian. No epsilon: it is computed, always anew.
+
+    sample_rate: 1.0 where every record takes part.
+    expected_batch, max_draw: as in `Sampling`; both None where no draw is ever cut.
+    """
 
     noise_multiplier: float
     sample_rate: float
     steps: int
+    expected_batch: float | None = None
+    max_draw: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Witness:
+    """How far a client's ledger had come: its line `seq` has the digest `head`. Who saw it refuses less."""
+
+    seq: int
+    head: str
 
 
 class RefusalReason(StrEnum):
@@ -124,18 +173,27 @@ class RefusalReason(StrEnum):
     BUDGET = "budget"
     NO_DATA = "no_data"
     BAD_REQUEST = "bad_request"
+    LEDGER = "ledger"
     FAILED = "failed"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClientUpdate:
-    """All that leaves a client: no loss, no count. `spent` is None only where privacy is off."""
+    """All that leaves a client.
+
+    spent: every release in it, one event each kind; empty only where privacy is off.
+    ledger: the line of its debit; None only where privacy is off.
+    accuracy: the mean over the client's own records of the model it was sent, with noise that `spent` pays for;
+        None where the client gives none.
+    """
 
     client: str
     run: str
     round: int
     delta: Delta
-    spent: DpEvent | None
+    spent: tuple[DpEvent, ...]
+    ledger: Witness | None = None
+    accuracy: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -194,11 +252,14 @@ class RoundPlan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoundReport:
-    """What became of a plan: who answered, who refused and why, whose reply was rejected and why; all sorted."""
+    """What became of a plan: who answered, who refused and why, whose reply was rejected and why; all sorted.
+
+    accuracy: by client, what those who tell it told.
+    """
 
     round: int
     asked: tuple[str, ...]
     answered: tuple[str, ...]
     refused: Mapping[str, str]
     rejected: Mapping[str, str]
-    spent: Mapping[str, DpEvent]
+    accuracy: Mapping[str, float]

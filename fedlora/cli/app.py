@@ -13,7 +13,7 @@ from typing import Annotated
 import click
 import typer
 
-from fedlora.cli import read, run, write
+from fedlora.cli import audit, node, provision, read, run, write
 from fedlora.errors import ConfigError, FedLoraError, IncompleteError
 
 app = typer.Typer(
@@ -27,6 +27,9 @@ app = typer.Typer(
 )
 run.add_to(app)
 read.add_to(app)
+audit.add_to(app)
+provision.add_to(app)
+node.add_to(app)
 write.add_to(app)
 
 _QUIET = {
@@ -35,6 +38,7 @@ _QUIET = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "RAY_DEDUP_LOGS": "1",
+    "GRPC_VERBOSITY": "NONE",
 }
 """What libraries would otherwise print between the lines of our own progress; the user's own settings win."""
 

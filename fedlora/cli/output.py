@@ -64,20 +64,32 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def summary_text(summary: Mapping[str, Any], run_dir: Path) -> str:
     """The final table of a run."""
-    from fedlora.export.statement import METHODS, headline, noise_label
+    from fedlora.export.statement import METHODS, headline
     from fedlora.export.words import duration, score
 
     metric = str(summary["metric"])
     before, after = score(metric, summary["score_before"]), score(metric, summary["score"])
-    private = bool(summary["private"])
     rows = [
         ("method", METHODS.get(summary["method"], str(summary["method"]))),
         (f"test {metric}", f"{before} before, {after} after"),
         ("privacy", headline(summary)),
-        ("noise", noise_label(summary["noise_source"]) if private else "none"),
+        *(_terms(summary) if summary["private"] else []),
         ("rounds", f"{summary['rounds_completed']} with {summary['clients']} clients"),
         ("time", duration(summary["seconds"])),
         ("adapter", str(run_dir / "adapter")),
         ("report", str(run_dir / "report.html")),
     ]
     return pairs(rows)
+
+
+def _terms(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What the headline's epsilon means; all of it is in the report."""
+    from fedlora.export.statement import noise_label, tuning_text, unit_text
+    from fedlora.export.words import epsilon
+
+    replace_one = epsilon(summary["epsilon_replace_one_max"])
+    return [
+        ("unit", f"{unit_text(summary['unit'])}, {summary['adjacency']}; replace-one epsilon {replace_one}"),
+        ("noise", noise_label(summary["noise_source"])),
+        ("tuning", tuning_text(summary["tuning"])),
+    ]

@@ -2,7 +2,7 @@
 
 import errno
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -31,16 +31,26 @@ if TYPE_CHECKING:
 
 def add_to(app: typer.Typer) -> None:
     """The app knows these commands."""
-    app.command("check", short_help="Preview a run: clients, noise, epsilon, bytes, memory, time.")(check)
+    app.command("check", short_help="Preview a run, or a data owner's node, without training.")(check)
     app.command("simulate", short_help="Run the federation; get an adapter and a report.")(simulate)
     app.command("resume", short_help="Go on with an interrupted run.")(resume)
 
 
-def check(config: ConfigArgument, overrides: SetOption = None, form: FormatOption = Format.TEXT) -> None:
-    """Tell what a run would be, without training: clients, noise, epsilon, bytes, memory and time."""
+def check(
+    config: Annotated[
+        Path, typer.Argument(metavar="CONFIG", help="A run's YAML file, or a data owner's node.yaml.")
+    ],
+    overrides: SetOption = None,
+    form: FormatOption = Format.TEXT,
+) -> None:
+    """Tell what a run or a node would do, without training: noise, epsilon, sizes, digests, memory and time."""
+    from fedlora.config.kinds import is_node
     from fedlora.config.load import dump_config, load_config
     from fedlora.config.located import located
 
+    if is_node(config, overrides or []):
+        _check_node(config, overrides or [], form)
+        return
     loaded = load_config(config, overrides or [])
     from fedlora.cli.progress import watching
     from fedlora.runtime.preview import preview
@@ -49,6 +59,18 @@ def check(config: ConfigArgument, overrides: SetOption = None, form: FormatOptio
         found = preview(loaded, listener)
     value = {"config": loaded.model_dump(mode="json"), **asdict(found)}
     show(value, f"{dump_config(loaded)}\n{preview_text(found)}", form)
+
+
+def _check_node(path: Path, overrides: Sequence[str], form: Format) -> None:
+    from fedlora.config.load import load_node
+
+    loaded = load_node(path, overrides)
+    from fedlora.cli.check_node import node_text
+    from fedlora.runtime.preview_node import preview_node
+
+    with only_ours():
+        found = preview_node(path, overrides)
+    show({"config": loaded.model_dump(mode="json"), **asdict(found)}, f"{path}\n{node_text(found)}", form)
 
 
 def simulate(

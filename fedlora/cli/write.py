@@ -33,7 +33,7 @@ def init(
         raise ConfigError(f"{target} exists already and is left alone; name another directory") from None
     except OSError as error:
         raise ConfigError(f"{target} cannot be written ({error.strerror}); name another directory") from None
-    print(target if node else f"{target} written; look at it, then: fedlora simulate {target}")
+    print(f"{target} written; look at it, then: fedlora {'check' if node else 'simulate'} {target}")
 
 
 def export(

@@ -56,6 +56,8 @@ def dump_config(config: Section) -> str:
 def config_digest(config: RunConfig) -> str:
     """Hex SHA-256 of what the run computes: equal for the same run in another place or runtime."""
     values = config.model_dump(mode="json", exclude=_ELSEWHERE)
+    if isinstance(values["privacy"], dict):
+        del values["privacy"]["tuned_on"]  # a declaration; it decides nothing
     return hashlib.sha256(json.dumps(values, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 

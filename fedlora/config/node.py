@@ -56,6 +56,18 @@ class Work(Section):
     """lr is the most that a server may ask for."""
 
 
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class Accepted(Section):
+    """What a request must say of where it comes from. `fedlora check node.yaml` prints both digests."""
+
+    code: Annotated[list[Sha256], Field(min_length=1)] | None = None
+    """Digests of fedlora itself, this node's own and the server's; null: any."""
+    base_model: Annotated[list[Sha256], Field(min_length=1)] | None = None
+    """Digests of the weights file; null: whatever `model` names here, which the server's must equal anyway."""
+
+
 class NodeConfig(Section):
     """One data owner's node, whole."""
 
@@ -77,11 +89,21 @@ class NodeConfig(Section):
 
     Replies already given lie beside it, in a folder of its name and `.outbox`; they bear it witness.
     """
+    mark: str | None = None
+    """Path, on another disk or volume, of a file that remembers how far the ledger has come: a ledger that was lost
+    or put back from a backup together with its replies is then refused."""
     budget: Budget
     min_noise_multiplier: Annotated[float, Field(gt=0)]
     """Noise never goes below this, however much the budget would allow."""
     max_grad_norm: Annotated[float, Field(gt=0)]
     """L2 bound on one record's gradient, jointly over everything trained."""
+    evaluation_noise: Annotated[float, Field(gt=0)] | None = None
+    """Tell the server in each round how many own records the model gets right, with noise of this standard deviation,
+    in records; the budget pays. null: nothing is told."""
+    accept: Accepted = Accepted()
+    reply_quantum_s: Annotated[float, Field(ge=0)] = 1.0
+    """Replies leave at multiples of this many seconds after the request: how long a step takes tells how many records
+    were drawn. 0: at once."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: Annotated[int, Field(ge=1)] = 1
     """Cores that training uses."""

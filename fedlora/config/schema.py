@@ -249,6 +249,13 @@ class FedAvg(Section):
 Method = Annotated[FedSvd | Ffa | FedAvg, Field(discriminator="name")]
 
 
+class PrivateRuns(Section):
+    """Settings were chosen by comparing runs on the same private records, which costs what all of them spent."""
+
+    private_runs: Annotated[int, Field(ge=2)]
+    """How many runs like this one, this one included."""
+
+
 class Privacy(Section):
     """The budget of every client. No value here has a default but the tools that account for it."""
 
@@ -262,6 +269,12 @@ class Privacy(Section):
     """Rounds of work that the noise is calibrated for; the ledger refuses the next one."""
     accountant: Literal["pld", "prv", "rdp"] = "pld"
     """What calibrates and reports. The CLT (GDP) accountant understates epsilon and is not offered."""
+    evaluation_noise: Annotated[float, Field(gt=0)] | None = None
+    """Each client tells in each round how many of its own records the model gets right, with noise of this standard
+    deviation, in records; its budget pays. null: nothing is told."""
+    tuned_on: Literal["undeclared", "nothing", "public-data"] | PrivateRuns = "undeclared"
+    """What learning rate, rounds, rank and the like were chosen by: nothing (fixed in advance), public-data, or
+    {private_runs: K}, whose cost the privacy statement then tells. It changes nothing but that statement."""
     engine: Literal["direct", "opacus"] = "direct"
     """Who computes per-example gradients: the low-rank engine, or Opacus, its oracle."""
 

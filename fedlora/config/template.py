@@ -64,6 +64,7 @@ privacy:
   max_grad_norm: 2.0                             # bound on one record's gradient
   max_participations: 20                         # what the noise is for; the ledger refuses the next
   accountant: pld                                # or prv, rdp
+  tuned_on: undeclared                           # or nothing, public-data, {private_runs: 10}: the statement tells
 
 runtime:
   kind: ray                                      # or local, flower; same seed, same result in each
@@ -81,6 +82,7 @@ def run_yaml(name: str) -> str:
 
 NODE_YAML = """\
 # What a data owner decides. No server can change a line of it; the node refuses what does not fit.
+# fedlora check node.yaml tells what it amounts to: noise, epsilon, and the lines for `accept:`.
 client: hospital-a                               # the name under which the server knows this node
 
 data:

@@ -1,5 +1,7 @@
 """The nouns of the data room: text as it was read, text as a model reads it."""
 
+import hashlib
+import json
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -41,6 +43,16 @@ class Records:
             labels=None if self.labels is None else self.labels[indices],
             groups=None if self.groups is None else [self.groups[i] for i in indices],
         )
+
+
+def fingerprint(records: Records) -> str:
+    """SHA-256 of the records as a set: whatever their order, and however a model will read them."""
+    labels = [None] * len(records) if records.labels is None else records.labels.tolist()
+    each = sorted(
+        hashlib.sha256(json.dumps([text, label]).encode()).digest()
+        for text, label in zip(records.texts, labels, strict=True)
+    )
+    return hashlib.sha256(b"".join(each)).hexdigest()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -1,11 +1,12 @@
 """The model card that travels with an exported adapter."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from fedlora.config.schema import Files, HuggingFace, RunConfig
-from fedlora.export.statement import METHODS, Statement, calibrated_for, privacy_statement
-from fedlora.export.words import epsilon, number, score
+from fedlora.export.report_clients import CLIENT_HEADS, client_rows
+from fedlora.export.statement import METHODS, Statement, privacy_statement
+from fedlora.export.words import number, score
 
 
 def model_card(config: RunConfig, summary: Mapping[str, Any], *, merged: bool = False) -> str:
@@ -16,7 +17,7 @@ def model_card(config: RunConfig, summary: Mapping[str, Any], *, merged: bool = 
         summary: as in summary.json.
         merged: the card goes with a whole model, not with an adapter.
     """
-    statement = privacy_statement(summary, calibrated_for(summary, config))
+    statement = privacy_statement(summary)
     parts = [
         _front_matter(config, merged),
         _title(config, statement),
@@ -114,9 +115,9 @@ def _privacy(statement: Statement, summary: Mapping[str, Any]) -> str:
     text = f"## Privacy: {statement.heading}\n\n{_table(statement.terms)}\n"
     if not summary["private"]:
         return text
-    spent = sorted(summary["epsilon_by_client"].items())
     outside = "\n".join(f"- {line}" for line in statement.not_protected)
-    clients = _table([(_code(name), epsilon(value)) for name, value in spent], ("Client", "epsilon"))
+    rows = client_rows(summary, sorted(summary["epsilon_by_client"]))
+    clients = _table([(_code(client), *figures) for client, *figures in rows], CLIENT_HEADS)
     return f"{text}\n### epsilon by client\n\n{clients}\n\n### Not protected\n\n{outside}\n"
 
 
@@ -126,9 +127,9 @@ def _versions(summary: Mapping[str, Any]) -> str:
     return f"## Made with\n\n{versions}.{f' Final state SHA-256 `{state}`.' if state else ''}\n"
 
 
-def _table(rows: Any, heads: tuple[str, str] = ("", "")) -> str:
-    lines = [f"| {name} | {_cell(value)} |" for name, value in rows]
-    return "\n".join([f"| {heads[0]} | {heads[1]} |", "|---|---|", *lines])
+def _table(rows: Iterable[Sequence[str]], heads: Sequence[str] = ("", "")) -> str:
+    lines = [f"| {' | '.join([row[0], *map(_cell, row[1:])])} |" for row in rows]
+    return "\n".join([f"| {' | '.join(heads)} |", "|---" * len(heads) + "|", *lines])
 
 
 def _cell(text: str) -> str:

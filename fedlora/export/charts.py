@@ -25,7 +25,12 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 
 def line_chart(
-    points: Sequence[tuple[int, float]], *, before: float | None, title: str, show: Callable[[float], str]
+    points: Sequence[tuple[int, float]],
+    *,
+    before: float | None,
+    title: str,
+    show: Callable[[float], str],
+    name: str = "score",
 ) -> str:
     """A curve over rounds, with the value before the first one as a dashed line.
 
@@ -34,6 +39,7 @@ def line_chart(
         before: the value that nothing had yet changed.
         title: what the chart shows, for those who hear it.
         show: how a value is written.
+        name: its own on the page.
     """
     left, right, top, bottom, height = 64, 24, 20, 44, 300
     marks = [(0, before), *points] if before is not None and points[0][0] > 0 else list(points)
@@ -62,7 +68,7 @@ def line_chart(
     dots = marks if len(marks) <= 60 else marks[-1:]
     parts += [f'<circle class="dot" cx="{across(i):.1f}" cy="{up(v):.1f}" r="3.5"/>' for i, v in dots]
     parts.append(_last_label(across(marks[-1][0]), up(marks[-1][1]), show(marks[-1][1]), clear=top))
-    return _svg("score", title, height, parts)
+    return _svg(name, title, height, parts)
 
 
 def bar_chart(

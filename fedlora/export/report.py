@@ -7,24 +7,15 @@ from typing import Any
 
 from fedlora.config.load import dump_config
 from fedlora.config.schema import RunConfig
+from fedlora.disk import write_durably
 from fedlora.errors import ConfigError
 from fedlora.export.card import data_source
-from fedlora.export.charts import bar_chart, line_chart, mark, matrix_chart
+from fedlora.export.charts import line_chart
 from fedlora.export.page import folded, page, pairs, table
-from fedlora.export.statement import (
-    METHODS,
-    NOT_PRIVATE,
-    calibrated_for,
-    privacy_statement,
-    reservation,
-)
+from fedlora.export.report_clients import accuracy_told, epsilon_by_client, participation_by_client
+from fedlora.export.statement import METHODS, NOT_PRIVATE, privacy_statement, reservation
 from fedlora.export.words import bytes_text, duration, epsilon, number, score
-from fedlora.federation.store import write_durably
-
-_SHOWN_CLIENTS = 60
-"""Rows of a chart; more could not be read. The figures of all clients are in summary.json."""
-_SHOWN_ROUNDS = 120
-"""Columns of the participation chart, the latest ones."""
+from fedlora.privacy.noise import BY_THE_NODES
 
 
 def write_report(
@@ -48,10 +39,26 @@ def report_html(
         config: adds the target epsilon, the data and the whole config, if given.
     """
     title = f"{_method(summary)}, {summary['clients']} clients, {summary['rounds_completed']} rounds"
-    target = config and calibrated_for(summary, config)
-    parts = [_head(summary, config), _figures(summary, target), _curve(summary, rounds)]
-    parts += [_epsilon(summary, target), _participation(summary, rounds), _statement(summary, target)]
+    target = _target(summary, config)
+    parts = [
+        _head(summary, config),
+        _figures(summary, target),
+        _curve(summary, rounds),
+        accuracy_told(rounds),
+    ]
+    parts += [
+        epsilon_by_client(summary, target),
+        participation_by_client(summary, rounds),
+        _statement(summary),
+    ]
     return page(title, [part for part in [*parts, _config(summary, config), _made_with(summary)] if part])
+
+
+def _target(summary: Mapping[str, Any], config: RunConfig | None) -> float | None:
+    """What the config asked for, a figure beside what the ledgers say; None where each node has its own."""
+    if config is None or config.privacy == "none" or summary["noise_source"] == BY_THE_NODES:
+        return None
+    return config.privacy.target_epsilon
 
 
 def _head(summary: Mapping[str, Any], config: RunConfig | None) -> str:
@@ -135,77 +142,8 @@ def _curve(summary: Mapping[str, Any], rounds: Sequence[Mapping[str, Any]]) -> s
     return f"<h2>Test {escape(metric)}</h2>\n<figure>\n{chart}\n</figure>\n{as_table}"
 
 
-def _epsilon(summary: Mapping[str, Any], target: float | None) -> str:
-    if not summary["private"] or not summary["epsilon_by_client"]:
-        return ""
-    spent = sorted(summary["epsilon_by_client"].items())
-    most = sorted(sorted(spent, key=lambda item: -item[1])[:_SHOWN_CLIENTS])
-    title = f"epsilon of {len(most)} clients; the largest is {epsilon(summary['epsilon_max'])}"
-    chart = bar_chart(most, limit=target, title=title, show=epsilon)
-    note = (
-        f"The {len(most)} largest of {len(spent)}; all are in summary.json." if len(most) < len(spent) else ""
-    )
-    as_table = folded(
-        "As a table", table(("Client", "epsilon"), [(name, epsilon(value)) for name, value in most])
-    )
-    text = (
-        "Spent by a client on each of its records, over all it released. Fewer rounds answered, less spent."
-    )
-    return f"<h2>epsilon by client</h2>\n<p>{text} {note}</p>\n<figure>\n{chart}\n</figure>\n{as_table}"
-
-
-def _participation(summary: Mapping[str, Any], rounds: Sequence[Mapping[str, Any]]) -> str:
-    # Line 0 is the zero-step model: nobody was asked.
-    shown = [line for line in rounds if line["round"] > 0][-_SHOWN_ROUNDS:]
-    states = participation(shown)
-    names = sorted(set(summary["epsilon_by_client"] or ()) | {name for name, _ in states})[:_SHOWN_CLIENTS]
-    if not shown or not names:
-        return ""
-    title = f"Answers of {len(names)} clients in {len(shown)} rounds"
-    chart = matrix_chart(names, [int(line["round"]) for line in shown], states, title=title)
-    labels = {
-        "answered": "answered",
-        "refused": "refused",
-        "rejected": "rejected",
-        "silent": "no answer",
-        "not-asked": "not asked",
-    }
-    used = [state for state in labels if state in states.values() or state in ("answered", "not-asked")]
-    keys = "".join(f"<span>{_key(state)}{labels[state]}</span>" for state in used)
-    rows = [
-        (str(line["round"]), _names(line["answered"]), _reasons(line["refused"]), _reasons(line["rejected"]))
-        for line in shown
-    ]
-    as_table = folded("As a table", table(("Round", "Answered", "Refused", "Rejected"), rows))
-    return f'<h2>Participation</h2>\n<figure>\n{chart}\n</figure>\n<p class="keys">{keys}</p>\n{as_table}'
-
-
-def participation(rounds: Sequence[Mapping[str, Any]]) -> dict[tuple[str, int], str]:
-    """What each asked client did in each round: answered, refused, rejected, or silent."""
-    states: dict[tuple[str, int], str] = {}
-    for line in rounds:
-        index = int(line["round"])
-        states |= {(name, index): "silent" for name in line["asked"]}
-        states |= {(name, index): "answered" for name in line["answered"]}
-        states |= {(name, index): "refused" for name in line["refused"]}
-        states |= {(name, index): "rejected" for name in line["rejected"]}
-    return states
-
-
-def _key(state: str) -> str:
-    return f'<svg class="key" viewBox="0 0 16 16" aria-hidden="true">{mark(state, 8, 8, 6)}</svg>'
-
-
-def _names(names: Sequence[str]) -> str:
-    return ", ".join(names) if len(names) <= 20 else f"{', '.join(names[:20])} and {len(names) - 20} more"
-
-
-def _reasons(reasons: Mapping[str, str]) -> str:
-    return _names([f"{name} ({reason})" for name, reason in reasons.items()]) or "-"
-
-
-def _statement(summary: Mapping[str, Any], target: float | None) -> str:
-    statement = privacy_statement(summary, target)
+def _statement(summary: Mapping[str, Any]) -> str:
+    statement = privacy_statement(summary)
     warn = "" if summary["private"] and reservation(summary) is None else " warn"
     outside = "".join(f"<li>{escape(line)}</li>" for line in statement.not_protected)
     outside = f"<h3>Not protected</h3>\n<ul>{outside}</ul>" if outside else ""

@@ -221,5 +221,5 @@ def _report(plan: RoundPlan, heard: Heard) -> RoundReport:
         answered=tuple(heard.accepted),
         refused=heard.refused,
         rejected=heard.rejected,
-        spent={client: update.spent for client, update in heard.accepted.items() if update.spent is not None},
+        accuracy={c: u.accuracy for c, u in heard.accepted.items() if u.accuracy is not None},
     )

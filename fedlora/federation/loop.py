@@ -11,7 +11,7 @@ from fedlora.federation.cohort import Cohort
 from fedlora.federation.plan import plan
 from fedlora.federation.store import Store
 from fedlora.methods import Method
-from fedlora.values import Adapters, LocalWork, Member, RoundPlan, ServerState, TrainRequest
+from fedlora.values import Adapters, LocalWork, Member, Origin, RoundPlan, ServerState, TrainRequest
 
 Score = Callable[[Adapters], dict[str, Any]]
 """Scores adapters on public test data: {metric, score, loss, epsilon_max}."""
@@ -20,7 +20,7 @@ Score = Callable[[Adapters], dict[str, Any]]
 def rounds(
     state: ServerState,
     *,
-    run: str,
+    origin: Origin,
     seed: int,
     members: Sequence[Member],
     method: Method,
@@ -39,10 +39,15 @@ def rounds(
     """
     while state.round < federation.rounds:
         began = time.monotonic()
-        planned = plan(state, members, run=run, federation=federation, seed=seed)
+        planned = plan(state, members, run=origin.run, federation=federation, seed=seed)
         store.save_plan(planned)
         request = TrainRequest(
-            run=run, round=planned.round, adapters=state.adapters, work=work(planned.round, federation)
+            run=origin.run,
+            base_model=origin.base_model,
+            code=origin.code,
+            round=planned.round,
+            adapters=state.adapters,
+            work=work(planned.round, federation),
         )
         replies = list(cohort.ask(planned.cohort, request)) if planned.cohort else []
         heard = {reply.client for reply in replies} if method.mixing.remembers else set()
@@ -79,7 +84,7 @@ def _require_enough(planned: RoundPlan, absorbed: Absorbed, federation: Federati
 
 def line_zero(scored: dict[str, Any]) -> dict[str, Any]:
     """The line of the zero-step model, before anybody was asked."""
-    nobody: dict[str, Any] = {"asked": [], "answered": [], "refused": {}, "rejected": {}}
+    nobody: dict[str, Any] = {"asked": [], "answered": [], "refused": {}, "rejected": {}, "accuracy_told": {}}
     return {"round": 0, **nobody, **scored, "seconds": 0.0}
 
 
@@ -91,6 +96,7 @@ def _line(absorbed: Absorbed, scored: dict[str, Any], seconds: float) -> dict[st
         "answered": list(report.answered),
         "refused": dict(report.refused),
         "rejected": dict(report.rejected),
+        "accuracy_told": dict(report.accuracy),
         "metric": scored.get("metric"),
         "score": scored.get("score"),
         "loss": scored.get("loss"),

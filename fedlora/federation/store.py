@@ -9,7 +9,6 @@ rounds.jsonl                                             one line a round, repai
 import hashlib
 import json
 import logging
-import os
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
@@ -22,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fedlora.algebra.digest import digest, named_tensors
+from fedlora.disk import append_durably, fsync, whole_lines, write_durably
 from fedlora.errors import ConfigError, IncompleteError
 from fedlora.federation.absorb import Absorbed
 from fedlora.values import FRAME, Adapters, Delta, Factors, Gauges, RoundPlan, ServerState
@@ -36,10 +36,14 @@ LONGEST_NAME = 200
 class Store:
     """The server's memory of one run, in one directory."""
 
-    def __init__(self, directory: Path, run: str | None = None) -> None:
-        """Binds the store to a directory; with `run`, checkpoints of any other run are refused."""
+    def __init__(self, directory: Path, run: str | None = None, noise: str | None = None) -> None:
+        """Binds the store to a directory; with `run`, checkpoints of any other run are refused.
+
+        `noise` is the kind of noise that the clients' updates carry, stamped into every checkpoint; None: unknown.
+        """
         self.directory = directory
         self.run = run
+        self.noise = noise
         self.checkpoints = directory / "checkpoints"
         self.memory = directory / "memory"
         self.log = directory / "rounds.jsonl"
@@ -113,10 +117,11 @@ class Store:
             shutil.rmtree(stale, ignore_errors=True)
         aside.mkdir()
         save_file(_state_tensors(state), aside / "state.safetensors")
-        _fsync(aside / "state.safetensors")
-        write_durably(aside / "state.json", _json({**_state_words(state), "run": self.run, "line": line}))
+        fsync(aside / "state.safetensors")
+        words = {**_state_words(state), "run": self.run, "noise": self.noise, "line": line}
+        write_durably(aside / "state.json", _json(words))
         aside.rename(target)
-        _fsync(self.checkpoints)
+        fsync(self.checkpoints)
 
     def _read_checkpoint(self, path: Path) -> tuple[ServerState, dict[str, Any]]:
         words = json.loads((path / "state.json").read_text())
@@ -164,8 +169,8 @@ class Store:
         path = self._memory_of(client) / f"{_round(at)}.safetensors"
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file(_delta_tensors(delta), path)
-        _fsync(path)
-        _fsync(path.parent)
+        fsync(path)
+        fsync(path.parent)
 
     def _load_memory(self, client: str, at: int) -> Delta:
         path = self._memory_of(client) / f"{_round(at)}.safetensors"
@@ -188,37 +193,6 @@ class Store:
 def state_digest(state: ServerState) -> str:
     """`state_sha256`: equal for equal seeds in every runtime and after any interruption."""
     return digest(named_tensors(state.adapters), "state", state.round, state.adapters.basis)
-
-
-def write_durably(path: Path, text: str) -> None:
-    """`path` holds `text`, whole, also after a power cut: written aside, fsynced, renamed."""
-    aside = path.with_name(f".{path.name}.part")
-    aside.write_text(text, encoding="utf-8")
-    _fsync(aside)
-    aside.replace(path)
-    _fsync(path.parent)
-
-
-def append_durably(path: Path, text: str) -> None:
-    """`text` stands at the end of `path` and is fsynced."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def whole_lines(path: Path) -> list[dict[str, Any]]:
-    """Every JSON line of `path` that was written whole; a last one torn by a crash never counted."""
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
-    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _json(value: object) -> str:

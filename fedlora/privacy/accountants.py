@@ -11,6 +11,7 @@ import math
 import warnings
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any, Literal, TypeAlias
 
@@ -31,8 +32,14 @@ WIDEST_GRID = 2e-4
 FEWEST_GRID_POINTS = 50_000
 # A grid of more points would cost seconds and gigabytes; it is met only by epsilons in the hundreds.
 MOST_GRID_POINTS = 400_000
-# Beyond this epsilon PRV's grid grows past reason, and its Renyi bound is reported instead: still an upper
-# bound.
+# The share of delta that pays for draws cut at their cap.
+CUT_SHARE = 1e-6
+# How far PLD and PRV may differ: absolutely, and as a share of PLD.
+AGREEMENT, AGREEMENT_SHARE = 0.01, 0.01
+# What PRV adds to epsilon for its own errors, Opacus' default. Below 0.2 that would be most of the answer, so a
+# tenth of it at least is asked for; above 10, a share of epsilon keeps its grid of bearable size.
+PRV_ERROR, PRV_SHARE = 0.01, 1e-3
+# Beyond this epsilon the exponentials in PRV overflow, and its Renyi bound is reported instead: an upper bound.
 PRV_LIMIT = 300.0
 
 
@@ -59,6 +66,28 @@ def epsilon(
     return _epsilon(composition(events), delta, accountant, adjacency, 1.0)
 
 
+def agreed_epsilon(events: Sequence[DpEvent], delta: float, accountant: str = "pld") -> float:
+    """`epsilon`, after two independent accountants have agreed on these events.
+
+    Raises:
+        PrivacyError: PLD and the upper bound of PRV differ by more than they may, or epsilon is beyond 300,
+            where PRV does not reach; or as `epsilon` does.
+    """
+    reported = epsilon(events, delta, accountant)
+    pld, prv = epsilon(events, delta, "pld"), epsilon(events, delta, "prv")
+    if pld != prv and max(pld, prv) >= PRV_LIMIT:
+        raise PrivacyError(
+            f"epsilon {pld:.4g} by pld, {prv:.4g} by prv at delta {delta}: beyond {PRV_LIMIT:g} no second accountant "
+            "is exact, and nothing is protected; lower privacy.target_epsilon, that is, add noise"
+        )
+    if not (pld == prv or abs(pld - prv) <= AGREEMENT + AGREEMENT_SHARE * pld):
+        raise PrivacyError(
+            f"accountants disagree at delta {delta} on {list(events)}: epsilon {pld:.4f} by pld, {prv:.4f} by prv, "
+            f"more than {AGREEMENT} + {AGREEMENT_SHARE:.0%} apart; report neither: change batch size or steps"
+        )
+    return reported
+
+
 def coarse_epsilon(events: Sequence[DpEvent], delta: float, accountant: str, coarseness: float) -> float:
     """A quicker upper bound, for searching: pld widens its grid by `coarseness`, the others ignore it."""
     _require_known(accountant, "add-remove")
@@ -67,12 +96,12 @@ def coarse_epsilon(events: Sequence[DpEvent], delta: float, accountant: str, coa
 
 def composition(events: Sequence[DpEvent]) -> tuple[DpEvent, ...]:
     """The events in one canonical form: equal mechanisms merged, sorted, those that cost nothing left out."""
-    steps: dict[tuple[float, float], int] = defaultdict(int)
+    steps: dict[DpEvent, int] = defaultdict(int)
     for event in events:
         _require_sound(event)
         if event.steps > 0 and event.sample_rate > 0:
-            steps[event.noise_multiplier, event.sample_rate] += event.steps
-    return tuple(DpEvent(noise_multiplier=s, sample_rate=q, steps=n) for (s, q), n in sorted(steps.items()))
+            steps[replace(event, steps=1)] += event.steps
+    return tuple(replace(event, steps=steps[event]) for event in sorted(steps, key=repr))
 
 
 # Pure, and a report asks the same question again and again: remembering answers changes none.
@@ -84,6 +113,27 @@ def _epsilon(
         return 0.0
     if any(event.noise_multiplier == 0 for event in events):
         return math.inf
+    cut = sum(event.steps * _cut_probability(event) for event in events)
+    reserved = CUT_SHARE * delta if cut > 0 else 0.0
+    value = _uncut_epsilon(events, delta - reserved, accountant, adjacency, coarseness)
+    # A mechanism that differs from an (e, d)-private one with probability c at most is (e, d + (1 + exp e) c).
+    return value if (1 + math.exp(min(value, 700.0))) * cut <= reserved else math.inf
+
+
+def _cut_probability(event: DpEvent) -> float:
+    """Bounds the chance that a draw is above its cap k: exp(k + 1 - m) (m / (k + 1))^(k + 1) at mean m.
+
+    Chernoff's bound for the Poisson law; it holds for a binomial number of no greater mean, which a draw is.
+    """
+    if event.max_draw is None or event.expected_batch is None:
+        return 0.0
+    least, mean = event.max_draw + 1, event.expected_batch
+    return math.exp(min(0.0, least - mean + least * math.log(mean / least))) if least > mean else 1.0
+
+
+def _uncut_epsilon(
+    events: tuple[DpEvent, ...], delta: float, accountant: str, adjacency: str, coarseness: float
+) -> float:
     if accountant == "pld":
         value = _pld_epsilon(events, delta, adjacency, coarseness)
     else:
@@ -145,15 +195,21 @@ def _prv_epsilon(events: tuple[DpEvent, ...], delta: float) -> float:
     # Opacus is imported where it is used: it costs a second and configures logging, which `pld` need not pay.
     from opacus.accountants import PRVAccountant
 
+    def upper(error: float) -> float:
+        accountant: Any = PRVAccountant()
+        accountant.history = _history(events)
+        with np.errstate(all="ignore"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return float(accountant.get_epsilon(delta, eps_error=error))
+
     bound = _rdp_epsilon(events, delta)
     if not bound < PRV_LIMIT:
         return bound
-    accountant: Any = PRVAccountant()
-    accountant.history = _history(events)
     try:
-        with np.errstate(all="ignore"), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return float(accountant.get_epsilon(delta))
+        value = upper(max(PRV_ERROR, PRV_SHARE * bound))
+        if value < 20 * PRV_ERROR:
+            value = min(value, upper(max(PRV_ERROR / 10, value / 25)))
+        return value
     except (RuntimeError, ValueError) as error:
         raise PrivacyError(
             f"accountant prv cannot compose {events} at delta {delta}: {error}; use accountant pld"
@@ -194,6 +250,9 @@ def _require_known(accountant: str, adjacency: str) -> None:
 
 def _require_sound(event: DpEvent) -> None:
     sigma, rate, steps = event.noise_multiplier, event.sample_rate, event.steps
+    mean, cap = event.expected_batch, event.max_draw
+    if (mean is None) != (cap is None) or not (mean is None or 0 < mean < math.inf):
+        raise PrivacyError(f"{event} is no event: need expected_batch > 0 and max_draw, or neither")
     if not (sigma >= 0 and math.isfinite(sigma) and 0 <= rate <= 1 and steps >= 0 and steps == int(steps)):
         raise PrivacyError(
             f"{event} is no event: need noise_multiplier >= 0, sample_rate in [0, 1], whole steps >= 0"

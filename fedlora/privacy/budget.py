@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 
 from fedlora.config.node import Budget as NodeBudget
 from fedlora.config.schema import Privacy
@@ -38,19 +39,25 @@ class Budget:
         )
 
 
-def would_exceed(ledger_events: Sequence[DpEvent], next_event: DpEvent, budget: Budget) -> bool:
+def would_exceed(
+    spent: Sequence[tuple[DpEvent, ...]], participation: tuple[DpEvent, ...], budget: Budget
+) -> bool:
     """Whether one more participation would pass the number allowed or bring epsilon above its target.
 
-    The usual ledger repeats one event whose noise was calibrated for all participations. Then epsilon of the
+    The usual ledger repeats one participation, whose noise was calibrated for all of them. Then epsilon of the
     whole allowance bounds epsilon of every part of it, and that one number (remembered) answers each round.
+
+    Args:
+        spent: the events of each participation so far.
+        participation: those of the one in question.
+        budget: of this data set.
     """
-    if len(ledger_events) + 1 > budget.max_participations:
+    if len(spent) + 1 > budget.max_participations:
         return True
-    repeated = all(event == next_event for event in ledger_events)
-    whole = replace(next_event, steps=next_event.steps * budget.max_participations)
-    if repeated and _epsilon([whole], budget) <= budget.target_epsilon:
+    whole = [replace(event, steps=event.steps * budget.max_participations) for event in participation]
+    if all(events == participation for events in spent) and _epsilon(whole, budget) <= budget.target_epsilon:
         return False
-    return not _epsilon([*ledger_events, next_event], budget) <= budget.target_epsilon
+    return not _epsilon([*chain.from_iterable(spent), *participation], budget) <= budget.target_epsilon
 
 
 def _epsilon(events: Sequence[DpEvent], budget: Budget) -> float:

@@ -1,12 +1,13 @@
 """From a budget to the noise that keeps it."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from fedlora.errors import PrivacyError
-from fedlora.privacy.accountants import coarse_epsilon, epsilon
-from fedlora.values import DpEvent
+from fedlora.privacy.accountants import agreed_epsilon, coarse_epsilon, epsilon
+from fedlora.privacy.step import spent
+from fedlora.values import DpEvent, Mechanism, Sampling
 
 # More noise than this leaves no signal at any batch size; less than that is no privacy worth the name.
 MOST_NOISE = 1e4
@@ -21,26 +22,43 @@ SLACK = 2e-3
 
 
 def noise_multiplier(
-    target_epsilon: float, target_delta: float, sample_rate: float, steps: int, accountant: str = "pld"
+    target_epsilon: float,
+    target_delta: float,
+    sampling: Sampling,
+    steps: int,
+    accountant: str = "pld",
+    *,
+    beside: Sequence[DpEvent] = (),
 ) -> float:
     """The least noise multiplier, to about 1e-3 and never below it, whose reported epsilon is within target.
 
     Args:
         target_epsilon: of one record, over all steps.
         target_delta: in (0, 1).
-        sample_rate: of every step.
+        sampling: of every step; its cap is paid for.
         steps: all that the client may ever take: max_participations x local steps.
         accountant: "pld", "prv" or "rdp"; the one that will report.
+        beside: whatever else the client may ever release under the same budget, all participations of it.
 
     Raises:
-        PrivacyError: the request makes no sense, or no noise up to 1e4 meets it.
+        PrivacyError: the request makes no sense, no noise up to 1e4 meets it, or the accountants differ on it.
         ConfigError: no such accountant.
     """
-    _require_sound(target_epsilon, target_delta, sample_rate, steps)
+    _require_sound(target_epsilon, target_delta, steps)
+    others = epsilon(beside, target_delta, accountant)
+    if others >= target_epsilon:
+        raise PrivacyError(
+            f"the releases beside training cost epsilon {others:.4g}, all of the {target_epsilon} allowed; "
+            "raise privacy.target_epsilon, or give them more noise"
+        )
+
+    def events(sigma: float) -> list[DpEvent]:
+        mechanism = Mechanism(max_grad_norm=1.0, noise_multiplier=sigma)  # epsilon is the same for any bound
+        return [spent(mechanism, sampling, steps), *beside]
 
     def excess(sigma: float, name: str = accountant, coarseness: float = SEARCH_COARSENESS) -> float:
-        event = DpEvent(noise_multiplier=sigma, sample_rate=sample_rate, steps=steps)
-        return math.log(max(coarse_epsilon([event], target_delta, name, coarseness), 1e-300) / target_epsilon)
+        reached = coarse_epsilon(events(sigma), target_delta, name, coarseness)
+        return math.log(max(reached, 1e-300) / target_epsilon)
 
     # prv needs a second for what pld does in 0.03 s, and differs by a percent: begin where pld ends.
     start, factor = (
@@ -49,7 +67,7 @@ def noise_multiplier(
     sigma = _rounded_up(_search(excess, start, factor))
     if accountant == "pld" and excess(sigma, coarseness=1.0) < -SLACK:
         sigma = _rounded_up(_search(lambda s: excess(s, coarseness=1.0), sigma, 1.02))
-    return _confirmed(sigma, target_epsilon, target_delta, sample_rate, steps, accountant)
+    return _confirmed(sigma, events, target_epsilon, target_delta, accountant)
 
 
 def _search(excess: Callable[[float], float], start: float, factor: float) -> float:
@@ -95,17 +113,23 @@ def _bracket(excess: Callable[[float], float], start: float, factor: float) -> t
 
 
 def _confirmed(
-    sigma: float, target_epsilon: float, target_delta: float, sample_rate: float, steps: int, accountant: str
+    sigma: float,
+    events: Callable[[float], list[DpEvent]],
+    target_epsilon: float,
+    target_delta: float,
+    accountant: str,
 ) -> float:
-    """sigma itself, or the first a little above it, whose fine epsilon is within target."""
+    """sigma itself, or the first a little above it, whose fine epsilon is within target and agreed upon."""
     while sigma <= MOST_NOISE:
-        event = DpEvent(noise_multiplier=sigma, sample_rate=sample_rate, steps=steps)
-        if epsilon([event], target_delta, accountant) <= target_epsilon:
+        if epsilon(events(sigma), target_delta, accountant) <= target_epsilon:
+            agreed_epsilon(events(sigma), target_delta, accountant)
             return sigma
         sigma = _rounded_up(sigma * (1 + SEARCH_WIDTH))
+    training = events(MOST_NOISE)[0]
     raise PrivacyError(
         f"no noise multiplier up to {MOST_NOISE:g} keeps epsilon {target_epsilon} at delta "
-        f"{target_delta} over {steps} steps at sample rate {sample_rate} (accountant {accountant}); "
+        f"{target_delta} over {training.steps} steps at sample rate {training.sample_rate} and at most "
+        f"{training.max_draw} records a step (accountant {accountant}); "
         "raise privacy.target_epsilon, or lower privacy.max_participations, federation.local_steps "
         "or federation.batch_size"
     )
@@ -118,7 +142,7 @@ def _rounded_up(sigma: float) -> float:
     return rounded if rounded >= sigma else round(rounded + 10.0**-digits, digits)
 
 
-def _require_sound(target_epsilon: float, target_delta: float, sample_rate: float, steps: int) -> None:
+def _require_sound(target_epsilon: float, target_delta: float, steps: int) -> None:
     if not (target_epsilon > 0 and math.isfinite(target_epsilon)):
         raise PrivacyError(
             f"target_epsilon {target_epsilon} must be positive and finite; set privacy.target_epsilon"
@@ -126,10 +150,6 @@ def _require_sound(target_epsilon: float, target_delta: float, sample_rate: floa
     if not 0 < target_delta < 1:
         raise PrivacyError(
             f"target_delta {target_delta} must lie strictly between 0 and 1; set privacy.target_delta"
-        )
-    if not 0 < sample_rate <= 1:
-        raise PrivacyError(
-            f"sample_rate {sample_rate} must lie in (0, 1]; federation.batch_size exceeds a client's records"
         )
     if steps < 1:
         raise PrivacyError(

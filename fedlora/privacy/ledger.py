@@ -4,66 +4,93 @@ A crash may waste budget, it can never overspend it. Every debit reads the file 
 so two processes, a forked child or an old handle cannot both take the last participation.
 """
 
-import fcntl
+import hashlib
+import hmac
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from fedlora.disk import make_directory, write_durably
 from fedlora.errors import LedgerError, PrivacyError
 from fedlora.privacy.budget import Budget, would_exceed
+from fedlora.privacy.ledger_file import append, as_ledger_error, create, locked, repaired
 from fedlora.privacy.ledger_format import (
+    RESTORE,
     Contents,
-    Entry,
+    Debit,
     Header,
-    entry_line,
+    Release,
     events_of,
     header_line,
-    is_sound,
     parse,
 )
 from fedlora.privacy.noise import SEEDED
-from fedlora.values import DpEvent
+from fedlora.values import DpEvent, Witness
 
-__all__ = ["Budget", "Entry", "Header", "Ledger", "open_ledger", "read_ledger", "would_exceed"]
+MOST_ATTEMPTS = 3
+"""Debits of one round: a crash that comes back with the same request must not eat the whole budget."""
 
 
-def open_ledger(path: Path, *, client: str, dataset_fingerprint: str, noise_kind: str) -> "Ledger":
+def open_ledger(
+    path: Path, *, client: str, dataset_fingerprint: str, noise_kind: str, mark: Path | None = None
+) -> "Ledger":
     """The ledger of this client and data set, made if there is none; a line torn by a crash has been dropped.
 
     Args:
         path: its file; missing parent directories are made.
         client: whose records.
-        dataset_fingerprint: of the records as trained on.
+        dataset_fingerprint: of the records. The ledger of real noise holds it under a key that lies beside it, in
+            a file of its name and `.key`: replies name the ledger's digests, which must say nothing of records.
         noise_kind: `NoiseSource.kind` of the noise that its releases will carry.
+        mark: a file elsewhere that remembers how far the ledger has come, so that losing it is noticed.
 
     Raises:
-        LedgerError: the file is damaged, edited, of a newer version, another client's, another data set's or
-            noise's.
+        LedgerError: the file is damaged, edited, behind its mark, of another version, another client's, another
+            data set's or noise's.
     """
     path = Path(path)
-    header = Header(client=client, dataset_fingerprint=dataset_fingerprint, noise=noise_kind)
-    with _as_ledger_error(path):
+    with as_ledger_error(path):
+        seen = marked(mark)  # before the ledger is read, since another process may bring both forward
         if not path.exists():
-            _create(path, header_line(header))
-        with _locked(path) as descriptor:
-            contents = _repaired(descriptor, path)
-    _require_same(path, contents.header, header)
-    return Ledger(path, contents)
+            require_reached(path, None, seen)
+            keyed = _keyed(path, dataset_fingerprint, noise_kind)
+            create(path, header_line(Header(client=client, dataset_fingerprint=keyed, noise=noise_kind)))
+        with locked(path) as descriptor:
+            contents = repaired(descriptor, path)
+        _require_owner(path, contents.header, client, noise_kind)
+        keyed = _keyed(path, dataset_fingerprint, noise_kind)
+    _require_same(path, contents.header, Header(client=client, dataset_fingerprint=keyed, noise=noise_kind))
+    require_reached(path, contents, seen)
+    return Ledger(path, contents, mark)
+
+
+def _keyed(path: Path, fingerprint: str, noise_kind: str) -> str:
+    """The fingerprint under the ledger's key: it tells whoever lacks the key nothing about a record."""
+    if noise_kind == SEEDED:
+        return fingerprint
+    beside = path.with_name(f"{path.name}.key")
+    if not beside.exists():
+        if path.exists():
+            raise LedgerError(f"{beside}: missing, so nobody can tell whose records {path} is of; {RESTORE}")
+        create(beside, os.urandom(32))
+    return hmac.new(beside.read_bytes(), fingerprint.encode(), hashlib.sha256).hexdigest()
 
 
 def read_ledger(path: Path) -> Contents:
     """A ledger's verified contents, for reports; nothing is written. Raises LedgerError if damaged."""
-    with _as_ledger_error(path):
+    with as_ledger_error(path):
         return parse(Path(path).read_bytes(), str(path))
 
 
 class Ledger:
     """A handle on one client's ledger. Holds no file open, so it may be forked or sent to another process."""
 
-    def __init__(self, path: Path, contents: Contents) -> None:
+    def __init__(self, path: Path, contents: Contents, mark: Path | None = None) -> None:
         self._path = path
         self._contents = contents
+        self._mark = mark
 
     @property
     def path(self) -> Path:
@@ -76,189 +103,197 @@ class Ledger:
         return self._contents.header
 
     @property
-    def entries(self) -> tuple[Entry, ...]:
-        """All debits, oldest first, as of the last debit or opening by this handle."""
-        return self._contents.entries
+    def debits(self) -> tuple[Debit, ...]:
+        """All debits, oldest first, as of the last write or opening by this handle."""
+        return self._contents.debits
 
     @property
     def events(self) -> tuple[DpEvent, ...]:
         """What they spent; epsilon is computed from these and never stored."""
-        return events_of(self.entries)
+        return events_of(self.debits)
 
-    def find(self, run: str, round: int) -> Entry | None:
-        """The debit of this round, if it was made."""
+    def find(self, run: str, round: int) -> Debit | None:
+        """The latest debit of this round, if one was made."""
         return _find(self._contents, run, round)
+
+    def released(self, debit: Debit) -> str | None:
+        """The digest of the bytes that came of this debit, if they were recorded."""
+        return self._contents.released(debit.seq)
+
+    def witness(self, debit: Debit) -> Witness:
+        """What to tell the server of this debit, so that it notices if the ledger is ever put back."""
+        return Witness(seq=debit.seq, head=self._contents.digests[debit.seq])
 
     def debit(
         self,
         run: str,
         round: int,
         request_digest: str,
-        event: DpEvent,
+        events: tuple[DpEvent, ...],
         *,
         max_grad_norm: float,
         budget: Budget,
-    ) -> Entry:
+    ) -> Debit:
         """The participation is on disk, fsynced, and its records may be touched now.
 
         The same request again is not paid twice where noise is seeded, since it ends in the same bytes. With
-        any other noise a second training would be a second release: answer from the stored reply instead.
+        any other noise it is a new attempt, and paid: only who still has the reply of the last one need not ask.
 
         Args:
             run: name of the run.
             round: its round.
             request_digest: of the request that is answered.
-            event: what the participation will spend.
+            events: what the participation will spend.
             max_grad_norm: the bound that its noise is measured in.
             budget: checked again under the lock.
 
         Raises:
-            LedgerError: the round was debited for another request, event or bound, or noise cannot be
-                repeated;
-                or the file cannot be trusted or written.
+            LedgerError: the round was debited for another request, events or bound, or too often; or the file
+                cannot be trusted or written.
             PrivacyError: the budget would be exceeded.
         """
-        with _as_ledger_error(self._path), _locked(self._path) as descriptor:
-            contents = _repaired(descriptor, self._path)
-            _require_same(self._path, contents.header, self.header)
-            entry = Entry(
-                seq=len(contents.entries) + 1,
+        with self._writing() as descriptor:
+            contents = self._contents
+            earlier = _find(contents, run, round)
+            debit = Debit(
+                seq=len(contents.digests),
                 run=run,
                 round=round,
+                attempt=1 if earlier is None else earlier.attempt + 1,
                 request_digest=request_digest,
-                event=event,
+                events=events,
                 max_grad_norm=max_grad_norm,
                 noise=contents.header.noise,
             )
-            earlier = _find(contents, run, round)
             if earlier is not None:
-                self._contents = contents
-                return _same_again(self._path, earlier, entry)
-            _require_within(self._path, contents, event, budget)
-            _append(descriptor, self._path, contents, entry)
-            self._contents = _repaired(descriptor, self._path)
-        return entry
+                _require_same_request(self._path, earlier, debit)
+                if earlier.noise == SEEDED:
+                    return earlier
+            _require_attempts(self._path, debit)
+            _require_within(self._path, contents, events, budget)
+            self._append(descriptor, debit)
+        return debit
+
+    def release(self, debit: Debit, payload: str) -> None:
+        """The digest of the bytes that came of `debit` is on disk, fsynced, and they may be sent now.
+
+        Args:
+            debit: of this ledger.
+            payload: SHA-256 of the bytes, hexadecimal.
+
+        Raises:
+            LedgerError: other bytes were released under this debit; or the file cannot be trusted or written.
+        """
+        with self._writing() as descriptor:
+            if debit not in self._contents.debits:
+                raise LedgerError(f"{self._path}: {debit} is not in it, so nothing may be released under it")
+            earlier = self._contents.released(debit.seq)
+            if earlier not in (None, payload):
+                raise LedgerError(
+                    f"{self._path}: debit {debit.seq} has released {earlier}, now {payload}; send what was "
+                    "released, or nothing: one debit pays for one reply"
+                )
+            if earlier is None:
+                seq = len(self._contents.digests)
+                self._append(descriptor, Release(seq=seq, debit=debit.seq, payload=payload))
+
+    @contextmanager
+    def _writing(self) -> Iterator[int]:
+        """The ledger under its lock, read again."""
+        with as_ledger_error(self._path), locked(self._path) as descriptor:
+            contents = repaired(descriptor, self._path)
+            _require_same(self._path, contents.header, self.header)
+            require_reached(self._path, contents, marked(self._mark))
+            self._contents = contents
+            yield descriptor
+
+    def _append(self, descriptor: int, entry: Debit | Release) -> None:
+        append(descriptor, self._path, self._contents, entry)
+        self._contents = repaired(descriptor, self._path)
+        if self._mark is not None:
+            _set_mark(self._mark, Witness(seq=entry.seq, head=self._contents.head))
 
 
-def _find(contents: Contents, run: str, round: int) -> Entry | None:
-    return next((entry for entry in contents.entries if (entry.run, entry.round) == (run, round)), None)
+def require_reached(path: Path, contents: Contents | None, witness: Witness | None) -> None:
+    """Passes only contents that hold the line that the witness saw; None is no ledger, or nobody who saw one.
+
+    Raises:
+        LedgerError: the ledger is missing, was put back to an earlier state, or is not the one that was seen.
+    """
+    if witness is None:
+        return
+    if contents is None:
+        raise LedgerError(f"{path}: missing, but it had at least {witness.seq} entries; {RESTORE}")
+    if witness.seq >= len(contents.digests):
+        raise LedgerError(
+            f"{path}: rolled back, it has {len(contents.digests) - 1} entries and had {witness.seq}; {RESTORE}"
+        )
+    if contents.digests[witness.seq] != witness.head:
+        raise LedgerError(
+            f"{path}: not the ledger that was seen before, entry {witness.seq} differs; {RESTORE}"
+        )
 
 
-def _same_again(path: Path, earlier: Entry, asked: Entry) -> Entry:
-    where = f"{path}: round {earlier.round} of run {earlier.run!r} (entry {earlier.seq})"
-    for name in ("request_digest", "event", "max_grad_norm"):
+def _find(contents: Contents, run: str, round: int) -> Debit | None:
+    found = [debit for debit in contents.debits if (debit.run, debit.round) == (run, round)]
+    return found[-1] if found else None
+
+
+def _require_same_request(path: Path, earlier: Debit, asked: Debit) -> None:
+    for name in ("request_digest", "events", "max_grad_norm"):
         if getattr(earlier, name) != getattr(asked, name):
             raise LedgerError(
-                f"{where} was debited with {name} {getattr(earlier, name)}, "
-                f"now asked with {getattr(asked, name)}; "
+                f"{path}: round {earlier.round} of run {earlier.run!r} (entry {earlier.seq}) was debited with "
+                f"{name} {getattr(earlier, name)}, now asked with {getattr(asked, name)}; "
                 "refuse the request: one round is answered once"
             )
-    if earlier.noise != SEEDED:
+
+
+def _require_attempts(path: Path, debit: Debit) -> None:
+    if debit.attempt > MOST_ATTEMPTS:
         raise LedgerError(
-            f"{where} is already paid, its noise ({earlier.noise}) cannot be repeated; send the stored "
-            "reply, or refuse the round"
+            f"{path}: round {debit.round} of run {debit.run!r} was paid {MOST_ATTEMPTS} times and left no reply; "
+            "look for what stops its training before it costs more"
         )
-    return earlier
 
 
-def _require_within(path: Path, contents: Contents, event: DpEvent, budget: Budget) -> None:
-    if would_exceed(events_of(contents.entries), event, budget):
+def _require_within(path: Path, contents: Contents, events: tuple[DpEvent, ...], budget: Budget) -> None:
+    if would_exceed([debit.events for debit in contents.debits], events, budget):
         raise PrivacyError(
-            f"{path}: {len(contents.entries)} participations are spent; {event} would pass {budget}; "
+            f"{path}: {len(contents.debits)} participations are spent; {events} would pass {budget}; "
             "refuse the round, or agree on a new budget with the data owner"
         )
 
 
-def _require_same(path: Path, found: Header, wanted: Header) -> None:
-    for name in ("client", "dataset_fingerprint", "noise"):
-        if getattr(found, name) != getattr(wanted, name):
+def _require_owner(path: Path, found: Header, client: str, noise_kind: str) -> None:
+    for name, is_now, wanted in (("client", found.client, client), ("noise", found.noise, noise_kind)):
+        if is_now != wanted:
             raise LedgerError(
-                f"{path}:1: {name} is {getattr(found, name)!r}, opened for {getattr(wanted, name)!r}; "
-                "give each client, data set and kind of noise its own ledger path"
+                f"{path}:1: foreign, its {name} is {is_now!r}, opened for {wanted!r}; "
+                "name the ledger that these records have"
             )
 
 
-def _repaired(descriptor: int, path: Path) -> Contents:
-    """The file's contents, its end repaired: a torn line is cut off, a whole one gets its lost newline."""
-    text = _read_all(descriptor)
-    contents = parse(text, str(path))
-    if len(text) == contents.size + 1:
-        return contents
-    if len(text) > contents.size:
-        os.ftruncate(descriptor, contents.size + 1)
-    else:
-        os.write(descriptor, b"\n")
-    os.fsync(descriptor)
-    return contents
-
-
-def _read_all(descriptor: int) -> bytes:
-    os.lseek(descriptor, 0, os.SEEK_SET)
-    parts = []
-    while part := os.read(descriptor, 1 << 20):
-        parts.append(part)
-    return b"".join(parts)
-
-
-def _append(descriptor: int, path: Path, contents: Contents, entry: Entry) -> None:
-    if not is_sound(
-        entry
-    ):  # what cannot be read back must never be written: it would make the ledger useless
+def _require_same(path: Path, found: Header, wanted: Header) -> None:
+    _require_owner(path, found, wanted.client, wanted.noise)
+    if found.dataset_fingerprint != wanted.dataset_fingerprint:
         raise LedgerError(
-            f"{path}: {entry} is no debit; need floats in range, a whole round and at least one step"
+            f"{path}:1: foreign, it is of other records than those read now; restore them. What any of these "
+            "records spent in this ledger counts for ever: a new ledger's budget is only what it left"
         )
-    line = entry_line(entry, contents.head)
-    written = os.write(descriptor, line)
-    if written != len(line):
-        os.ftruncate(descriptor, contents.size + 1)
-        raise LedgerError(
-            f"{path}: only {written} of {len(line)} bytes could be written; free space on its disk"
-        )
-    os.fsync(descriptor)
 
 
-def _create(path: Path, line: bytes) -> None:
-    """A new file with its header, whole or not at all: written aside, synced, then linked under its name."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.new")
-    descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+def marked(mark: Path | None) -> Witness | None:
+    """What the file `mark` remembers; None if there is none yet, or none is wanted. LedgerError if damaged."""
+    if mark is None or not mark.exists():
+        return None
     try:
-        os.write(descriptor, line)
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-    try:
-        os.link(aside, path)
-    except FileExistsError:
-        pass  # another process made it first; the header check that follows tells whether it is ours
-    finally:
-        aside.unlink()
-    _sync_directory(path.parent)
+        words = json.loads(mark.read_text(encoding="utf-8"))
+        return Witness(seq=int(words["seq"]), head=str(words["head"]))
+    except (ValueError, KeyError, TypeError) as error:
+        raise LedgerError(f"{mark}: no mark of a ledger ({error!r}); {RESTORE}") from error
 
 
-def _sync_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[int]:
-    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield descriptor
-    finally:
-        os.close(descriptor)
-
-
-@contextmanager
-def _as_ledger_error(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise LedgerError(
-            f"{path}: {error.strerror or error}; nothing may be released until it can be written"
-        ) from error
+def _set_mark(mark: Path, witness: Witness) -> None:
+    make_directory(mark.parent)
+    write_durably(mark, json.dumps({"seq": witness.seq, "head": witness.head}) + "\n")

@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from fedlora.errors import PrivacyError
 from fedlora.privacy.engine import Engine
+from fedlora.privacy.gaussian import released
 from fedlora.privacy.noise import NoiseSource
-from fedlora.values import DpEvent, Mechanism
+from fedlora.values import DpEvent, Mechanism, Sampling
 
 
 def private_gradient(
@@ -32,7 +33,7 @@ def private_gradient(
         model: see `Engine.clipped_sum`.
         trained: exactly what is clipped and noised, by name.
         losses: microbatches of the draw; none for an empty draw.
-        mechanism: the bound and the noise, the same object that the ledger was debited for;
+        mechanism: the bound and the noise, the same object that the ledger is debited for;
             None adds no noise, does not clip and is not private.
         expected_batch: a constant of the configuration, never the size of the draw, which is secret.
         noise: its stream is (purpose, name of the tensor).
@@ -52,26 +53,25 @@ def private_gradient(
             f"engine summed {sorted(sums)}, trained are {sorted(trained)}; all of them must be noised"
         )
     if mechanism is not None:
-        sums = {
-            name: total + _noise_like(total, mechanism, noise, (*purpose, name))
-            for name, total in sums.items()
-        }
+        sums = released(
+            sums,
+            bound=mechanism.max_grad_norm,
+            noise_multiplier=mechanism.noise_multiplier,
+            noise=noise,
+            purpose=purpose,
+        )
     return {name: (total / expected_batch).to(_output_dtype(trained[name])) for name, total in sums.items()}
 
 
-def spent(mechanism: Mechanism, steps: int) -> DpEvent:
-    """What `steps` private steps of this mechanism cost: the ledger and the noise read one object."""
+def spent(mechanism: Mechanism, sampling: Sampling, steps: int) -> DpEvent:
+    """What `steps` private steps cost, from the objects that the noise and the draws read."""
     return DpEvent(
-        noise_multiplier=mechanism.noise_multiplier, sample_rate=mechanism.sample_rate, steps=steps
+        noise_multiplier=mechanism.noise_multiplier,
+        sample_rate=sampling.rate,
+        steps=steps,
+        expected_batch=sampling.expected_batch,
+        max_draw=sampling.max_draw,
     )
-
-
-def _noise_like(
-    total: Tensor, mechanism: Mechanism, noise: NoiseSource, purpose: tuple[str | int, ...]
-) -> Tensor:
-    # Noise joins the sum in float64: added in float32, its rounding would depend on the records.
-    draw = noise.normal(tuple(total.shape), dtype=torch.float64, purpose=purpose)
-    return (mechanism.noise_multiplier * mechanism.max_grad_norm * draw).to(total.device)
 
 
 def _output_dtype(parameter: nn.Parameter) -> torch.dtype:

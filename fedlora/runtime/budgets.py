@@ -1,18 +1,18 @@
-"""What is spent and what is left: of the clients of a run, of one ledger, of a data owner's node."""
+"""What is spent and left, by client: of a run, of one ledger, of a data owner's node."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from fedlora.config.load import load_node
-from fedlora.errors import ConfigError
+from fedlora.config.node import NodeConfig
+from fedlora.errors import ConfigError, LedgerError
 from fedlora.privacy.accountants import epsilon
 from fedlora.privacy.budget import Budget
 from fedlora.privacy.ledger import read_ledger
-from fedlora.privacy.ledger_format import events_of
+from fedlora.privacy.ledger_format import Contents
+from fedlora.runtime.evidence import Account, account_of, accounts, noise_source, unaccounted
 from fedlora.runtime.rundir import load_roster, run_config
-from fedlora.runtime.summary import known_clients, spent_events
-from fedlora.values import DpEvent
+from fedlora.runtime.summary import known_clients
 
 DEFAULT_DELTA = 1e-5
 """Of a lone ledger, which knows none; usual in papers."""
@@ -21,8 +21,9 @@ DEFAULT_DELTA = 1e-5
 def budgets(path: Path, delta: float | None = None) -> list[dict[str, Any]]:
     """One row a client, all with the same keys; what cannot be known is None. Empty where privacy is off.
 
-    `verified` says that a ledger's chain was read and holds; without one there is only a node's word, or
-    nothing spent yet.
+    `participations` are debits, so an attempt that left no reply counts. `verified` says that a ledger's chain was
+    read and holds; without one there is only a node's word, or nothing spent yet. A client that answered more rounds
+    than its ledger has debits of is shown with these rounds, and epsilon None.
 
     Args:
         path: a run directory, a data owner's node.yaml, or one ledger.
@@ -32,14 +33,26 @@ def budgets(path: Path, delta: float | None = None) -> list[dict[str, Any]]:
         ConfigError: no such path, or a delta where there is one already.
         LedgerError: a ledger is damaged or edited.
     """
+    kind = kind_of(path, delta)
+    if kind == "run":
+        return _of_run(path)
+    if kind == "node":
+        return [node_budget(load_node(path))]
+    return [_of_ledger(path, DEFAULT_DELTA if delta is None else delta)]
+
+
+def kind_of(path: Path, delta: float | None) -> str:
+    """What `path` is: "run", "node" or "ledger".
+
+    Raises:
+        ConfigError: it is not there, or has a delta of its own and another was given.
+    """
     if not path.exists():
         raise ConfigError(f"{path}: no such file or directory; name a run directory, a node.yaml or a ledger")
-    is_node = path.suffix in (".yaml", ".yml")
-    if delta is not None and (is_node or path.is_dir()):
+    kind = "run" if path.is_dir() else "node" if path.suffix in (".yaml", ".yml") else "ledger"
+    if delta is not None and kind != "ledger":
         raise ConfigError(f"{path} has its own target_delta; leave --delta out, or name one ledger with it")
-    if path.is_dir():
-        return _of_run(path)
-    return [_of_node(path) if is_node else _of_ledger(path, DEFAULT_DELTA if delta is None else delta)]
+    return kind
 
 
 def _of_run(run_dir: Path) -> list[dict[str, Any]]:
@@ -48,59 +61,84 @@ def _of_run(run_dir: Path) -> list[dict[str, Any]]:
         return []
     # The nodes of a server's run hold to budgets of their own, which it does not know.
     limit = Budget.of(config.privacy) if load_roster(run_dir) is None else None
-    spent = spent_events(run_dir)
-    delta, accountant = config.privacy.target_delta, config.privacy.accountant
+    held = accounts(run_dir)
+    lost, noise = unaccounted(run_dir, held), noise_source(run_dir)
+    terms: dict[str, Any] = {
+        "delta": config.privacy.target_delta,
+        "accountant": config.privacy.accountant,
+        "limit": limit,
+        "noise": noise,
+    }
     return [
-        _row(
-            client,
-            spent.get(client, ()),
-            delta=delta,
-            accountant=accountant,
-            limit=limit,
-            verified=limit is not None and client in spent,
-        )
-        for client in sorted({*known_clients(run_dir, config), *spent})
+        _row(client, held.get(client, Account()), lost=lost.get(client, 0), **terms)
+        for client in sorted({*known_clients(run_dir, config), *held})
     ]
 
 
-def _of_node(path: Path) -> dict[str, Any]:
-    config = load_node(path)
-    limit, ledger = Budget.of(config.budget), Path(config.ledger)
-    began = ledger.exists()
+def node_budget(config: NodeConfig) -> dict[str, Any]:
+    """The row of a data owner's node; LedgerError if its ledger is damaged, edited or somebody else's."""
+    limit, found = Budget.of(config.budget), node_ledger(config)
     return _row(
         config.client,
-        events_of(read_ledger(ledger).entries) if began else (),
+        Account() if found is None else account_of(found),
         delta=limit.target_delta,
         accountant=limit.accountant,
         limit=limit,
-        verified=began,
+        noise=found and found.header.noise,
     )
 
 
+def node_ledger(config: NodeConfig) -> Contents | None:
+    """A node's verified ledger; None before its first debit.
+
+    Raises:
+        LedgerError: it is damaged, edited or another client's.
+    """
+    path = Path(config.ledger)
+    if not path.exists():
+        return None
+    found = read_ledger(path)
+    if found.header.client != config.client:
+        raise LedgerError(
+            f"{path}:1: foreign, of client {found.header.client!r}, the node is {config.client!r}; give each client "
+            "its own ledger path"
+        )
+    return found
+
+
 def _of_ledger(path: Path, delta: float) -> dict[str, Any]:
-    ledger = read_ledger(path)
-    events = events_of(ledger.entries)
-    return _row(ledger.header.client, events, delta=delta, accountant="pld", limit=None, verified=True)
+    found = read_ledger(path)
+    return _row(
+        found.header.client,
+        account_of(found),
+        delta=delta,
+        accountant="pld",
+        limit=None,
+        noise=found.header.noise,
+    )
 
 
 def _row(
     client: str,
-    events: Sequence[DpEvent],
+    account: Account,
     *,
     delta: float,
     accountant: str,
     limit: Budget | None,
-    verified: bool,
+    noise: str | None,
+    lost: int = 0,
 ) -> dict[str, Any]:
-    spent = epsilon(events, delta, accountant)
+    """`lost`: rounds answered by a client whose account has fewer; then nobody knows what it spent."""
+    spent = None if lost else epsilon(account.events, delta, accountant)
     return {
         "client": client,
-        "participations": len(events),
+        "participations": lost or len(account.debits),
         "max_participations": limit and limit.max_participations,
         "epsilon": spent,
         "target_epsilon": limit and limit.target_epsilon,
-        "left": limit and max(0.0, limit.target_epsilon - spent),
+        "left": None if limit is None or spent is None else max(0.0, limit.target_epsilon - spent),
         "delta": delta,
         "accountant": accountant,
-        "verified": verified,
+        "verified": account.by_ledger and not lost,
+        "noise_source": noise,
     }

@@ -33,7 +33,7 @@ from fedlora.runtime.events import Listener
 from fedlora.runtime.flower_client import Hello, client_app
 from fedlora.runtime.flower_cohort import FlowerCohort, Nodes, meet
 from fedlora.runtime.host import Host, HostSetup, Terms, worker_count
-from fedlora.values import Mechanism, Reply, TrainRequest
+from fedlora.values import Mechanism, Reply, Sampling, TrainRequest, Witness
 
 ENGINE_ERROR = 0
 """Flower's code for what no ClientApp and no node did: in simulation, a worker process died."""
@@ -200,7 +200,7 @@ def read_examples(directory: str, number: int) -> Examples:
 
 def _terms(words: dict[str, Any]) -> Terms:
     mechanism = words["mechanism"]
-    return Terms(sample_rate=words["sample_rate"], mechanism=mechanism and Mechanism(**mechanism))
+    return Terms(sampling=Sampling(**words["sampling"]), mechanism=mechanism and Mechanism(**mechanism))
 
 
 @lru_cache(maxsize=1)
@@ -215,7 +215,7 @@ def _greet(directory: str, context: Context) -> Hello:
     return Hello(client=clients[number], records=len(read_examples(directory, number)), classes=setup.classes)
 
 
-def _answer(directory: str, context: Context, frame: bytes) -> bytes:
+def _answer(directory: str, context: Context, frame: bytes, echo: Witness | None) -> bytes:
     _, clients = read_setup(directory)
     number = int(context.node_config["partition-id"])
     try:

@@ -15,7 +15,8 @@ os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from fedlora.errors import WireError
+from fedlora.errors import WireError, without_records
+from fedlora.values import Witness
 
 log = logging.getLogger(__name__)
 
@@ -35,22 +36,34 @@ class Hello:
     classes: tuple[str, ...]
 
 
-def client_app(greet: Callable[[Context], Hello], answer: Callable[[Context, bytes], bytes]) -> ClientApp:
-    """A ClientApp that says hello by `greet` and turns a request's frame into a reply's by `answer`.
+def client_app(
+    greet: Callable[[Context], Hello], answer: Callable[[Context, bytes, Witness | None], bytes]
+) -> ClientApp:
+    """A ClientApp that says hello by `greet` and turns a request's frame, and its echo, into a reply's by `answer`.
 
     An exception in either becomes an error without words, since its text could carry a record; the node's own
     log has it.
     """
+
+    def _answer(context: Context, content: RecordDict) -> bytes:
+        return answer(context, frame_of(content), echo_of(content))
+
     app = ClientApp()
     app.query("hello")(partial(_reply, lambda context, content: hello_content(greet(context))))
-    app.train()(partial(_reply, lambda context, content: frame_content(answer(context, frame_of(content)))))
+    app.train()(partial(_reply, lambda context, content: frame_content(_answer(context, content))))
     return app
 
 
-def frame_content(frame: bytes) -> RecordDict:
-    """A frame as one array of raw bytes: Flower's cost is per array, and unlike a config it is chunked."""
+def frame_content(frame: bytes, echo: Witness | None = None) -> RecordDict:
+    """A frame as one array of raw bytes: Flower's cost is per array, and unlike a config it is chunked.
+
+    echo: how far the server remembers the ledger of the node that it asks.
+    """
     array = Array(dtype="uint8", shape=(len(frame),), stype=FRAME, data=frame)
-    return RecordDict({"fedlora": ArrayRecord({"frame": array})})
+    content = RecordDict({"fedlora": ArrayRecord({"frame": array})})
+    if echo is not None:
+        content["fedlora.echo"] = ConfigRecord({"seq": echo.seq, "head": echo.head})
+    return content
 
 
 def frame_of(content: RecordDict) -> bytes:
@@ -60,6 +73,18 @@ def frame_of(content: RecordDict) -> bytes:
     if array is None or array.stype != FRAME:
         raise WireError(f"records {sorted(content)} but no fedlora frame; run the same fedlora on both ends")
     return array.data
+
+
+def echo_of(content: RecordDict) -> Witness | None:
+    """How far the server remembers this node's ledger; None if it never saw it. WireError when malformed."""
+    record = content.get("fedlora.echo")
+    if record is None:
+        return None
+    words = dict(record) if isinstance(record, ConfigRecord) else {}
+    seq, head = words.get("seq"), words.get("head")
+    if not (isinstance(seq, int) and seq >= 1 and isinstance(head, str)):
+        raise WireError(f"an echo of {seq!r} and {head!r}; run the same fedlora on both ends")
+    return Witness(seq=seq, head=head)
 
 
 def hello_content(hello: Hello) -> RecordDict:
@@ -83,6 +108,7 @@ def _reply(
 ) -> Message:
     try:
         return Message(respond(context, message.content), reply_to=message)
-    except Exception:
-        log.exception("a %s message could not be answered", message.metadata.message_type)
+    except Exception as error:
+        kind, words = message.metadata.message_type, without_records(error)
+        log.error("a %s message could not be answered: %s", kind, words)
         return Message(Error(code=FAILED, reason="the node's own log says why"), reply_to=message)

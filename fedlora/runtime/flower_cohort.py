@@ -16,7 +16,7 @@ from fedlora.errors import WireError
 from fedlora.runtime.events import ClientDone, Listener, outcome
 from fedlora.runtime.flower_client import HELLO, TRAIN, Hello, frame_content, frame_of, hello_of
 from fedlora.runtime.wire import decode_reply, encode_request
-from fedlora.values import Refusal, RefusalReason, Reply, TrainRequest
+from fedlora.values import Refusal, RefusalReason, Reply, TrainRequest, Witness
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +59,8 @@ class Nodes:
             log.warning("node %d sent %s", node, error)
             return
         if self._ids.get(hello.client, node) in online - {node}:
+            # The other may be gone and not known to be yet: this one is greeted again at the next look.
+            self._greeted.discard(node)
             log.warning(
                 "node %d says it is %r, as another one online does; it is ignored", node, hello.client
             )
@@ -85,6 +87,7 @@ class FlowerCohort:
         deadline_s: float,
         ttl_s: float,
         listener: Listener,
+        echo: Callable[[str], Witness | None] = lambda client: None,
         watch: Watch = lambda error: None,
     ) -> None:
         """Binds the cohort to nodes that have said hello.
@@ -94,12 +97,14 @@ class FlowerCohort:
             deadline_s: how long a round waits.
             ttl_s: how long Flower keeps a request and its reply: the longest staleness that is of use.
             listener: told of every reply.
+            echo: how far each client's ledger is known to have come.
             watch: see Watch.
         """
         self.nodes = nodes
         self.deadline_s = deadline_s
         self.ttl_s = ttl_s
         self.listener = listener
+        self.echo = echo
         self.watch = watch
         self._waiting: dict[str, _Asked] = {}
 
@@ -128,8 +133,11 @@ class FlowerCohort:
         """See Cohort: the nodes are not ours to stop."""
 
     def _send(self, client: str, node: int | None, frame: bytes, request: TrainRequest) -> bool:
-        identifier = node is not None and push(self.nodes.grid, frame_content(frame), node, TRAIN, self.ttl_s)
-        if node is None or not identifier:
+        if node is None:
+            return False
+        content = frame_content(frame, self.echo(client))
+        identifier = push(self.nodes.grid, content, node, TRAIN, self.ttl_s)
+        if not identifier:
             return False
         self._waiting[identifier] = _Asked(client=client, node=node, run=request.run, round=request.round)
         return True

@@ -10,16 +10,17 @@ import torch
 from fedlora.config.schema import Privacy, RunConfig, Runtime
 from fedlora.data.records import Examples
 from fedlora.data.tokenise import fingerprint
-from fedlora.errors import LedgerError, WireError
+from fedlora.errors import LedgerError, WireError, without_records
+from fedlora.privacy.budget import Budget
 from fedlora.privacy.direct_engine import DirectEngine
 from fedlora.privacy.engine import Engine
-from fedlora.privacy.ledger import Budget, Ledger, open_ledger
+from fedlora.privacy.ledger import Ledger, open_ledger
 from fedlora.privacy.noise import SeededNoise
 from fedlora.runtime.wire import decode_request, encode_reply
 from fedlora.seeds import seed_for
 from fedlora.training.client import Node, train
 from fedlora.training.model import load_model
-from fedlora.values import Mechanism, Refusal, RefusalReason, Reply
+from fedlora.values import Mechanism, Refusal, RefusalReason, Reply, Sampling
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +29,7 @@ log = logging.getLogger(__name__)
 class Terms:
     """What a simulated client is held to. mechanism: None only where privacy is off."""
 
-    sample_rate: float
+    sampling: Sampling
     mechanism: Mechanism | None
 
 
@@ -71,8 +72,8 @@ class Host:
             reply = train(self._node(client, examples), request, self._ledger(client, examples))
         except LedgerError:
             raise
-        except Exception:
-            log.exception("%s failed in round %d", client, request.round)
+        except Exception as error:
+            log.error("%s failed in round %d: %s", client, request.round, without_records(error))
             reply = Refusal(client=client, run=request.run, round=request.round, reason=RefusalReason.FAILED)
         return encode_reply(reply)
 
@@ -83,10 +84,13 @@ class Host:
             client=client,
             model=self.model,
             examples=examples,
-            batch_size=config.federation.batch_size,
-            sample_rate=terms.sample_rate,
+            declared_records=len(examples),
+            sampling=terms.sampling,
             optimizer=config.federation.optimizer,
             mechanism=terms.mechanism,
+            # A simulated server is honest; a narrow type rounds by 1 % of the bound even then.
+            alone=terms.mechanism is not None and self.model.peft_model.dtype.itemsize < 4,
+            evaluation_noise=privacy and privacy.evaluation_noise,
             budget=privacy and Budget.of(privacy),
             engine=engine_of(privacy),
             noise=self.noise,

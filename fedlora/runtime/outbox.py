@@ -1,16 +1,36 @@
-"""Replies that a data owner's node has given, so that one debit is released once."""
+"""Replies that a data owner's node has made, so that one debit is released once."""
 
 import fcntl
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+
+from fedlora.disk import make_directory, write_durably
+from fedlora.errors import LedgerError
+from fedlora.values import Witness
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kept:
+    """A reply: to which request, paid by which line of the ledger, and its bytes."""
+
+    run: str
+    round: int
+    request_digest: str
+    paid: Witness
+    frame: bytes
+
+    @property
+    def payload(self) -> str:
+        """The digest of its bytes, as the ledger knows them."""
+        return hashlib.sha256(self.frame).hexdigest()
 
 
 class Outbox:
-    """Replies already given, one file each: a line of JSON (run, round, digest of the request), the frame."""
+    """Replies already made, one file each: a line of JSON, then the frame."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -18,44 +38,51 @@ class Outbox:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """No other process of this node answers meanwhile."""
-        self.directory.mkdir(parents=True, exist_ok=True)
+        make_directory(self.directory)
         with (self.directory / ".lock").open("w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
 
-    def find(self, run: str, round_: int) -> tuple[str, bytes] | None:
-        """The digest of the request that was answered in this round, and the answer."""
+    def find(self, run: str, round_: int) -> Kept | None:
+        """The answer of this round."""
         path = self._path(run, round_)
         if not path.exists():
             return None
         line, _, frame = path.read_bytes().partition(b"\n")
-        return json.loads(line)["request"], frame
+        return _kept(path, line, frame)
 
-    def given(self) -> set[tuple[str, int]]:
-        """Run and round of every reply."""
-        found = set()
+    def furthest(self) -> Witness | None:
+        """The last line of the ledger that paid for a reply here."""
+        paid = []
         for path in self.directory.glob("*.reply"):
             with path.open("rb") as file:
-                words = json.loads(file.readline())
-            found.add((words["run"], words["round"]))
-        return found
+                paid.append(_kept(path, file.readline(), b"").paid)
+        return max(paid, key=lambda witness: witness.seq, default=None)
 
-    def keep(self, run: str, round_: int, digest: str, frame: bytes) -> None:
-        """The answer is durable and may be sent: written aside, fsynced, renamed."""
-        path = self._path(run, round_)
-        aside = path.with_suffix(".part")
-        line = json.dumps({"run": run, "round": round_, "request": digest}, sort_keys=True)
-        with aside.open("wb") as file:
-            file.write(line.encode() + b"\n" + frame)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
-        descriptor = os.open(self.directory, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    def keep(self, kept: Kept) -> None:
+        """The answer is durable, in place of an earlier one of its round."""
+        words = {"run": kept.run, "round": kept.round, "request": kept.request_digest}
+        words |= {"seq": kept.paid.seq, "head": kept.paid.head}
+        line = json.dumps(words, sort_keys=True).encode()
+        write_durably(self._path(kept.run, kept.round), line + b"\n" + kept.frame)
 
     def _path(self, run: str, round_: int) -> Path:
         # The run's name is the server's choice, so it is no file name of ours.
         return self.directory / f"{hashlib.sha256(run.encode()).hexdigest()[:32]}-{round_:06d}.reply"
+
+
+def _kept(path: Path, line: bytes, frame: bytes) -> Kept:
+    try:
+        words = json.loads(line)
+        return Kept(
+            run=words["run"],
+            round=words["round"],
+            request_digest=words["request"],
+            paid=Witness(seq=int(words["seq"]), head=str(words["head"])),
+            frame=frame,
+        )
+    except (ValueError, KeyError, TypeError) as error:
+        raise LedgerError(
+            f"{path}: no reply that was kept ({type(error).__name__}); restore the file, it bears the ledger "
+            "witness, or nothing more may be released from this data set"
+        ) from error

@@ -14,11 +14,15 @@ from fedlora.data.tokenise import tokenise
 from fedlora.federation.absorb import start
 from fedlora.federation.plan import require_plannable
 from fedlora.methods import Method, build
-from fedlora.privacy.calibration import check_delta, noise_multiplier
+from fedlora.privacy.budget import Budget
+from fedlora.privacy.sampling import poisson
 from fedlora.runtime.events import Listener, Stage
 from fedlora.runtime.host import Terms
+from fedlora.runtime.identity import code_digest
+from fedlora.training.checkpoints import weights_digest
+from fedlora.training.client import calibrated
 from fedlora.training.model import AdaptedModel, load_model, load_tokenizer
-from fedlora.values import Mechanism, Member, ServerState
+from fedlora.values import Mechanism, Member, Origin, ServerState
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,10 +38,10 @@ class Clients:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prepared:
-    """A run, ready to start. `run` names it: the digest of everything that decides its result."""
+    """A run, ready to start. `origin.run` names it: the digest of everything that decides its result."""
 
     config: RunConfig
-    run: str
+    origin: Origin
     clients: Clients
     method: Method
     model: AdaptedModel
@@ -61,6 +65,11 @@ def first_state(config: RunConfig, model: AdaptedModel, method: Method) -> Serve
     )
 
 
+def origin(config: RunConfig, run: str) -> Origin:
+    """What every request of this run says of where it comes from."""
+    return Origin(run=run, base_model=weights_digest(config.model.name), code=code_digest())
+
+
 def prepare(config: RunConfig, listener: Listener) -> Prepared:
     """The run that `config` describes; every mistake that can be found before training is found here."""
     # What public text says of the model must not depend on the number of cores.
@@ -70,7 +79,7 @@ def prepare(config: RunConfig, listener: Listener) -> Prepared:
     model = load_model(config.model, config.task, config.lora, clients.classes, config.seed)
     return Prepared(
         config=config,
-        run=config_digest(config)[:16],
+        origin=origin(config, config_digest(config)[:16]),
         clients=clients,
         method=build(config.method, config.lora),
         model=model,
@@ -102,16 +111,15 @@ def client_terms(config: RunConfig, member: Member) -> Terms:
         PrivacyError: delta is too large for the size, or no noise meets the budget.
     """
     federation, privacy = config.federation, config.privacy
-    rate = min(1.0, federation.batch_size / member.examples)
+    sampling = poisson(federation.batch_size, member.examples)
     if privacy == "none":
-        return Terms(sample_rate=rate, mechanism=None)
-    check_delta(privacy.target_delta, member.examples)
-    sigma = noise_multiplier(
-        privacy.target_epsilon,
-        privacy.target_delta,
-        rate,
-        privacy.max_participations * federation.local_steps,
-        privacy.accountant,
+        return Terms(sampling=sampling, mechanism=None)
+    sigma = calibrated(
+        Budget.of(privacy),
+        sampling,
+        records=member.examples,
+        local_steps=federation.local_steps,
+        evaluation_noise=privacy.evaluation_noise,
     )
-    mechanism = Mechanism(max_grad_norm=privacy.max_grad_norm, noise_multiplier=sigma, sample_rate=rate)
-    return Terms(sample_rate=rate, mechanism=mechanism)
+    mechanism = Mechanism(max_grad_norm=privacy.max_grad_norm, noise_multiplier=sigma)
+    return Terms(sampling=sampling, mechanism=mechanism)

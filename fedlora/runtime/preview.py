@@ -9,11 +9,11 @@ import torch
 
 from fedlora.config.schema import IndependentCohort, RunConfig
 from fedlora.privacy.accountants import epsilon
-from fedlora.privacy.step import spent
 from fedlora.runtime.events import Listener
 from fedlora.runtime.host import Terms, worker_count
 from fedlora.runtime.prepare import Prepared, prepare
 from fedlora.runtime.summary import frame_sizes
+from fedlora.training.client import participation
 from fedlora.training.tasks import evaluate
 
 PROBE_EXAMPLES = 64
@@ -71,12 +71,13 @@ def _client(prepared: Prepared, client: str, terms: Terms) -> ClientPreview:
     privacy, mechanism = prepared.config.privacy, terms.mechanism
     worst = None
     if privacy != "none" and mechanism is not None:
-        steps = privacy.max_participations * prepared.config.federation.local_steps
-        worst = epsilon((spent(mechanism, steps),), privacy.target_delta, privacy.accountant)
+        steps = prepared.config.federation.local_steps
+        once = participation(mechanism, terms.sampling, privacy.evaluation_noise, steps)
+        worst = epsilon(once * privacy.max_participations, privacy.target_delta, privacy.accountant)
     return ClientPreview(
         client=client,
         records=len(prepared.clients.examples[client]),
-        sample_rate=terms.sample_rate,
+        sample_rate=terms.sampling.rate,
         noise_multiplier=mechanism and mechanism.noise_multiplier,
         epsilon=worst,
     )
@@ -120,6 +121,10 @@ def _notes(prepared: Prepared) -> list[str]:
         notes.append(
             f"a client will be asked about {expected:.1f} times but may answer {most} times: later rounds go on "
             f"without it; raise privacy.max_participations (more noise) or lower federation.rounds"
+        )
+    if config.privacy.tuned_on == "undeclared":
+        notes.append(
+            "privacy.tuned_on is undeclared: the privacy statement will say that tuning may have cost more"
         )
     largest = max(member.examples for member in prepared.clients.members)
     if config.privacy.target_delta > 0.1 / largest:

@@ -10,8 +10,9 @@ from typing import Any
 
 from fedlora.config.load import load_config
 from fedlora.config.schema import RunConfig
+from fedlora.disk import whole_lines, write_durably
 from fedlora.errors import ConfigError
-from fedlora.federation.store import Store, whole_lines, write_durably
+from fedlora.federation.store import Store
 from fedlora.values import Adapters, Member
 
 SPENT = "spent.jsonl"

@@ -21,14 +21,16 @@ from fedlora.config.node import CLIENT_NAME
 from fedlora.config.schema import RunConfig
 from fedlora.data import load_corpus
 from fedlora.data.tokenise import tokenise
+from fedlora.disk import write_durably
 from fedlora.errors import ConfigError
 from fedlora.federation.loop import line_zero, rounds
-from fedlora.federation.store import Store, write_durably
+from fedlora.federation.store import Store
 from fedlora.methods import build
+from fedlora.privacy.noise import BY_THE_NODES
 from fedlora.runtime.flower_client import Hello
 from fedlora.runtime.flower_cohort import FlowerCohort, Nodes, meet
-from fedlora.runtime.journal import Reported
-from fedlora.runtime.prepare import first_state
+from fedlora.runtime.journal import Journal, Reported
+from fedlora.runtime.prepare import first_state, origin
 from fedlora.runtime.rundir import (
     SPENT,
     Roster,
@@ -78,25 +80,27 @@ def _serve(grid: Grid, config: RunConfig, run_dir: Path) -> None:
     roster, nodes = _roster(grid, config, run_dir, centre.classes)
     write_durably(run_dir / "classes.json", json.dumps(centre.classes))
     write_durably(run_dir / "config.yaml", dump_config(config))
-    store = Store(run_dir)
+    store = Store(run_dir, noise=None if config.privacy == "none" else BY_THE_NODES)
     if store.is_empty():
         store.begin(centre.first, line_zero(centre.score(centre.first.adapters)))
     state = store.recover()
     federation = config.federation
+    journal = Journal(run_dir / SPENT)
     cohort = FlowerCohort(
         nodes,
         deadline_s=federation.deadline_s,
         ttl_s=federation.deadline_s * (1 + federation.keep_gauges),
         listener=lambda event: log.info("%s", event),
+        echo=journal.furthest,
     )
     for _, line in rounds(
         state,
-        run=roster.run,
+        origin=origin(config, roster.run),
         seed=config.seed,
         members=roster.members,
         method=build(config.method, config.lora),
         federation=federation,
-        cohort=Reported(cohort, run_dir / SPENT, most_steps=federation.local_steps),
+        cohort=Reported(cohort, journal, most_steps=federation.local_steps),
         store=store,
         score=centre.score,
     ):

@@ -9,10 +9,12 @@ import torch
 
 from fedlora.config.load import config_digest, dump_config
 from fedlora.config.schema import RunConfig
+from fedlora.disk import write_durably
 from fedlora.errors import ConfigError
 from fedlora.federation.cohort import Cohort
 from fedlora.federation.loop import Score, line_zero, rounds
-from fedlora.federation.store import Store, write_durably
+from fedlora.federation.store import Store
+from fedlora.privacy.noise import SEEDED
 from fedlora.runtime.events import Listener, RoundDone, RunDone, RunStarted, Stage
 from fedlora.runtime.host import HostSetup
 from fedlora.runtime.prepare import Prepared, prepare
@@ -63,7 +65,8 @@ def _refuse_existing(config: RunConfig, run_dir: Path) -> None:
 
 def _drive(prepared: Prepared, run_dir: Path, listener: Listener) -> None:
     """Rounds from the newest checkpoint, or from none, to the last; then the summary."""
-    store = Store(run_dir, prepared.run)
+    noise = None if prepared.config.privacy == "none" else SEEDED
+    store = Store(run_dir, prepared.origin.run, noise)
     score = _scorer(prepared, run_dir)
     if store.is_empty():
         listener(Stage(name="scoring the zero-step model"))
@@ -104,7 +107,7 @@ def _run_rounds(
     spent_s = 0.0
     for after, line in rounds(
         state,
-        run=prepared.run,
+        origin=prepared.origin,
         seed=config.seed,
         members=prepared.clients.members,
         method=prepared.method,
@@ -137,7 +140,7 @@ def _cohort(prepared: Prepared, run_dir: Path, listener: Listener) -> Cohort:
     config = prepared.config
     setup = HostSetup(
         config=config,
-        run=prepared.run,
+        run=prepared.origin.run,
         run_dir=run_dir.absolute(),
         classes=prepared.clients.classes,
         terms=prepared.clients.terms,

@@ -2,7 +2,7 @@
 
 A frame is MAGIC, the length of a JSON header (4 bytes, little-endian), the header, the raw little-endian numbers of
 every tensor in the header's order, and the SHA-256 of all that. Nothing is executed on the way in, no length is
-believed before it is checked against the frame's own, and a frame has exactly one valid length.
+believed before it is checked against the frame's own, and every message has exactly one frame.
 """
 
 import hashlib
@@ -10,6 +10,7 @@ import json
 import math
 import struct
 from collections.abc import Mapping
+from dataclasses import astuple
 from typing import Any
 
 import numpy as np
@@ -29,12 +30,16 @@ from fedlora.values import (
     RefusalReason,
     Reply,
     TrainRequest,
+    Witness,
 )
 
-MAGIC = b"fedlora\x01"
+MAGIC = b"fedlora\x02"
 DIGEST_BYTES = 32
 MAX_HEADER_BYTES = 1 << 22
 MAX_DIMENSIONS = 8
+HEADER_ROOM = 1024
+"""Bytes of a header for all but names and shapes. What numbers leave of it is blank, so that they do not show in a
+frame's length: an update of given adapters has one length, in every round."""
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
@@ -44,6 +49,8 @@ def encode_request(request: TrainRequest) -> bytes:
     header = {
         "kind": "request",
         "run": request.run,
+        "base_model": request.base_model,
+        "code": request.code,
         "round": request.round,
         "basis": adapters.basis,
         "scale": adapters.scale,
@@ -58,8 +65,10 @@ def decode_request(frame: bytes) -> TrainRequest:
     header, tensors = _decode(frame, "request")
     with _Strict("request"):
         sites = sorted({name[2:] for name in tensors if name[:2] in ("a:", "b:")})
-        return TrainRequest(
+        request = TrainRequest(
             run=_text(header["run"]),
+            base_model=_text(header["base_model"]),
+            code=_text(header["code"]),
             round=_whole(header["round"]),
             adapters=Adapters(
                 basis=_whole(header["basis"]),
@@ -69,6 +78,8 @@ def decode_request(frame: bytes) -> TrainRequest:
             ),
             work=LocalWork(steps=_whole(header["steps"]), learning_rate=_number(header["learning_rate"])),
         )
+        _require_the_one_way(frame, encode_request(request))
+        return request
 
 
 def encode_reply(reply: Reply) -> bytes:
@@ -76,10 +87,8 @@ def encode_reply(reply: Reply) -> bytes:
     header: dict[str, Any] = {"client": reply.client, "run": reply.run, "round": reply.round}
     if isinstance(reply, Refusal):
         return _encode({"kind": "refusal", **header, "reason": reply.reason.value}, {})
-    spent = reply.spent
-    header |= {"basis": reply.delta.basis, "spent": None}
-    if spent is not None:
-        header["spent"] = [spent.noise_multiplier, spent.sample_rate, spent.steps]
+    header |= {"basis": reply.delta.basis, "spent": [astuple(event) for event in reply.spent]}
+    header |= {"ledger": reply.ledger and astuple(reply.ledger), "accuracy": reply.accuracy}
     tensors = {f"b:{site}": reply.delta.sites[site] for site in sorted(reply.delta.sites)}
     tensors |= {f"head:{name}": reply.delta.head[name] for name in sorted(reply.delta.head)}
     return _encode({"kind": "update", **header}, tensors)
@@ -89,17 +98,54 @@ def decode_reply(frame: bytes) -> Reply:
     """The update or refusal in `frame`; WireError when it is neither."""
     header, tensors = _decode(frame, "update", "refusal")
     with _Strict("reply"):
-        client, run, round_ = _text(header["client"]), _text(header["run"]), _whole(header["round"])
-        if header["kind"] == "refusal":
-            return Refusal(client=client, run=run, round=round_, reason=RefusalReason(header["reason"]))
-        event = None
-        if header["spent"] is not None:
-            noise, rate, steps = header["spent"]
-            event = DpEvent(noise_multiplier=_number(noise), sample_rate=_number(rate), steps=_whole(steps))
-        delta = Delta(
-            basis=_whole(header["basis"]), sites=_named(tensors, "b:"), head=_named(tensors, "head:")
-        )
-        return ClientUpdate(client=client, run=run, round=round_, delta=delta, spent=event)
+        reply = _refusal(header) if header["kind"] == "refusal" else _update(header, tensors)
+        _require_the_one_way(frame, encode_reply(reply))
+        return reply
+
+
+def _refusal(header: dict[str, Any]) -> Refusal:
+    return Refusal(
+        client=_text(header["client"]),
+        run=_text(header["run"]),
+        round=_whole(header["round"]),
+        reason=RefusalReason(header["reason"]),
+    )
+
+
+def _update(header: dict[str, Any], tensors: Mapping[str, Tensor]) -> ClientUpdate:
+    basis, sites, head = _whole(header["basis"]), _named(tensors, "b:"), _named(tensors, "head:")
+    return ClientUpdate(
+        client=_text(header["client"]),
+        run=_text(header["run"]),
+        round=_whole(header["round"]),
+        delta=Delta(basis=basis, sites=sites, head=head),
+        spent=tuple(event_of(words) for words in _list(header["spent"])),
+        ledger=None if header["ledger"] is None else _witness(header["ledger"]),
+        accuracy=None if header["accuracy"] is None else _number(header["accuracy"]),
+    )
+
+
+def _require_the_one_way(frame: bytes, written: bytes) -> None:
+    """Nothing is in a frame beside what was read from it: no other field, tensor, order or filling."""
+    if frame != written:
+        raise WireError(f"{len(frame)} bytes that are not written as this version writes them")
+
+
+def event_of(words: object) -> DpEvent:
+    """The event in a list of its five numbers; what is no such list raises TypeError or ValueError."""
+    noise, rate, steps, expected, most = _list(words)
+    return DpEvent(
+        noise_multiplier=_number(noise),
+        sample_rate=_number(rate),
+        steps=_whole(steps),
+        expected_batch=None if expected is None else _number(expected),
+        max_draw=None if most is None else _whole(most),
+    )
+
+
+def _witness(words: object) -> Witness:
+    seq, head = _list(words)
+    return Witness(seq=_whole(seq), head=_text(head))
 
 
 _MALFORMED = (
@@ -127,6 +173,12 @@ def _text(value: object) -> str:
     return value
 
 
+def _list(value: object) -> list[Any]:
+    if not isinstance(value, list):
+        raise TypeError(f"{value!r} is no list")
+    return value
+
+
 def _whole(value: object) -> int:
     if type(value) is not int or not -(1 << 63) <= value < 1 << 63:
         raise TypeError(f"{value!r} is no whole number of 64 bits")
@@ -136,6 +188,8 @@ def _whole(value: object) -> int:
 def _number(value: object) -> float:
     if type(value) is not float and type(value) is not int:
         raise TypeError(f"{value!r} is no number")
+    if not math.isfinite(value):
+        raise ValueError(f"{value!r} is not finite")
     return float(value)
 
 
@@ -148,13 +202,23 @@ def _encode(header: dict[str, Any], tensors: Mapping[str, Tensor]) -> bytes:
         [name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape)]
         for name, tensor in tensors.items()
     ]
-    text = json.dumps({**header, "tensors": table}, sort_keys=True, separators=(",", ":")).encode()
+    text = _header({**header, "tensors": table})
     blobs = [
         tensor.detach().cpu().contiguous().numpy().astype(_wire_dtype(tensor), copy=False).tobytes()
         for tensor in tensors.values()
     ]
     body = b"".join([MAGIC, struct.pack("<I", len(text)), text, *blobs])
     return body + hashlib.sha256(body).digest()
+
+
+def _header(fields: dict[str, Any]) -> bytes:
+    """The one way to write these fields, filled up with blanks."""
+    text = json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()
+    names = json.dumps([fields.get(name, "") for name in ("client", "run", "tensors")], separators=(",", ":"))
+    length = len(names) + HEADER_ROOM
+    if len(text) > length:
+        raise WireError(f"header of {len(text)} bytes, {length} is the most for its names and shapes")
+    return text.ljust(length)
 
 
 def _wire_dtype(tensor: Tensor) -> str:
@@ -176,7 +240,7 @@ def _decode(frame: bytes, *kinds: str) -> tuple[dict[str, Any], dict[str, Tensor
         header = json.loads(frame[start : start + length])
         if header["kind"] not in kinds:
             raise WireError(f"a {header['kind']!r} where one of {kinds} belongs")
-        return header, _tensors(header.pop("tensors"), frame[start + length : -DIGEST_BYTES])
+        return header, _tensors(header["tensors"], frame[start + length : -DIGEST_BYTES])
 
 
 def _tensors(table: list[Any], data: bytes) -> dict[str, Tensor]:

@@ -1,9 +1,11 @@
 """Where pretrained weights lie, and how they become a model. The network comes last, and never to hang on."""
 
+import hashlib
 import importlib.util
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +45,23 @@ def locate(name: str) -> Path:
             )
         return directory
     return _cached(name) or _packaged(name) or _downloaded(name)
+
+
+@cache
+def weights_digest(name: str) -> str:
+    """SHA-256 of the weights file of `name`, as the hub shows it; of several files, of their digests in order.
+
+    Raises:
+        ModelError: see `locate`; or there are no safetensors weights.
+    """
+    files = sorted(locate(name).glob("*.safetensors"))
+    if not files:
+        raise ModelError(f"model.name {name!r}: no safetensors weights in {str(locate(name))!r}")
+    digests = []
+    for path in files:
+        with path.open("rb") as file:
+            digests.append(hashlib.file_digest(file, "sha256").hexdigest())
+    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
 def _cached(name: str) -> Path | None:

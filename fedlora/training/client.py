@@ -9,20 +9,26 @@ from torch import Tensor, nn
 from fedlora.algebra.digest import digest, named_tensors
 from fedlora.config.schema import AdamW, Optimizer
 from fedlora.data.records import Examples
+from fedlora.privacy.budget import Budget, would_exceed
+from fedlora.privacy.calibration import check_delta, noise_multiplier
 from fedlora.privacy.engine import Engine
-from fedlora.privacy.ledger import Budget, Ledger, would_exceed
-from fedlora.privacy.noise import NoiseSource
+from fedlora.privacy.evaluation import private_mean, spent_on_mean
+from fedlora.privacy.ledger import Ledger
+from fedlora.privacy.noise import SEEDED, NoiseSource
 from fedlora.privacy.sampling import poisson_draw
 from fedlora.privacy.step import private_gradient, spent
 from fedlora.training.model import AdaptedModel
-from fedlora.training.tasks import losses
+from fedlora.training.tasks import ALONE, TOKEN_BUDGET, losses, record_accuracies
 from fedlora.values import (
     ClientUpdate,
+    DpEvent,
     Mechanism,
     Refusal,
     RefusalReason,
     Reply,
+    Sampling,
     TrainRequest,
+    Witness,
 )
 
 
@@ -30,18 +36,23 @@ from fedlora.values import (
 class Node:
     """A data owner: its records, the model it trains and the limits that no server can move.
 
-    batch_size: expected size of a draw and divisor of every step, a constant of the configuration.
-    sample_rate: of the draws where privacy is off; under privacy the mechanism's own rate is drawn at and paid for.
+    declared_records: how many, as told to the server; never less than there are.
     mechanism and budget: None only where the configuration says `privacy: none`.
+    alone: each record runs by itself. Kernels round a record's gradient by who is beside it, and a server that chooses
+        the weights can blow that up to the clipping bound; batched, an honest server and wide numbers are assumed.
+    evaluation_noise: std of the noise on the number of own records that the model gets right, told in every round;
+        None: nothing is told.
     """
 
     client: str
     model: AdaptedModel
     examples: Examples
-    batch_size: int
-    sample_rate: float
+    declared_records: int
+    sampling: Sampling
     optimizer: Optimizer
     mechanism: Mechanism | None
+    alone: bool
+    evaluation_noise: float | None
     budget: Budget | None
     engine: Engine
     noise: NoiseSource
@@ -50,8 +61,8 @@ class Node:
 def train(node: Node, request: TrainRequest, ledger: Ledger | None) -> Reply:
     """The client's reply; what it spends is durable in `ledger` before a record is drawn.
 
-    The same request again is answered again without a second debit: seeded noise makes the bytes the same, and a
-    node with noise from the operating system keeps what it sent (the deployed app's outbox).
+    The same request again costs nothing where noise is seeded, since it ends in the same bytes. A node with noise
+    from the operating system keeps what it sent (the deployed app's outbox) and pays for what it lost.
 
     Args:
         node: whose turn it is.
@@ -67,52 +78,112 @@ def train(node: Node, request: TrainRequest, ledger: Ledger | None) -> Reply:
 
     if len(node.examples) == 0:
         return refuse(RefusalReason.NO_DATA)
-    event = node.mechanism and spent(node.mechanism, request.work.steps)
-    if event is not None:
-        assert ledger is not None and node.budget is not None and node.mechanism is not None
+    events = participation(node.mechanism, node.sampling, node.evaluation_noise, request.work.steps)
+    paid: Witness | None = None
+    if node.mechanism is not None:
+        assert ledger is not None and node.budget is not None
         asked = request_digest(request)
         earlier = ledger.find(request.run, request.round)
         if earlier is not None and earlier.request_digest != asked:
             return refuse(RefusalReason.BAD_REQUEST)
-        if earlier is None and would_exceed(ledger.events, event, node.budget):
+        free = earlier is not None and ledger.header.noise == SEEDED
+        if not free and would_exceed([past.events for past in ledger.debits], events, node.budget):
             return refuse(RefusalReason.BUDGET)
-        ledger.debit(
+        debit = ledger.debit(
             request.run,
             request.round,
             asked,
-            event,
+            events,
             max_grad_norm=node.mechanism.max_grad_norm,
             budget=node.budget,
         )
+        paid = ledger.witness(debit)
     node.model.load(request.adapters)
+    accuracy = _accuracy(node, request)
     _local_steps(node, request)
-    delta = node.model.delta(request.adapters)
-    return ClientUpdate(client=node.client, run=request.run, round=request.round, delta=delta, spent=event)
+    return ClientUpdate(
+        client=node.client,
+        run=request.run,
+        round=request.round,
+        delta=node.model.delta(request.adapters),
+        spent=events,
+        ledger=paid,
+        accuracy=accuracy,
+    )
+
+
+def participation(
+    mechanism: Mechanism | None, sampling: Sampling, evaluation_noise: float | None, steps: int
+) -> tuple[DpEvent, ...]:
+    """All that one round of work releases: `steps` private steps and, if told, one noised accuracy."""
+    if mechanism is None:
+        return ()
+    told = () if evaluation_noise is None else (spent_on_mean(evaluation_noise),)
+    return (spent(mechanism, sampling, steps), *told)
 
 
 def request_digest(request: TrainRequest) -> str:
     """What makes two requests the same one."""
     work = request.work
-    words = (request.run, request.round, request.adapters.basis, repr(request.adapters.scale))
+    words = (
+        request.run,
+        request.base_model,
+        request.round,
+        request.adapters.basis,
+        repr(request.adapters.scale),
+    )
     return digest(named_tensors(request.adapters), *words, work.steps, repr(work.learning_rate))
+
+
+def calibrated(
+    budget: Budget, sampling: Sampling, *, records: int, local_steps: int, evaluation_noise: float | None
+) -> float:
+    """The noise multiplier at which all the participations that a budget allows stay within it.
+
+    Raises:
+        PrivacyError: delta is too large for the records, or no noise meets the budget.
+    """
+    check_delta(budget.target_delta, records)
+    told = [] if evaluation_noise is None else [spent_on_mean(evaluation_noise)]
+    return noise_multiplier(
+        budget.target_epsilon,
+        budget.target_delta,
+        sampling,
+        budget.max_participations * local_steps,
+        budget.accountant,
+        beside=told * budget.max_participations,
+    )
+
+
+def _accuracy(node: Node, request: TrainRequest) -> float | None:
+    """The noised accuracy of the model as it was sent, before a step; None where the node tells none."""
+    if node.mechanism is None or node.evaluation_noise is None:
+        return None
+    return private_mean(
+        record_accuracies(node.model, node.examples),
+        node.declared_records,
+        node.evaluation_noise,
+        noise=node.noise,
+        purpose=("accuracy", request.run, node.client, request.round),
+    )
 
 
 def _local_steps(node: Node, request: TrainRequest) -> None:
     """`work.steps` DP-SGD steps, their number and divisor independent of the data; an empty draw is a step."""
     trained = node.model.trained
-    rate = node.sample_rate if node.mechanism is None else node.mechanism.sample_rate
     optimizer = _optimizer(trained, node.optimizer, request.work.learning_rate)
+    token_budget = ALONE if node.alone else TOKEN_BUDGET
     for step in range(request.work.steps):
         # The run is part of it: the same seed in another run must not repeat noise that a ledger pays for twice.
         purpose = (request.run, node.client, request.round, step)
-        drawn = poisson_draw(len(node.examples), rate, node.noise, ("draw", *purpose))
+        drawn = poisson_draw(len(node.examples), node.sampling, node.noise, ("draw", *purpose))
         gradient = private_gradient(
             node.engine,
             node.model.peft_model,
             trained,
-            losses(node.model, node.examples, drawn.numpy()),
+            losses(node.model, node.examples, drawn.numpy(), token_budget),
             mechanism=node.mechanism,
-            expected_batch=float(node.batch_size),
+            expected_batch=node.sampling.expected_batch,
             noise=node.noise,
             purpose=("noise", *purpose),
         )

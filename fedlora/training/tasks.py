@@ -19,6 +19,9 @@ from fedlora.training.model import AdaptedModel
 TOKEN_BUDGET = 2048
 """Padded tokens of a micro-batch: large enough to fill two cores, small enough for their caches."""
 
+ALONE = 1
+"""The token budget at which every record is a micro-batch of its own."""
+
 IGNORED = -100
 """The target that cross entropy counts as nothing."""
 
@@ -127,6 +130,26 @@ def evaluate(adapted: AdaptedModel, examples: Examples, token_budget: int = 2 * 
     if adapted.causal:
         return Score(metric="perplexity", value=float(torch.exp(good / weight.clamp(min=1))), loss=mean_loss)
     return Score(metric="accuracy", value=float(good / weight), loss=mean_loss)
+
+
+@torch.no_grad()
+def record_accuracies(adapted: AdaptedModel, examples: Examples) -> Tensor:
+    """(n,) in [0, 1], in no particular order: whether a record's label is right, or the share of its next tokens.
+
+    Each record runs alone: beside others, rounding could turn a near tie, and one record move the answers of many.
+    """
+    groups = micro_batches(examples, np.arange(len(examples)), ALONE)
+    return torch.cat([_accuracies(adapted, examples, group) for group in groups])
+
+
+def _accuracies(adapted: AdaptedModel, examples: Examples, group: NDArray[np.int64]) -> Tensor:
+    batch = collate(examples.select(group), adapted.pad_token, _device(adapted))
+    found = _logits(adapted, batch).argmax(dim=-1)
+    if not adapted.causal:
+        return (found == batch["labels"]).double().cpu()
+    real = batch["attention_mask"][:, 1:] == 1
+    right = (found[:, :-1] == batch["input_ids"][:, 1:]) & real
+    return (right.sum(dim=1) / real.sum(dim=1).clamp(min=1)).double().cpu()
 
 
 def _scores(

@@ -8,7 +8,8 @@ import pytest
 from fedlora.cli.app import main
 from fedlora.config.template import NODE_YAML
 from fedlora.privacy.accountants import epsilon
-from fedlora.privacy.ledger import Budget, open_ledger
+from fedlora.privacy.budget import Budget
+from fedlora.privacy.ledger import open_ledger
 from fedlora.values import DpEvent
 
 EVENT = DpEvent(noise_multiplier=1.5, sample_rate=0.01, steps=10)
@@ -21,7 +22,7 @@ def ledger(tmp_path: Path) -> Path:
     path = tmp_path / "ledger.jsonl"
     book = open_ledger(path, client="hospital-a", dataset_fingerprint="d", noise_kind="os-entropy")
     for number in (1, 2, 3):
-        book.debit("r", number, f"request {number}", EVENT, max_grad_norm=1.0, budget=BUDGET)
+        book.debit("r", number, f"request {number}", (EVENT,), max_grad_norm=1.0, budget=BUDGET)
     return path
 
 
@@ -41,7 +42,7 @@ def told(capsys, *arguments: object) -> str:
 
 def test_a_lone_ledger_tells_participations_epsilon_its_delta_and_that_the_chain_holds(ledger, capsys):
     text = told(capsys, ledger)
-    assert "3 of -" in text and "1e-05" in text and "chain verified: 3 entries" in text
+    assert "3 of -" in text and "1e-05" in text and "chain verified: 3 participations" in text
     (row,) = json.loads(told(capsys, ledger, "--format", "json"))
     assert (row["client"], row["participations"], row["verified"]) == ("hospital-a", 3, True)
     assert (row["epsilon"], row["delta"]) == (epsilon([EVENT] * 3, 1e-5), 1e-5)
@@ -53,7 +54,7 @@ def test_a_node_tells_what_is_left_of_its_own_budget(node, ledger, capsys):
     (row,) = json.loads(told(capsys, node, "--format", "json"))
     assert (row["participations"], row["max_participations"], row["verified"]) == (3, 10, True)
     assert row["left"] == pytest.approx(8.0 - epsilon([EVENT] * 3, 1e-5))
-    assert "chain verified: 3 entries" in told(capsys, node)
+    assert "chain verified: 3 participations" in told(capsys, node)
     ledger.unlink()
     text = told(capsys, node)
     assert "0 of 10" in text and "no ledger yet" in text and "verified" not in text

@@ -52,6 +52,10 @@ def test_every_command_of_the_contract_is_there(capsys):
         "resume",
         "status",
         "budget",
+        "audit",
+        "provision",
+        "node",
+        "monitor",
         "evaluate",
         "export",
         "report",
@@ -242,7 +246,8 @@ def test_what_no_ledger_tells_is_unknown_and_seeded_noise_a_simulation(run_dir, 
     (copied / "summary.json").unlink()
     assert "unknown" not in out_of(capsys, "status", str(copied)) + out_of(capsys, "budget", str(copied))
     shutil.rmtree(copied / "ledgers")
-    (line,) = (line for line in out_of(capsys, "status", str(copied)).splitlines() if "epsilon" in line)
+    lines = out_of(capsys, "status", str(copied)).splitlines()
+    line = next(line for line in lines if line.split()[:1] == ["epsilon"])
     assert line.split()[:2] == ["epsilon", "unknown"] and "SIMULATION" in line
     assert json.loads(out_of(capsys, "status", str(copied), "--format", "json"))["epsilon_max"] is None
     text = out_of(capsys, "budget", str(copied))

@@ -151,6 +151,32 @@ def test_privacy_is_a_budget_or_the_word_none(tmp_path, value):
     assert "target_epsilon" in told and told.startswith(f"--set privacy={value}: privacy")
 
 
+@pytest.mark.parametrize("value", ["undeclared", "nothing", "public-data", "{private_runs: 2}"])
+def test_what_was_tuned_on_is_declared_in_one_of_four_ways_and_survives_a_dump(tmp_path, value):
+    """I-40. Undeclared is the default: nobody is made to claim more than they know. It decides nothing in a run."""
+    path = written(tmp_path, RUN_YAML.replace("  tuned_on: undeclared", "  # tuned_on"))
+    assert load_config(path).privacy.tuned_on == "undeclared"
+    declared = load_config(path, [f"privacy.tuned_on={value}"])
+    again = tmp_path / "again.yaml"
+    again.write_text(dump_config(declared))
+    assert load_config(again) == declared
+    assert config_digest(declared) == config_digest(load_config(path))
+
+
+@pytest.mark.parametrize(
+    ("value", "key", "says"),
+    [
+        ("{private_runs: 1}", "privacy.tuned_on.private_runs", "write a whole number >= 2"),
+        ("{runs: 3}", "privacy.tuned_on.runs", "unknown key"),
+        ("public", "privacy.tuned_on", "undeclared, nothing, public-data, or a mapping with private_runs"),
+        ("10", "privacy.tuned_on", "does not fit"),
+    ],
+)
+def test_another_declaration_of_tuning_is_an_error(tmp_path, value, key, says):
+    told = message(written(tmp_path, RUN_YAML), f"privacy.tuned_on={value}")
+    assert f": {key}: " in told and says in told
+
+
 @pytest.mark.parametrize(
     ("text", "line", "says"),
     [

@@ -43,7 +43,7 @@ def test_a_hello_needs_no_torch():
         capture_output=True,
         text=True,
     ).stdout
-    assert "client='client-1', records=800" in said
+    assert "client='client-1', records=810" in said
 
 
 def test_the_bundle_holds_the_two_addresses_and_nothing_else():

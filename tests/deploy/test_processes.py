@@ -113,7 +113,7 @@ def test_two_nodes_train_two_rounds_and_their_ledgers_say_what_the_server_report
     for number in range(2):
         ledger = read_ledger(tmp_path / f"node-{number}" / "ledger.jsonl")
         assert ledger.header.noise == "os-entropy"
-        assert len(ledger.entries) == 2
+        assert len(ledger.debits) == 2 and len(ledger.releases) == 2
         assert len(list((tmp_path / f"node-{number}" / "ledger.jsonl.outbox").glob("*.reply"))) == 2
     assert 0 < summary["epsilon_max"] <= 8.0
     card = finished.read_text()
@@ -134,6 +134,7 @@ def _node(folder: Path, client: str, run: dict, train: Path) -> Path:
         "budget": {"target_epsilon": 8.0, "target_delta": 1e-5, "max_participations": 3},
         "max_grad_norm": 1.0,
         "min_noise_multiplier": 0.3,
+        "reply_quantum_s": 0,
     }
     (folder / "node.yaml").write_text(yaml.safe_dump(config))
     return folder / "node.yaml"

@@ -45,10 +45,10 @@ def test_an_outside_accountant_confirms_epsilon_from_the_ledgers_alone(tiny_conf
     for client, lines in ledger_lines(run_dir).items():
         outside = PLDAccountant(dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE, 1e-3)
         for line in lines[1:]:
-            event = line["event"]
-            gaussian = dp_accounting.GaussianDpEvent(float(event["noise_multiplier"]))
-            sampled = dp_accounting.PoissonSampledDpEvent(float(event["sample_rate"]), gaussian)
-            outside.compose(sampled, int(event["steps"]))
+            for event in line["events"]:
+                gaussian = dp_accounting.GaussianDpEvent(float(event["noise_multiplier"]))
+                sampled = dp_accounting.PoissonSampledDpEvent(float(event["sample_rate"]), gaussian)
+                outside.compose(sampled, int(event["steps"]))
         assert found["epsilon_by_client"][client] == pytest.approx(outside.get_epsilon(1e-5), rel=2e-3)
     assert found["epsilon_max"] == max(found["epsilon_by_client"].values())
 
@@ -125,7 +125,7 @@ def test_without_privacy_nothing_pretends_to_be_private(tiny_config, tmp_path):
     config = tiny_config(
         privacy="none",
         data__partition={"kind": "iid", "clients": 3},
-        federation__rounds=10,
+        federation__rounds=20,
         federation__local_steps=4,
         federation__cohort=3,
         federation__optimizer={"name": "sgd", "lr": 0.3},

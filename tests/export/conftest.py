@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from fedlora.privacy.noise import SEEDED
+from fedlora.runtime.promise import KEYS
 
 HOSTILE = "<script>alert('x')</script>"
 
@@ -51,9 +52,19 @@ def summary() -> dict[str, Any]:
         "private": True,
         "epsilon_max": 3.20001,
         "epsilon_by_client": {"client-0": 3.20001, "client-1": 1.5, HOSTILE: 1.5},
+        "epsilon_replace_one_max": 4.9,
+        "epsilon_replace_one_by_client": {"client-0": 4.9, "client-1": 2.25, HOSTILE: 2.25},
         "delta": 1e-5,
         "accountant": "pld",
+        "accountants_agree": True,
+        "unit": "record",
+        "adjacency": "zero-out",
         "noise_source": SEEDED,
+        "debits_by_client": {"client-0": 3, "client-1": 2, HOSTILE: 1},
+        "lost_attempts": 1,
+        "training": {"steps_max": 30, "noise_multiplier_min": 1.1, "sample_rate_max": 0.01},
+        "evaluation": None,
+        "tuning": {"tuned_on": "undeclared", "private_runs": None, "epsilon_max": None},
         "method": "fedsvd",
         "seconds": 6.0,
         "client_rounds_per_second": 0.833,
@@ -61,12 +72,11 @@ def summary() -> dict[str, Any]:
         "bytes_down_per_client_round": 590_000,
         "state_sha256": "0" * 64,
         "execution": "local",
-        "versions": {"fedlora": "0.1.0", "ray": "not installed"},
+        "versions": {"fedlora": "0.1.0", "ray": "not installed", "dp-accounting": "0.4", "opacus": "1.5"},
     }
 
 
 @pytest.fixture
 def not_private(summary: dict[str, Any]) -> dict[str, Any]:
     """The same run with `privacy: none`."""
-    nothing = dict.fromkeys(("epsilon_max", "epsilon_by_client", "delta", "accountant", "noise_source"))
-    return {**summary, **nothing, "private": False}
+    return {**summary, **dict.fromkeys(KEYS), "private": False}

@@ -12,11 +12,10 @@ def test_the_card_states_the_promise_and_its_limits(tiny_config, summary):
         "one record of one client",
         "zero-out",
         "pld",
-        "at most 8",
         "25.0 % before, 75.0 % after",
         "FedSVD",
         "Not protected",
-        "| `client-1` | 1.5 |",
+        "| `client-1` | 1 | 2 | 1.5 | 2.25 |",
     ):
         assert said in card, said
 
@@ -40,8 +39,10 @@ def test_a_run_without_privacy_is_not_called_private(tiny_config, not_private):
 
 def test_a_name_cannot_become_markup(tiny_config, summary):
     hostile = "a`</code>|\n# b"
-    card = model_card(tiny_config(), {**summary, "epsilon_by_client": {hostile: 1.0}})
-    assert "| `a'</code>/ # b` | 1 |" in card
+    card = model_card(
+        tiny_config(), {**summary, "epsilon_by_client": {hostile: 1.0}, "epsilon_replace_one_by_client": None}
+    )
+    assert "| `a'</code>/ # b` | 0 | 0 | 1 | - |" in card
 
 
 def test_no_path_of_this_machine_is_told(tiny_config):

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedlora.export.charts import line_chart, ticks
-from fedlora.export.report import participation, report_html
+from fedlora.export.report import report_html
+from fedlora.export.report_clients import participation
 from fedlora.export.words import bytes_text, duration, epsilon, score
 
 HOSTILE = "<script>alert('x')</script>"

@@ -58,7 +58,7 @@ class Lab:
 
     def update(self, client, plan, delta) -> ClientUpdate:
         spent = DpEvent(noise_multiplier=1.0, sample_rate=0.1, steps=1)
-        return ClientUpdate(client=client, run=plan.run, round=plan.round, delta=delta, spent=spent)
+        return ClientUpdate(client=client, run=plan.run, round=plan.round, delta=delta, spent=(spent,))
 
     def products(self, state) -> dict[str, torch.Tensor]:
         """The model's change, dense: b @ a of every site, and the head."""

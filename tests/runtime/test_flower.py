@@ -1,6 +1,7 @@
 """The stock Flower engine runs the same federation, and whatever a node does ends as a reply."""
 
 import json
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -9,7 +10,7 @@ from functools import partial
 
 import pytest
 import torch
-from flwr.app import Context, Message
+from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.proto.task_pb2 import Task
 from flwr.server.superlink.fleet.vce import vce_api
@@ -25,11 +26,12 @@ from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.federation import NoOpFederationManager
 from flwr.superlink.grid import InMemoryGrid
 
-from fedlora.errors import IncompleteError, LedgerError
+from fedlora.errors import IncompleteError, LedgerError, WireError
 from fedlora.runtime.events import ClientDone, RoundDone
-from fedlora.runtime.flower_client import Hello, client_app
+from fedlora.runtime.evidence import reported
+from fedlora.runtime.flower_client import Hello, client_app, echo_of, frame_content
 from fedlora.runtime.flower_cohort import FlowerCohort, Nodes, meet
-from fedlora.runtime.journal import Reported, reported_events
+from fedlora.runtime.journal import Journal, Reported
 from fedlora.runtime.simulate import resume, simulate
 from fedlora.runtime.wire import decode_request, encode_reply
 from fedlora.values import (
@@ -43,6 +45,7 @@ from fedlora.values import (
     Refusal,
     RefusalReason,
     TrainRequest,
+    Witness,
 )
 
 SPENT = DpEvent(noise_multiplier=1.5, sample_rate=0.1, steps=2)
@@ -111,15 +114,25 @@ class InThisProcess(Backend):
 
 
 @contextmanager
-def federation(answers: list[Callable[[bytes], bytes]], names: list[str] | None = None) -> Iterator[Grid]:
-    """A grid with a node for each answer; node k is the owner `site-k` unless named otherwise."""
+def federation(
+    answers: list[Callable[[bytes], bytes]],
+    names: list[str] | None = None,
+    echoes: dict[str, list[Witness | None]] | None = None,
+) -> Iterator[Grid]:
+    """A grid with a node for each answer; node k is the owner `site-k` unless named otherwise.
+
+    echoes: where each owner's node notes the echo that came with every request.
+    """
     names = names or [f"site-{k}" for k in range(len(answers))]
 
     def greet(context: Context) -> Hello:
         return Hello(client=names[int(context.node_config["partition-id"])], records=10, classes=("a", "b"))
 
-    def answer(context: Context, frame: bytes) -> bytes:
-        return answers[int(context.node_config["partition-id"])](frame)
+    def answer(context: Context, frame: bytes, echo: Witness | None) -> bytes:
+        node = int(context.node_config["partition-id"])
+        if echoes is not None:
+            echoes.setdefault(names[node], []).append(echo)
+        return answers[node](frame)
 
     factory = LinkStateFactory(FLWR_IN_MEMORY_DB_NAME, NoOpFederationManager(), ObjectStoreFactory())
     run = Run.create_empty(run_id=7)
@@ -144,24 +157,40 @@ def federation(answers: list[Callable[[bytes], bytes]], names: list[str] | None 
         engine.join(10)
 
 
-def cohort_of(grid: Grid, clients: int, deadline_s: float = 5.0) -> FlowerCohort:
+def cohort_of(
+    grid: Grid,
+    clients: int,
+    deadline_s: float = 5.0,
+    echo: Callable[[str], Witness | None] = lambda client: None,
+) -> FlowerCohort:
     nodes = Nodes(grid, lambda hello: True)
     meet(nodes, lambda hellos: len(hellos) == clients)
-    return FlowerCohort(nodes, deadline_s=deadline_s, ttl_s=60.0, listener=lambda event: None)
+    return FlowerCohort(nodes, deadline_s=deadline_s, ttl_s=60.0, listener=lambda event: None, echo=echo)
 
 
 def request(number: int) -> TrainRequest:
     factors = Factors(a=torch.eye(2, 4), b=torch.zeros(3, 2))
     adapters = Adapters(basis=0, scale=1.0, sites={"layer": factors})
-    return TrainRequest(run="r", round=number, adapters=adapters, work=LocalWork(steps=2, learning_rate=0.1))
+    work = LocalWork(steps=2, learning_rate=0.1)
+    return TrainRequest(run="r", base_model="b", code="c", round=number, adapters=adapters, work=work)
 
 
-def honest(client: str, frame: bytes, spent: DpEvent | None = SPENT) -> bytes:
+def honest(client: str, frame: bytes, spent: tuple[DpEvent, ...] = (SPENT,)) -> bytes:
     asked = decode_request(frame)
     delta = Delta(basis=asked.adapters.basis, sites={"layer": torch.full((3, 2), float(asked.round))})
-    return encode_reply(
-        ClientUpdate(client=client, run=asked.run, round=asked.round, delta=delta, spent=spent)
+    update = ClientUpdate(
+        client=client,
+        run=asked.run,
+        round=asked.round,
+        delta=delta,
+        spent=spent,
+        ledger=debit_of(client, asked.round),
     )
+    return encode_reply(update)
+
+
+def debit_of(client: str, number: int) -> Witness:
+    return Witness(seq=2 * number - 1, head=f"{client} {number}")
 
 
 def slow_first(client: str, seconds: float, frame: bytes) -> bytes:
@@ -189,7 +218,8 @@ def test_whatever_a_node_does_ends_as_a_reply_that_bears_its_name(caplog):
     assert {(reply.run, reply.round) for reply in replies.values()} == {("r", 1)}
 
 
-def test_an_exceptions_words_stay_on_the_node():
+def test_an_exceptions_words_are_neither_sent_nor_logged(caplog):
+    caplog.set_level(logging.DEBUG)
     from fedlora.runtime.flower_client import TRAIN, frame_content
     from fedlora.runtime.flower_cohort import pull, push
 
@@ -200,6 +230,7 @@ def test_an_exceptions_words_stay_on_the_node():
             time.sleep(0.01)
     assert found[0].has_error()
     assert "4711" not in found[0].error.reason
+    assert "ValueError in" in caplog.text and "4711" not in caplog.text
 
 
 def test_a_reply_after_the_deadline_comes_with_a_later_round_and_the_node_is_asked_again():
@@ -223,16 +254,18 @@ def test_a_second_node_under_the_name_of_one_that_is_online_is_ignored():
 
 
 def test_what_replies_say_they_spent_is_kept_once_a_round_and_nonsense_is_dropped(tmp_path):
-    free = partial(honest, "site-1", spent=None)
-    negative = partial(honest, "site-2", spent=DpEvent(noise_multiplier=-1.0, sample_rate=0.1, steps=2))
+    free = partial(honest, "site-1", spent=())
+    negative = partial(
+        honest, "site-2", spent=(SPENT, DpEvent(noise_multiplier=-1.0, sample_rate=0.1, steps=2))
+    )
     with federation([partial(honest, "site-0"), free, negative]) as grid:
-        cohort = Reported(cohort_of(grid, 3), tmp_path / "spent.jsonl")
+        cohort = Reported(cohort_of(grid, 3), Journal(tmp_path / "spent.jsonl"))
         for number in (1, 1, 2):  # a round may be done again after a crash
             replies = list(cohort.ask(["site-0", "site-1", "site-2"], request(number)))
             refused = {reply.client for reply in replies if isinstance(reply, Refusal)}
             assert refused == {"site-1", "site-2"}
     members = [Member(client=f"site-{k}", examples=10) for k in range(3)]
-    assert reported_events(tmp_path / "spent.jsonl", members) == {
+    assert {c: told.events for c, told in reported(tmp_path / "spent.jsonl", members).items()} == {
         "site-0": (SPENT, SPENT),
         "site-1": (),
         "site-2": (),
@@ -249,3 +282,36 @@ def test_a_transport_that_cannot_go_on_ends_the_round_at_once():
         cohort.watch = watch
         with pytest.raises(IncompleteError):
             list(cohort.ask(["site-0"], request(1)))
+
+
+def test_a_request_tells_each_node_how_far_its_own_ledger_is_known_to_have_come(tmp_path):
+    echoes: dict[str, list[Witness | None]] = {}
+    names = ["site-0", "site-1"]
+    with federation([partial(honest, name) for name in names], echoes=echoes) as grid:
+        for number, asked in ((1, names), (2, names[:1]), (3, names[:1])):
+            journal = Journal(tmp_path / "spent.jsonl")  # as after a restart of the server
+            cohort = Reported(cohort_of(grid, 2, echo=journal.furthest), journal)
+            assert len(list(cohort.ask(asked, request(number)))) == len(asked)
+    assert echoes["site-0"] == [None, debit_of("site-0", 1), debit_of("site-0", 2)]
+    assert echoes["site-1"] == [None]
+
+
+@pytest.mark.parametrize("echo", [None, Witness(seq=1, head="a"), Witness(seq=1 << 40, head="f" * 64)])
+def test_an_echo_survives_the_journey(echo):
+    assert echo_of(frame_content(b"frame", echo)) == echo
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        {},
+        {"seq": 1},
+        {"seq": "1", "head": "a"},
+        {"seq": 1.0, "head": "a"},
+        {"seq": 1, "head": b"a"},
+        {"seq": -1, "head": "a"},
+    ],
+)
+def test_a_malformed_echo_is_refused(words):
+    with pytest.raises(WireError, match="echo"):
+        echo_of(RecordDict({"fedlora.echo": ConfigRecord(words)}))

@@ -10,9 +10,11 @@ import torch
 
 from fedlora.config.schema import Classification, Lora, Model, Sgd
 from fedlora.data.records import Examples
+from fedlora.privacy.budget import Budget
 from fedlora.privacy.direct_engine import DirectEngine
-from fedlora.privacy.ledger import Budget, open_ledger
+from fedlora.privacy.ledger import open_ledger
 from fedlora.privacy.noise import SeededNoise
+from fedlora.training import tasks
 from fedlora.training.client import Node, train
 from fedlora.training.model import load_model
 from fedlora.values import (
@@ -23,10 +25,11 @@ from fedlora.values import (
     Mechanism,
     Refusal,
     RefusalReason,
+    Sampling,
     TrainRequest,
 )
 
-STEPS, BATCH, RECORDS = 3, 8, 40
+STEPS, BATCH, RECORDS, CAP = 3, 8, 40, 10_000
 
 
 class WatchedNoise:
@@ -55,6 +58,7 @@ class WatchedEngine:
         self.ledger = ledger
         self.clips: list[float | None] = []
         self.drawn: list[int] = []
+        self.groups: list[int] = []
         self.lines_then: list[int] = []
 
     def clipped_sum(self, model, trained, losses, max_grad_norm):
@@ -72,6 +76,7 @@ class WatchedEngine:
 
         sums = DirectEngine().clipped_sum(model, trained, [counted(run) for run in losses], max_grad_norm)
         self.drawn.append(sum(sizes))
+        self.groups.append(len(sizes))
         return sums
 
 
@@ -90,7 +95,7 @@ class Scene:
 
 @pytest.fixture
 def scene(tiny_encoder, tmp_path):
-    def build(rate=BATCH / RECORDS, sigma=0.7, records=RECORDS, participations=2):
+    def build(rate=BATCH / RECORDS, sigma=0.7, records=RECORDS, participations=2, told=None, alone=False):
         task = Classification(kind="sequence-classification")
         lora = Lora(r=2, lora_alpha=2, target_modules=["query"])
         model = load_model(Model(name=str(tiny_encoder)), task, lora, ("a", "b", "c"), seed=1)
@@ -105,10 +110,12 @@ def scene(tiny_encoder, tmp_path):
             client="c",
             model=model,
             examples=examples,
-            batch_size=BATCH,
-            sample_rate=0.123,  # of no use under privacy: the mechanism's own rate is drawn at and paid for
+            declared_records=RECORDS,
+            sampling=Sampling(rate=rate, expected_batch=float(BATCH), max_draw=CAP),
             optimizer=Sgd(name="sgd", lr=1.0),
-            mechanism=Mechanism(max_grad_norm=0.5, noise_multiplier=sigma, sample_rate=rate),
+            mechanism=Mechanism(max_grad_norm=0.5, noise_multiplier=sigma),
+            alone=alone,
+            evaluation_noise=told,
             budget=Budget(
                 target_epsilon=1e6,
                 target_delta=1e-5,
@@ -124,7 +131,8 @@ def scene(tiny_encoder, tmp_path):
         }
         adapters = Adapters(basis=0, scale=model.scale, sites=sites, head=model.head())
         work = LocalWork(steps=STEPS, learning_rate=1.0)
-        return Scene(node, TrainRequest(run="run", round=1, adapters=adapters, work=work), path)
+        asked = TrainRequest(run="run", base_model="m", code="c", round=1, adapters=adapters, work=work)
+        return Scene(node, asked, path)
 
     return build
 
@@ -140,7 +148,7 @@ def test_draws_are_poisson_at_the_rate_that_is_paid_for(scene):
     one = scene(rate=1.0)
     reply = one.answer()
     assert one.node.engine.drawn == [RECORDS] * STEPS
-    assert reply.spent.sample_rate == 1.0
+    assert reply.spent[0].sample_rate == 1.0
     assert {count for count, _ in one.node.noise.uniforms} == {RECORDS}
 
 
@@ -179,8 +187,9 @@ def test_the_debit_is_on_disk_before_a_record_is_touched(scene):
     one.answer()
     assert one.node.engine.lines_then == [2] * STEPS  # the header and this round's debit
     (_, debit) = [json.loads(line) for line in one.ledger_path.read_text().splitlines()]
-    assert debit["event"]["steps"] == STEPS
-    assert debit["event"]["noise_multiplier"] == 0.7
+    (event,) = debit["events"]
+    assert (event["steps"], event["noise_multiplier"], event["sample_rate"]) == (STEPS, 0.7, BATCH / RECORDS)
+    assert (event["expected_batch"], event["max_draw"]) == (BATCH, CAP)
 
 
 def test_the_same_request_is_answered_alike_and_paid_once(scene):
@@ -188,7 +197,7 @@ def test_the_same_request_is_answered_alike_and_paid_once(scene):
     first, again = one.answer(), one.answer()
     for site, tensor in first.delta.sites.items():
         assert torch.equal(again.delta.sites[site], tensor)
-    assert len(one.ledger().entries) == 1
+    assert len(one.ledger().debits) == 1
 
 
 def test_another_request_for_a_paid_round_is_refused_without_touching_a_record(scene):
@@ -207,10 +216,50 @@ def test_past_its_limit_a_client_refuses_without_touching_a_record(scene):
     reply = one.answer(round=2)
     assert reply == Refusal(client="c", run="run", round=2, reason=RefusalReason.BUDGET)
     assert len(one.node.engine.clips) == touched
-    assert len(one.ledger().entries) == 1
+    assert len(one.ledger().debits) == 1
 
 
 def test_without_records_there_is_nothing_to_pay(scene):
     one = scene(records=0)
     assert one.answer().reason is RefusalReason.NO_DATA
-    assert len(one.ledger().entries) == 0
+    assert len(one.ledger().debits) == 0
+
+
+def test_an_accuracy_is_told_only_where_the_owner_allows_it_and_is_paid_for_in_the_same_debit(scene):
+    assert scene().answer().accuracy is None
+    one = scene(told=20.0)
+    one.ledger_path.unlink()
+    replies = [one.answer(round=number) for number in (1, 2)]
+    training, told = replies[0].spent
+    assert (told.noise_multiplier, told.sample_rate, told.steps) == (20.0, 1.0, 1)
+    assert one.ledger().debits[0].events == (training, told)
+    assert replies[0].accuracy != replies[1].accuracy  # of two models, under two draws of noise
+    assert all(abs(reply.accuracy - 0.5) < 0.5 + 5 * 20 / RECORDS for reply in replies)
+
+
+def test_an_update_names_the_line_of_the_ledger_that_paid_for_it(scene):
+    one = scene()
+    reply = one.answer()
+    (debit,) = one.ledger().debits
+    assert reply.ledger == one.ledger().witness(debit)
+    assert one.answer().ledger == reply.ledger
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_records_run_alone_where_kernels_could_couple_neighbours(scene, alone):
+    one = scene(rate=0.5, alone=alone)
+    one.answer()
+    assert (one.node.engine.groups == one.node.engine.drawn) is alone
+
+
+def test_an_accuracy_is_that_of_each_record_alone(scene, monkeypatch):
+    sizes = []
+    real = tasks._logits
+    monkeypatch.setattr(
+        tasks, "_logits", lambda adapted, batch: sizes.append(len(batch["input_ids"])) or real(adapted, batch)
+    )
+    one = scene()
+    right = tasks.record_accuracies(one.node.model, one.node.examples)
+    assert sizes == [1] * RECORDS
+    score = tasks.evaluate(one.node.model, one.node.examples)
+    assert float(right.mean()) == pytest.approx(score.value)

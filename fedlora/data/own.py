@@ -1,0 +1,54 @@
+"""A data owner's own records, as node.yaml names them."""
+
+import numpy as np
+
+from fedlora.config.node import NodeConfig, NodeDocstrings, NodeFiles
+from fedlora.config.schema import Task
+from fedlora.data import load_corpus
+from fedlora.data.files import load_table
+from fedlora.data.partition import partition
+from fedlora.data.records import Records
+from fedlora.data.tables import Columns, Table, corpus_from
+from fedlora.errors import ConfigError, DataError
+
+
+def own_records(config: NodeConfig) -> Records:
+    """The node's records, labels as indices into `classes`.
+
+    Raises:
+        DataError: they are not there, or not what node.yaml says.
+    """
+    if isinstance(config.data, NodeDocstrings):
+        corpus = load_corpus(config.data, config.task, config.data.seed)
+        if config.classes and corpus.classes != tuple(config.classes):
+            raise DataError(
+                f"classes are {config.classes}, the docstrings have {list(corpus.classes)}; list those"
+            )
+        parts = partition(corpus.train, config.data.partition, config.data.seed)
+        if config.data.part not in parts:
+            raise ConfigError(f"data.part {config.data.part!r} is none of {sorted(parts)}; name one of them")
+        return corpus.train.select(parts[config.data.part])
+    return _file_records(config.data, config.task, config.classes)
+
+
+def _file_records(data: NodeFiles, task: Task, classes: list[str]) -> Records:
+    causal = task.kind == "causal-lm"
+    text = (data.text,) if isinstance(data.text, str) else tuple(data.text)
+    columns = Columns(text=text, label=None if causal else data.label)
+    table = load_table(data.train, columns.names())
+    # A row for each class in front, so that a node which lacks one numbers them as all do; cut off below.
+    known = Table(
+        origin=table.origin,
+        columns={name: [*classes, *column] for name, column in table.columns.items()},
+        lines=[*[0] * len(classes), *table.lines],
+    )
+    corpus = corpus_from(known, known, columns, causal=causal)
+    if unknown := sorted(set(corpus.classes) - set(classes)):
+        raise DataError(
+            f"{data.train}: {len(unknown)} labels are not among classes {classes}; add them on every node"
+        )
+    records = corpus.train.select(np.arange(len(classes), len(corpus.train)))
+    if records.labels is None:
+        return records
+    number = np.array([classes.index(name) for name in corpus.classes], dtype=np.int64)
+    return Records(texts=records.texts, labels=number[records.labels])

@@ -1,0 +1,1 @@
+"""Messages of the monitor: monitor.proto, and what protoc made of it."""

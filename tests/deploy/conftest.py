@@ -1,0 +1,17 @@
+"""A data owner's node that was never asked, and the first thing a server asks of it."""
+
+import pytest
+
+from fedlora.config.node import NodeConfig
+from fedlora.values import TrainRequest
+from tests.deploy.nodes import first_request, node_config
+
+
+@pytest.fixture
+def config(tmp_path, tiny_encoder, topic_files) -> NodeConfig:
+    return node_config(tmp_path, tiny_encoder, topic_files[0])
+
+
+@pytest.fixture
+def request_one(config) -> TrainRequest:
+    return first_request(config)

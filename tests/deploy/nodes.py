@@ -1,0 +1,81 @@
+"""A data owner's node with a tiny model, and what a server asks of it."""
+
+from pathlib import Path
+
+import torch
+
+from fedlora.config.load import load_node
+from fedlora.config.node import NodeConfig
+from fedlora.config.schema import Ffa
+from fedlora.federation.absorb import start
+from fedlora.methods import build
+from fedlora.privacy.ledger import read_ledger
+from fedlora.runtime.identity import code_digest
+from fedlora.runtime.node import DeployedNode
+from fedlora.runtime.wire import decode_reply
+from fedlora.training.checkpoints import weights_digest
+from fedlora.training.model import load_model
+from fedlora.values import LocalWork, Refusal, RefusalReason, TrainRequest
+
+NODE = """
+client: site-0
+data: {{source: files, train: {train}, text: sentence, label: topic, max_length: 16}}
+declared_records: 360
+classes: [weather, music, kitchen]
+model: {{name: {model}}}
+task: {{kind: sequence-classification}}
+lora: {{r: 2, lora_alpha: 2, target_modules: [query, value]}}
+work: {{batch_size: 16, local_steps: 2, optimizer: {{name: sgd, lr: 1.0}}}}
+ledger: {folder}/state/ledger.jsonl
+budget: {{target_epsilon: 8.0, target_delta: 1.0e-5, max_participations: {participations}}}
+max_grad_norm: 1.0
+min_noise_multiplier: 0.3
+reply_quantum_s: 0
+"""
+
+
+def node_config(folder: Path, model: Path, train: Path, participations: int = 2) -> NodeConfig:
+    """Written to node.yaml in `folder`, where its ledger will lie too; replies leave at once."""
+    path = folder / "node.yaml"
+    path.write_text(NODE.format(train=train, model=model, folder=folder, participations=participations))
+    return load_node(path)
+
+
+def first_request(config: NodeConfig) -> TrainRequest:
+    """Of an honest server, for a node of this config."""
+    model = load_model(config.model, config.task, config.lora, tuple(config.classes), 0)
+    state = start(
+        model.shapes(),
+        head=model.head(),
+        lora_cfg=config.lora,
+        method=build(Ffa(name="ffa"), config.lora),
+        seed=3,
+        dtype=torch.float32,
+    )
+    return TrainRequest(
+        run="r",
+        base_model=weights_digest(config.model.name),
+        code=code_digest(),
+        round=1,
+        adapters=state.adapters,
+        work=LocalWork(steps=2, learning_rate=1.0),
+    )
+
+
+def reason(frame: bytes) -> RefusalReason:
+    """Of a frame that is a refusal."""
+    reply = decode_reply(frame)
+    assert isinstance(reply, Refusal)
+    return reply.reason
+
+
+def debits(config: NodeConfig) -> int:
+    """How many participations its ledger holds."""
+    path = Path(config.ledger)
+    return len(read_ledger(path).debits) if path.exists() else 0
+
+
+def without_records(config: NodeConfig) -> DeployedNode:
+    """The node, but it fails as soon as it looks for a record."""
+    data = config.data.model_copy(update={"train": "/nowhere/records.tsv"})
+    return DeployedNode(config.model_copy(update={"data": data}))

@@ -1,0 +1,148 @@
+"""What a server keeps of what nodes say they spent: sound, once a round, and a witness of their ledgers."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fedlora.errors import ConfigError
+from fedlora.runtime.evidence import reported
+from fedlora.runtime.journal import Journal, Reported
+from fedlora.values import (
+    Adapters,
+    ClientUpdate,
+    Delta,
+    DpEvent,
+    LocalWork,
+    Member,
+    Refusal,
+    RefusalReason,
+    Reply,
+    TrainRequest,
+    Witness,
+)
+
+SOUND = DpEvent(noise_multiplier=0.7, sample_rate=0.1, steps=2)
+TOLD = DpEvent(noise_multiplier=50.0, sample_rate=1.0, steps=1)
+
+
+def asked_in(number: int) -> TrainRequest:
+    adapters = Adapters(basis=0, scale=1.0, sites={})
+    work = LocalWork(steps=2, learning_rate=1.0)
+    return TrainRequest(run="r", base_model="b", code="c", round=number, adapters=adapters, work=work)
+
+
+class Claims:
+    """A cohort of one node that says what it likes about what it spent, where, and what came of it."""
+
+    def __init__(self, *spent: DpEvent) -> None:
+        self.spent = spent
+        self.seq: int | None = None
+        self.value = 0.0
+
+    def ask(self, clients: Sequence[str], request: TrainRequest) -> Iterator[Reply]:
+        seq = 2 * request.round - 1 if self.seq is None else self.seq
+        yield ClientUpdate(
+            client="site-0",
+            run="r",
+            round=request.round,
+            delta=Delta(basis=0, sites={"layer": torch.full((1, 1), self.value)}),
+            spent=self.spent,
+            ledger=Witness(seq=seq, head=f"{seq:064d}"),
+        )
+
+    def close(self) -> None: ...
+
+
+def answered(
+    cohort: Reported, claims: Claims, number: int, seq: int, value: float = 0.0
+) -> RefusalReason | None:
+    claims.seq, claims.value = seq, value
+    *_, reply = cohort.ask(["site-0"], asked_in(number))  # what was heard in the round before comes first
+    return reply.reason if isinstance(reply, Refusal) else None
+
+
+@pytest.mark.parametrize(
+    "claim",
+    [
+        *({"noise_multiplier": noise} for noise in (1e300, 1e-200, 1.1e4, 0.9e-2, float("nan"))),
+        *({"steps": steps} for steps in (0, 3, 10**18)),
+        *({"sample_rate": rate} for rate in (0.0, 1.1, float("nan"))),
+    ],
+)
+def test_what_no_participation_can_spend_is_a_failed_reply(tmp_path, claim):
+    journal = Journal(tmp_path / "spent.jsonl")
+    cohort = Reported(Claims(SOUND, replace(SOUND, **claim)), journal, most_steps=2)
+    (reply,) = cohort.ask(["site-0"], asked_in(1))
+    assert isinstance(reply, Refusal) and reply.reason == RefusalReason.FAILED
+    assert not (tmp_path / "spent.jsonl").exists()
+
+
+def test_a_torn_line_of_the_journal_does_not_spoil_the_next(tmp_path):
+    journal = tmp_path / "spent.jsonl"
+    members = [Member(client="site-0", examples=10)]
+    cohort = Reported(Claims(SOUND, TOLD), Journal(journal), most_steps=2)
+    for number in (1, 2, 3):
+        list(cohort.ask(["site-0"], asked_in(number)))
+        with journal.open("a") as file:
+            file.write('{"client": "site-0", "rou')
+        assert reported(journal, members)["site-0"].debits == ((SOUND, TOLD),) * number
+
+
+def test_a_ledger_that_was_put_back_is_refused_also_after_a_restart_of_the_server(tmp_path, caplog):
+    claims, journal = Claims(SOUND), tmp_path / "spent.jsonl"
+    cohort = Reported(claims, Journal(journal), most_steps=2)
+    assert answered(cohort, claims, 1, seq=1) is None
+    assert answered(cohort, claims, 3, seq=7) is None
+    for again in (cohort, Reported(claims, Journal(journal), most_steps=2)):
+        assert again.journal.furthest("site-0") == Witness(seq=7, head=f"{7:064d}")
+        assert again.journal.furthest("site-1") is None
+        for number, seq in ((4, 5), (4, 7), (5, 1), (2, 7), (2, 9), (2, 1), (4, 0)):
+            assert answered(again, claims, number, seq) == RefusalReason.LEDGER
+        assert "put back" in caplog.text
+        caplog.clear()
+    assert len(journal.read_text().splitlines()) == 2
+    assert answered(cohort, claims, 4, seq=9) is None
+
+
+def test_late_replies_are_accepted_out_of_order(tmp_path):
+    claims = Claims(SOUND)
+    cohort = Reported(claims, Journal(tmp_path / "spent.jsonl"), most_steps=2)
+    rounds = ((3, 5), (1, 1), (5, 9), (4, 7), (2, 3))
+    assert [answered(cohort, claims, number, seq) for number, seq in rounds] == [None] * 5
+    assert cohort.journal.furthest("site-0") == Witness(seq=9, head=f"{9:064d}")
+
+
+def test_a_round_is_answered_by_the_same_bytes_for_ever(tmp_path, caplog):
+    claims, journal = Claims(SOUND), tmp_path / "spent.jsonl"
+    cohort = Reported(claims, Journal(journal), most_steps=2)
+    assert answered(cohort, claims, 1, seq=1, value=0.5) is None
+    for again in (cohort, Reported(claims, Journal(journal), most_steps=2)):
+        assert answered(again, claims, 1, seq=1, value=0.5) is None
+        assert answered(again, claims, 1, seq=1, value=0.25) == RefusalReason.LEDGER
+        assert answered(again, claims, 1, seq=3, value=0.5) == RefusalReason.LEDGER
+    assert "released twice" in caplog.text
+
+
+def test_a_reply_that_names_no_line_of_a_ledger_is_refused(tmp_path):
+    class Silent(Claims):
+        def ask(self, clients: Sequence[str], request: TrainRequest) -> Iterator[Reply]:
+            for reply in super().ask(clients, request):
+                assert isinstance(reply, ClientUpdate)
+                yield replace(reply, ledger=None)
+
+    cohort = Reported(Silent(SOUND), Journal(tmp_path / "spent.jsonl"), most_steps=2)
+    (reply,) = cohort.ask(["site-0"], asked_in(1))
+    assert isinstance(reply, Refusal) and reply.reason == RefusalReason.LEDGER
+
+
+@pytest.mark.parametrize(
+    "line", ["{}", "no JSON", '{"client": "site-0", "round": 1, "ledger": null, "payload": ""}']
+)
+def test_a_journal_of_another_version_is_refused_and_left_alone(tmp_path, line):
+    path = tmp_path / "spent.jsonl"
+    path.write_text(line + "\n")
+    with pytest.raises(ConfigError, match="not what this fedlora writes"):
+        Journal(path)
+    assert path.read_text() == line + "\n"

@@ -1,0 +1,178 @@
+"""What the owner's node.yaml does not allow is refused before a record is read, and costs nothing."""
+
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from fedlora.config.node import Accepted
+from fedlora.privacy.accountants import epsilon
+from fedlora.privacy.ledger import read_ledger
+from fedlora.privacy.ledger_format import events_of
+from fedlora.privacy.step import spent
+from fedlora.runtime.identity import code_digest
+from fedlora.runtime.node import MOST_NAME, DeployedNode, own_terms
+from fedlora.runtime.wire import decode_reply, encode_request
+from fedlora.training.checkpoints import weights_digest
+from fedlora.values import ClientUpdate, DpEvent, LocalWork, Refusal, RefusalReason, TrainRequest
+from tests.deploy.nodes import debits, reason, without_records
+
+
+def misfits(request: TrainRequest) -> Iterator[TrainRequest]:
+    adapters = request.adapters
+    site, factors = next(iter(adapters.sites.items()))
+
+    def with_site(**changes: torch.Tensor) -> TrainRequest:
+        sites = {**adapters.sites, site: replace(factors, **changes)}
+        return replace(request, adapters=replace(adapters, sites=sites))
+
+    yield replace(request, round=0)
+    yield replace(request, run="")
+    yield replace(request, run="r" * (MOST_NAME + 1))
+    yield replace(request, base_model="0" * 64)
+    yield replace(request, base_model="")
+    yield replace(request, work=LocalWork(steps=3, learning_rate=1.0))
+    yield replace(request, work=LocalWork(steps=0, learning_rate=1.0))
+    for rate in (1.5, 0.0, -1.0, float("nan"), float("inf")):
+        yield replace(request, work=LocalWork(steps=2, learning_rate=rate))
+    yield replace(request, adapters=replace(adapters, scale=7.0))
+    yield replace(request, adapters=replace(adapters, head={}))
+    renamed = {f"x.{name}": tensor for name, tensor in adapters.head.items()}
+    yield replace(request, adapters=replace(adapters, head=renamed))
+    infinite = {name: torch.full_like(tensor, torch.inf) for name, tensor in adapters.head.items()}
+    yield replace(request, adapters=replace(adapters, head=infinite))
+    rows, columns = factors.b.shape[0], factors.a.shape[1]
+    yield with_site(a=torch.zeros(3, columns), b=torch.zeros(rows, 3))  # another rank
+    yield with_site(a=torch.zeros(2, columns + 1))
+    yield with_site(b=torch.zeros(rows + 1, 2))
+    yield with_site(b=torch.full_like(factors.b, torch.nan))
+    yield with_site(a=torch.full_like(factors.a, -torch.inf))
+    yield replace(request, adapters=replace(adapters, sites={site: factors}))
+    yield replace(request, adapters=replace(adapters, sites={**adapters.sites, "another": factors}))
+
+
+def test_a_request_that_does_not_fit_is_refused_before_a_record_is_read(config, request_one):
+    node = without_records(config)
+    for misfit in misfits(request_one):
+        assert reason(node.answer(encode_request(misfit))) == RefusalReason.BAD_REQUEST
+    for garbage in (b"", b"\x00" * 64, encode_request(request_one)[:-1]):
+        assert reason(node.answer(garbage)) == RefusalReason.BAD_REQUEST
+    assert not Path(config.ledger).exists()
+    assert reason(node.answer(encode_request(request_one))) == RefusalReason.FAILED  # it looked for them
+
+
+def test_code_or_a_base_model_that_the_owner_does_not_accept_is_refused_before_a_record_is_read(
+    config, request_one
+):
+    ours, model, other = code_digest(), weights_digest(config.model.name), "0" * 64
+
+    def asked(accept: dict[str, list[str]], changes: dict[str, str]) -> RefusalReason:
+        node = without_records(config.model_copy(update={"accept": Accepted(**accept)}))
+        return reason(node.answer(encode_request(replace(request_one, **changes))))
+
+    for accept, changes in (
+        ({"code": [other]}, {}),  # neither the node's own code nor the server's was reviewed
+        ({"code": [other]}, {"code": other}),  # only the server's
+        ({"code": [ours]}, {"code": other}),  # only the node's
+        ({"code": [ours]}, {"code": ""}),
+        ({"base_model": [other]}, {}),
+        ({"base_model": [other]}, {"base_model": other}),
+    ):
+        assert asked(accept, changes) == RefusalReason.BAD_REQUEST
+    assert not Path(config.ledger).exists()
+    for accept, changes in (
+        ({}, {"code": other}),  # of an owner who pins nothing
+        ({"code": [ours, other], "base_model": [other, model]}, {"code": other}),
+    ):
+        assert asked(accept, changes) == RefusalReason.FAILED  # the records were looked for
+
+
+def test_another_request_for_a_paid_round_is_refused_before_a_record_is_read(config, request_one):
+    DeployedNode(config).answer(encode_request(request_one))
+    before = Path(config.ledger).read_bytes()
+    moved = replace(request_one.adapters, head={n: t + 1 for n, t in request_one.adapters.head.items()})
+    for other in (
+        replace(request_one, work=LocalWork(steps=1, learning_rate=1.0)),
+        replace(request_one, work=LocalWork(steps=2, learning_rate=0.5)),
+        replace(request_one, adapters=moved),
+    ):
+        for kept in (True, False):
+            if not kept:
+                for path in Path(f"{config.ledger}.outbox").glob("*.reply"):
+                    path.unlink()
+            assert reason(without_records(config).answer(encode_request(other))) == RefusalReason.BAD_REQUEST
+    assert Path(config.ledger).read_bytes() == before
+
+
+def test_the_ledger_refuses_what_the_budget_does_not_hold(config, request_one):
+    node = DeployedNode(config)
+    replies = [decode_reply(node.answer(encode_request(replace(request_one, round=n)))) for n in (1, 2, 3)]
+    assert [type(reply) for reply in replies] == [ClientUpdate, ClientUpdate, Refusal]
+    assert replies[2].reason == RefusalReason.BUDGET
+    events = events_of(read_ledger(Path(config.ledger)).debits)
+    assert epsilon(events, config.budget.target_delta) <= config.budget.target_epsilon
+
+
+def test_a_spent_budget_is_refused_before_a_record_is_read_also_by_a_new_process(config, request_one):
+    for number in (1, 2):
+        DeployedNode(config).answer(encode_request(replace(request_one, round=number)))
+    before = Path(config.ledger).read_bytes()
+    for run, number in (("r", 3), ("r", 4), ("another", 1)):
+        frame = encode_request(replace(request_one, run=run, round=number))
+        assert reason(without_records(config).answer(frame)) == RefusalReason.BUDGET
+    assert Path(config.ledger).read_bytes() == before
+
+
+def test_two_processes_of_one_node_cannot_both_take_the_last_participation(config, request_one):
+    DeployedNode(config).answer(encode_request(request_one))
+    node = DeployedNode(config)
+    assert node._node and node._terms  # loaded once; the children inherit them
+    children = []
+    for number in (2, 3):
+        frame = encode_request(replace(request_one, round=number))
+        child = os.fork()
+        if child == 0:
+            said = decode_reply(node.answer(frame))
+            os._exit(7 if isinstance(said, ClientUpdate) else 8)
+        children.append(child)
+    ends = sorted(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children)
+    assert ends == [7, 8]
+    assert debits(config) == 2
+
+
+def test_noise_comes_from_the_nodes_own_budget_and_never_falls_below_its_floor(config):
+    sampling, mechanism = own_terms(config)
+    assert sampling.rate == 16 / 360 and sampling.expected_batch == 16.0
+    events = [spent(mechanism, sampling, 2)] * 2
+    assert epsilon(events, config.budget.target_delta) <= config.budget.target_epsilon
+    floor = config.model_copy(update={"min_noise_multiplier": 9.0})
+    assert own_terms(floor)[1].noise_multiplier == 9.0
+
+
+def test_more_records_than_declared_are_refused_and_fewer_change_nothing(config, request_one):
+    more = config.model_copy(update={"declared_records": 359})
+    assert reason(DeployedNode(more).answer(encode_request(request_one))) == RefusalReason.FAILED
+    assert not Path(config.ledger).exists()
+    fewer = config.model_copy(update={"declared_records": 500})
+    told = decode_reply(DeployedNode(fewer).answer(encode_request(request_one)))
+    assert told.spent[0].sample_rate == 16 / 500 and told.spent[0].expected_batch == 16.0
+
+
+def test_accuracy_is_told_only_where_the_owner_pays_for_it(config, request_one):
+    silent = decode_reply(DeployedNode(config).answer(encode_request(request_one)))
+    assert silent.accuracy is None and len(silent.spent) == 1
+    (debit,) = read_ledger(Path(config.ledger)).debits
+    assert debit.events == silent.spent
+
+    telling = config.model_copy(update={"evaluation_noise": 40.0, "ledger": f"{config.ledger}.2"})
+    told = decode_reply(DeployedNode(telling).answer(encode_request(request_one)))
+    (debit,) = read_ledger(Path(telling.ledger)).debits
+    assert debit.events == told.spent
+    assert told.spent[1] == DpEvent(noise_multiplier=40.0, sample_rate=1.0, steps=1)
+    assert told.accuracy is not None
+    # Paid within the same budget, so training gets more noise.
+    assert told.spent[0].noise_multiplier > silent.spent[0].noise_multiplier
+    whole = [*told.spent] * config.budget.max_participations
+    assert epsilon(whole, config.budget.target_delta) <= config.budget.target_epsilon
