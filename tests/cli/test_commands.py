@@ -55,6 +55,7 @@ def test_every_command_of_the_contract_is_there(capsys):
         "audit",
         "provision",
         "node",
+        "serve",
         "monitor",
         "evaluate",
         "export",

@@ -1,16 +1,21 @@
 """What is deployed is thin, imports, and is valid as a Flower app and as a compose file."""
 
 import io
+import json
 import os
 import shutil
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 from fedlora.config.load import load_config, load_node
+from fedlora.config.node import NodeDocstrings
+from fedlora.config.schema import Docstrings
 
 PROJECT = Path(__file__).parents[2]
 
@@ -58,20 +63,120 @@ def test_the_bundle_holds_the_two_addresses_and_nothing_else():
     ]
 
 
-def test_the_demonstrations_configs_fit_each_other():
-    node, run = load_node(PROJECT / "clients/node.yaml"), load_config(PROJECT / "server/run.yaml")
+def _services() -> dict[str, dict]:
+    return yaml.safe_load((PROJECT / "docker-compose.yml").read_text())["services"]
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+@pytest.mark.parametrize("profile", ["", "-gpu"])
+def test_the_demonstrations_configs_fit_each_other(number, profile):
+    service = _services()[f"client-{number}{profile}"]
+    words = [word.partition("=") for word in (*service["entrypoint"], *service["command"])]
+    node = load_node(PROJECT / "clients/node.yaml", [value for key, _, value in words if key == "--set"])
+    run = load_config(PROJECT / "server/run.yaml")
+    assert isinstance(node.data, NodeDocstrings) and isinstance(run.data, Docstrings)
+    assert (node.client, node.data.part) == (f"client-{number}", f"client-{number - 1}")
     assert (node.model, node.task, node.lora) == (run.model, run.task, run.lora)
     assert node.data.packages == run.data.packages == list(node.classes)
     assert node.data.partition == run.data.partition
     assert run.federation.local_steps <= node.work.local_steps
     assert run.federation.optimizer.lr <= node.work.optimizer.lr
     assert run.federation.rounds <= node.budget.max_participations
+    assert node.mark is not None and Path(node.mark).parent != Path(node.ledger).parent
 
 
-def test_the_compose_file_is_valid():
+def test_every_service_is_without_rights_that_it_does_not_need():
+    for name, service in _services().items():
+        assert service["read_only"] and service["init"], name
+        assert service["cap_drop"] == ["ALL"], name
+        assert service["security_opt"] == ["no-new-privileges:true"], name
+        assert service["ulimits"] == {"core": 0}, name
+        assert {"mem_limit", "pids_limit"} <= service.keys(), name
+        if name != "keys":  # the one that may change a key's group: no network, and over at once
+            assert service["user"] == "10001:10001" and "cap_add" not in service, name
+            assert service["restart"] == "always", name
+
+
+def test_nodes_are_on_no_network_of_the_superlinks_and_the_records_on_none_of_the_proxys():
+    networks = {name: set(service.get("networks", ())) for name, service in _services().items()}
+    internal = yaml.safe_load((PROJECT / "docker-compose.yml").read_text())["networks"]
+    assert [name for name, network in internal.items() if not network] == ["outside"]
+    for number in (1, 2, 3):
+        assert networks[f"node-{number}"] == {f"fleet-{number}", f"site-{number}"}
+        for client in (f"client-{number}", f"client-{number}-gpu"):
+            assert networks[client] == {f"site-{number}"}
+    assert networks["superlink"] == networks["server"] == {"operator"}
+    assert networks["proxy"] == {"operator", "outside", "fleet-1", "fleet-2", "fleet-3"}
+
+
+def test_only_the_proxy_has_a_port_and_it_is_one():
+    ports = {name: service["ports"] for name, service in _services().items() if "ports" in service}
+    assert list(ports) == ["proxy"] and len(ports["proxy"]) == 1
+
+
+def test_each_node_has_keys_and_volumes_of_its_own():
+    services = _services()
+    for kind in ("node", "client"):
+        names = [f"{kind}-{number}" for number in (1, 2, 3)]
+        volumes = [{volume.partition(":")[0] for volume in services[name]["volumes"]} for name in names]
+        assert sum(map(len, volumes)) == len(set.union(*volumes))
+    keys = [services[f"node-{number}"]["secrets"] for number in (1, 2, 3)]
+    assert keys == [["ca.crt", {"source": f"node-{n}.key", "target": "node.key"}] for n in (1, 2, 3)]
+    holders = {name for name, service in services.items() if "server.key" in service.get("secrets", ())}
+    assert holders == {"superlink", "proxy"}
+
+
+def test_each_node_has_a_device_of_its_own():
+    services = _services()
+    devices = [
+        services[f"client-{number}-gpu"]["deploy"]["resources"]["reservations"]["devices"]
+        for number in (1, 2, 3)
+    ]
+    assert [device["device_ids"] for (device,) in devices] == [["0"], ["1"], ["2"]]
+
+
+def test_no_key_is_ever_sent_to_the_engine():
+    first, *rest = [
+        line for line in (PROJECT / ".dockerignore").read_text().splitlines() if line and line[0] != "#"
+    ]
+    assert first == "*"
+    assert not [line for line in rest if line.startswith("!") and ("certs" in line or "*" in line)]
+
+
+def _config(folder: Path, *words: str) -> dict[str, Any]:
+    """The compose file as the engine would get it; no engine is needed for that."""
     if (
         shutil.which("docker") is None
         or subprocess.run(["docker", "compose", "version"], capture_output=True).returncode
     ):
         pytest.skip("docker compose is not on this machine: the compose file was not checked")
-    subprocess.run(["docker", "compose", "config", "-q"], cwd=PROJECT, check=True)
+    command = ["docker", "compose", *words, "config", "--format", "json"]
+    told = {**os.environ, "FEDLORA_SERVER": "fl.example.org:8443", "FEDLORA_NODE": "hospital-a"}
+    said = subprocess.run(command, cwd=folder, env=told, check=True, capture_output=True, text=True).stdout
+    return json.loads(said)
+
+
+@pytest.mark.parametrize("files", [(), ("-f", "docker-compose.yml", "-f", "docker-compose.dev.yml")])
+@pytest.mark.parametrize("profile", ["cpu", "gpu"])
+def test_the_compose_file_is_valid_and_its_overlay_for_development_stays_on_loopback(files, profile):
+    services = _config(PROJECT, *files, "--profile", profile)["services"]
+    ports = [port for service in services.values() for port in service.get("ports", ())]
+    if files:
+        assert {port["host_ip"] for port in ports} == {"127.0.0.1"}
+        assert not [name for name, service in services.items() if service.get("secrets")]
+    else:
+        assert len(ports) == 1
+
+
+def test_a_node_on_another_host_is_as_closed_as_the_demonstrations():
+    config = _config(PROJECT / "clients")
+    services = config["services"]
+    assert set(services) == {"keys", "node", "client"}
+    for name, service in services.items():
+        assert service["read_only"] and service["cap_drop"] == ["ALL"] and "ports" not in service, name
+    assert services["node"]["user"] == services["client"]["user"] == "10001:10001"
+    assert set(services["client"]["networks"]) == {"site"} and config["networks"]["site"]["internal"]
+    targets = {volume["target"] for volume in services["client"]["volumes"]}
+    assert targets == {"/node.yaml", "/var/lib/fedlora", "/var/lib/fedlora-mark", "/data", "/run/site"}
+    assert "--superlink=fl.example.org:8443" in services["node"]["command"]
+    assert config["secrets"]["node.key"]["file"].endswith("clients/certs/hospital-a.key")

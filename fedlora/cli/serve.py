@@ -1,0 +1,184 @@
+"""The command of the server: a run that is submitted, worked on and submitted again until it is finished.
+
+`python -m fedlora.cli.serve` is the process that works on it, which only the command itself starts.
+"""
+
+import json
+import logging
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fedlora.cli.node import _log_to_stderr, _secret, _tls
+from fedlora.cli.output import ConfigArgument, SetOption, only_ours
+from fedlora.errors import ConfigError
+
+if TYPE_CHECKING:
+    from fedlora.config.schema import RunConfig
+
+WORK = (sys.executable, "-m", "fedlora.cli.serve")
+
+
+def add_to(app: typer.Typer) -> None:
+    """The app knows this command."""
+    app.command("serve", short_help="Run a federation on a SuperLink, until it is finished.")(serve)
+
+
+def serve(
+    path: ConfigArgument,
+    superlink: Annotated[
+        str,
+        typer.Option("--superlink", metavar="HOST:PORT", help="The SuperLink's control and runtime APIs."),
+    ],
+    root_certificates: Annotated[
+        Path | None,
+        typer.Option(
+            "--root-certificates",
+            metavar="FILE",
+            help="CA of the SuperLink, PEM. Without it the two speak plain HTTP.",
+        ),
+    ] = None,
+    secret_file: Annotated[
+        Path | None,
+        typer.Option("--secret-file", metavar="FILE", help="The SuperLink's --superexec-auth-secret-file."),
+    ] = None,
+    nodes: Annotated[
+        Path | None,
+        typer.Option(
+            "--nodes",
+            metavar="FILE",
+            help="nodes.json of fedlora provision: keys that may join, also later ones.",
+        ),
+    ] = None,
+    app: Annotated[
+        Path, typer.Option("--app", metavar="DIR", help="Whose pyproject.toml names the Flower entry points.")
+    ] = Path(),
+    overrides: SetOption = None,
+) -> None:
+    """Run a federation on a SuperLink that runs in --isolation process; stays until the run is finished.
+
+    It takes the place of flower-superexec and of flwr run: it submits the run, works on it in a process of its own with
+    fedlora as installed here, and submits it again, in the same series, when SuperLink or process die. It may be
+    stopped, killed and started again at any moment; a run that is finished is left alone.
+    """
+    from fedlora.config.load import load_config
+
+    given = overrides or []
+    config = load_config(path, given)
+    run_dir = _checked(config)
+    _require_address(superlink)
+    secret, tls = _secret(secret_file), _tls(root_certificates)
+    _log()
+    from fedlora.runtime.worker import Worker, alone, until_told  # light: a signal is heard from here on
+
+    with only_ours(), until_told(), alone(run_dir):
+        from fedlora.runtime.flower_control import SuperLink, bundle
+        from fedlora.runtime.flower_runtime import require_known_flwr
+        from fedlora.runtime.supervise import Supervisor
+
+        require_known_flwr()
+        Supervisor(
+            run_dir,
+            SuperLink(address=superlink, tls=tls, secret=secret),
+            worker=Worker(run_dir, WORK),
+            order=lambda token: {
+                "config": str(path),
+                "set": given,
+                "superlink": superlink,
+                "certificates": None if root_certificates is None else str(root_certificates),
+                "token": token,
+            },
+            bundle=lambda name: bundle(app, name),
+            nodes=nodes,
+        ).run()
+        _deliver(run_dir, config)
+        logging.getLogger(__name__).info("finished: %s", run_dir)
+
+
+def work(order: dict[str, Any]) -> int:
+    """The exit status of the process that works on a run: what the stock ServerApp does, with our own code only."""
+    os.set_inheritable(order["held"], False)
+    # Flower's client sends SIGINT to end us; a parent in the background may have had it ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    _log()
+    from fedlora.cli.app import explain
+
+    try:
+        _work(order["config"], order["set"], order)
+        return 0
+    except (Exception, KeyboardInterrupt) as error:
+        message, status = explain(error)
+        if status == 1:
+            traceback.print_exc()
+        if isinstance(error, KeyboardInterrupt):
+            message = "the SuperLink has given this run up"
+        logging.getLogger(__name__).error("%s", message)
+        return status
+
+
+def _work(path: str, overrides: Sequence[str], order: dict[str, Any]) -> None:
+    from fedlora.config.load import load_config
+    from fedlora.config.located import located
+    from fedlora.runtime.flower_server import server_task
+
+    certificates = None if order["certificates"] is None else Path(order["certificates"]).read_bytes()
+    with server_task(order["superlink"], certificates, order["token"]) as grid:
+        from fedlora.runtime.server import (
+            serve as serve_run,
+        )  # imports torch: the SuperLink knows of us by now
+
+        config = load_config(path, overrides)
+        with located(path, overrides):
+            _deliver(serve_run(grid, config), config)
+
+
+def _deliver(run_dir: Path, config: "RunConfig") -> None:
+    """The adapter and the report are there, whichever process died before it had written them."""
+    if (run_dir / "adapter").exists() and (run_dir / "report.html").exists():
+        return
+    from fedlora.export.deliver import deliver
+    from fedlora.runtime.rundir import adapters_of, run_rounds
+    from fedlora.runtime.summary import summary_so_far
+
+    deliver(
+        run_dir,
+        config=config,
+        summary=summary_so_far(run_dir),
+        rounds=run_rounds(run_dir),
+        trained=lambda: adapters_of(run_dir),
+        say=logging.getLogger("fedlora").info,
+    )
+
+
+def _checked(config: "RunConfig") -> Path:
+    """The run's directory, which holds no other run."""
+    from fedlora.config.load import config_digest, load_config
+
+    run_dir = Path(config.output)
+    held = run_dir / "config.yaml"
+    if held.exists() and config_digest(load_config(held, [])) != config_digest(config):
+        raise ConfigError(f"output: {run_dir} holds the run of another config; choose another output")
+    return run_dir
+
+
+def _log() -> None:
+    _log_to_stderr()
+    logging.getLogger("alembic").setLevel(logging.WARNING)  # Flower's database, which is nowhere near here
+
+
+def _require_address(address: str) -> None:
+    host, _, port = address.rpartition(":")
+    if not host or "/" in host or not (port.isdigit() and 0 < int(port) < 65536):
+        raise ConfigError(
+            f"--superlink {address!r}: not HOST:PORT; write for example --superlink 127.0.0.1:8000"
+        )
+
+
+if __name__ == "__main__":
+    raise SystemExit(work(json.loads(sys.stdin.readline() or "null") or sys.exit(1)))

@@ -1,0 +1,65 @@
+"""A run that a SuperLink handed out, as `flwr-serverapp` works on it: the grid, the heartbeat and the end."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from fedlora.runtime.flower_runtime import FLWR as FLWR  # first: it sets what flwr reads once
+
+# isort: split
+import httpx
+from flwr.common.constant import SubStatus
+from flwr.common.serde import run_from_proto
+from flwr.proto.runtime_pb2 import PullTaskInputRequest, PushTaskOutputRequest
+from flwr.serverapp import Grid
+from flwr.supercore.heartbeat import HeartbeatSender, make_task_heartbeat_fn_http
+from flwr.supercore.task_identity import TaskIdentity
+from flwr.superlink.grid import HttpGrid
+
+from fedlora.errors import FedLoraError, without_records
+
+log = logging.getLogger(__name__)
+
+ENDED = "fedlora status "
+"""What a run's details begin with when our own process ended it: then its exit status, a colon, and words."""
+
+
+@contextmanager
+def server_task(address: str, certificates: bytes | None, token: str) -> Iterator[Grid]:
+    """The grid of a run that was handed out. The run is finished with the block, and its end says how.
+
+    The SuperLink is told every 20 s or so that somebody works on it; if it has given the run up, KeyboardInterrupt
+    comes out of the block. The bundle that comes with the run is dropped unread.
+
+    Args:
+        address: HOST:PORT.
+        certificates: of who vouches for the SuperLink, PEM; None speaks plain HTTP.
+        token: the task's.
+    """
+    grid = HttpGrid(address, certificates is None, certificates, token=token)
+    client = grid._runtime_client
+    heartbeat = HeartbeatSender(make_task_heartbeat_fn_http(client))
+    heartbeat.start()
+
+    def finish(status: str, details: str) -> None:
+        grid._retry_invoker.max_tries = 1
+        try:
+            client.PushTaskOutput(PushTaskOutputRequest(sub_status=status, details=details))
+        except httpx.HTTPError as error:
+            log.warning("the SuperLink was not told of the end: %s", error)
+
+    try:
+        given = client.PullTaskInput(PullTaskInputRequest())
+        TaskIdentity.task_id, TaskIdentity.run_id = given.task_id, given.run.run_id
+        TaskIdentity.node_id = given.context.node_id
+        grid.set_run(run_from_proto(given.run))
+        yield grid
+        finish(SubStatus.COMPLETED, "")
+    except Exception as error:
+        status = error.exit_status if isinstance(error, FedLoraError) else 1
+        finish(SubStatus.FAILED, f"{ENDED}{status}: {without_records(error)}")
+        raise
+    finally:
+        if heartbeat.is_running:
+            heartbeat.stop()
+        grid.close()
