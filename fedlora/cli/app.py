@@ -13,7 +13,7 @@ from typing import Annotated
 import click
 import typer
 
-from fedlora.cli import audit, node, provision, read, run, serve, write
+from fedlora.cli import audit, doctor, node, provision, read, run, serve, write
 from fedlora.errors import ConfigError, FedLoraError, IncompleteError
 
 app = typer.Typer(
@@ -29,6 +29,7 @@ run.add_to(app)
 read.add_to(app)
 audit.add_to(app)
 provision.add_to(app)
+doctor.add_to(app)
 node.add_to(app)
 serve.add_to(app)
 write.add_to(app)

@@ -18,9 +18,6 @@ from pathlib import Path
 from queue import Empty, Queue
 from typing import Any
 
-# flwr reads this once, when it is imported: nobody is reported to because a library does so by default.
-os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
-
 import numpy as np
 from flwr.app import Context, Error
 from flwr.serverapp import Grid, ServerApp

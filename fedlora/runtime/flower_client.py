@@ -4,13 +4,9 @@ Nothing here imports torch: a node answers a hello in a fresh process, which sho
 """
 
 import logging
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-
-# flwr reads this once, when it is imported: nobody is reported to because a library does so by default.
-os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp

@@ -12,12 +12,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedlora.runtime.flower_runtime import (  # first: it sets what flwr reads once
-    _certificate_fault,
-    _SameVersion,
-)
-
-# isort: split
 import httpx
 import tomli_w
 from flwr.cli.build import build_fab_from_files
@@ -35,6 +29,7 @@ from flwr.supercore.protobuf.client import ProtobufClientInterceptor
 from flwr.supercore.runtime import RuntimeHttpClient
 
 from fedlora.errors import ConfigError, FedLoraError
+from fedlora.runtime.flower_runtime import _certificate_fault, _SameVersion
 from fedlora.runtime.flower_server import ENDED
 
 CALL_S = 10.0

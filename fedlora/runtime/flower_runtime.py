@@ -6,15 +6,11 @@ a mismatch; a process that stays has to outlive the first two and to say the thi
 """
 
 import logging
-import os
 import ssl
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
-
-# flwr reads this once, when it is imported: nobody is reported to because a library does so by default.
-os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 
 import httpx
 from flwr.app import Context, Message

@@ -4,9 +4,6 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from fedlora.runtime.flower_runtime import FLWR as FLWR  # first: it sets what flwr reads once
-
-# isort: split
 import httpx
 from flwr.common.constant import SubStatus
 from flwr.common.serde import run_from_proto

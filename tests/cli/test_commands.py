@@ -54,6 +54,7 @@ def test_every_command_of_the_contract_is_there(capsys):
         "budget",
         "audit",
         "provision",
+        "doctor",
         "node",
         "serve",
         "monitor",
