@@ -38,11 +38,11 @@ from fedlora.privacy.direct_engine import DirectEngine
 from fedlora.privacy.gaussian import released
 from fedlora.privacy.ledger import Ledger, open_ledger
 from fedlora.privacy.noise import OsEntropyNoise
-from fedlora.runtime.outbox import Kept, Outbox
+from fedlora.privacy.outbox import Kept, Outbox
 from fedlora.runtime.prepare import Prepared, prepare
-from fedlora.runtime.wire import encode_reply
 from fedlora.training.client import Node, request_digest, train
 from fedlora.training.tasks import losses
+from fedlora.transport.wire import encode_reply
 from fedlora.values import ClientUpdate, LocalWork, TrainRequest
 
 RESULTS = Path(__file__).parent / "results"

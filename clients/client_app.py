@@ -9,7 +9,7 @@ from flwr.app import Context
 
 from fedlora.config.load import load_node
 from fedlora.config.node import NodeConfig
-from fedlora.runtime.flower_client import Hello, client_app
+from fedlora.transport.flower_client import Hello, client_app
 from fedlora.values import Witness
 
 
@@ -23,7 +23,7 @@ def _greet(context: Context) -> Hello:
 
 
 def _answer(context: Context, frame: bytes, echo: Witness | None) -> bytes:
-    from fedlora.runtime.node import DeployedNode  # imports torch: only where there is work
+    from fedlora.deploy.node import DeployedNode  # imports torch: only where there is work
 
     return DeployedNode(_config()).answer(frame, echo)
 

@@ -11,10 +11,10 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedlora.config.load import load_config
 from fedlora.config.located import located
+from fedlora.deploy.server import serve
 from fedlora.export.deliver import deliver
-from fedlora.runtime.rundir import adapters_of, run_rounds
-from fedlora.runtime.server import serve
-from fedlora.runtime.summary import summary_so_far
+from fedlora.runs.rundir import adapters_of, run_rounds
+from fedlora.runs.summary import summary_so_far
 
 app = ServerApp()
 

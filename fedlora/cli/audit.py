@@ -48,7 +48,7 @@ def audit(
     from fedlora.audit.audit import claim_of
     from fedlora.audit.trace import Implementation
     from fedlora.cli.progress import watching
-    from fedlora.runtime.events import Stage
+    from fedlora.federation.events import Stage
     from fedlora.runtime.host import engine_of
 
     with located(config, overrides or []), only_ours(), watching() as listener:

@@ -46,7 +46,7 @@ def add_to(app: typer.Typer) -> None:
 
 def show_budget(path: PathArgument, delta: DeltaOption = None, form: FormatOption = Format.TEXT) -> None:
     """Tell what ledgers have spent and have left, once their chains are verified."""
-    from fedlora.runtime.budgets import budgets
+    from fedlora.runs.budgets import budgets
 
     rows = budgets(path, delta)
     show(rows, budget_text(path, rows), form)
@@ -54,7 +54,7 @@ def show_budget(path: PathArgument, delta: DeltaOption = None, form: FormatOptio
 
 def verify(path: PathArgument, delta: DeltaOption = None, form: FormatOption = Format.TEXT) -> None:
     """Check every line of a ledger and compute epsilon from it alone, by two accountants that have to agree."""
-    from fedlora.runtime.verify import verified
+    from fedlora.runs.verify import verified
 
     rows = verified(path, delta)
     show(rows, verified_text(path, rows), form)

@@ -6,7 +6,7 @@ from fedlora.cli.output import pairs
 from fedlora.export.words import epsilon, number
 
 if TYPE_CHECKING:
-    from fedlora.runtime.preview_node import NodePreview
+    from fedlora.deploy.preview_node import NodePreview
 
 
 def node_text(found: "NodePreview") -> str:

@@ -10,7 +10,7 @@ from fedlora.cli.output import Format, FormatOption, SetOption, only_ours, show
 from fedlora.errors import ConfigError
 
 if TYPE_CHECKING:
-    from fedlora.runtime.doctor_line import Line
+    from fedlora.doctor.line import Line
 
 
 def add_to(app: typer.Typer) -> None:
@@ -41,7 +41,7 @@ def doctor(
 
     Exit status: 0 if nothing failed, 2 if something did, 3 if a ledger does not hold.
     """
-    from fedlora.runtime.doctor import examine, exit_status
+    from fedlora.doctor.doctor import examine, exit_status
 
     if root_certificates is not None and server is None:
         raise ConfigError("--root-certificates: for whom? name the server too: --server HOST:PORT")

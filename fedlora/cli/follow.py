@@ -14,7 +14,7 @@ from fedlora.cli.output import Format, RunDirArgument, only_ours, pairs, show, t
 from fedlora.errors import ConfigError
 
 if TYPE_CHECKING:
-    from fedlora.runtime.monitor_address import MonitorAddress
+    from fedlora.monitor.address import MonitorAddress
 
 ServerOption: TypeAlias = Annotated[
     str | None,
@@ -59,7 +59,7 @@ def monitor(
     wait: Annotated[bool, typer.Option("--wait", help="Start though the run has not begun yet.")] = False,
 ) -> None:
     """Serve a run's figures to whoever may look, until it is told to stop. It only reads RUN_DIR."""
-    from fedlora.runtime.monitor import monitored
+    from fedlora.monitor.service import monitored
 
     stopped = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -100,8 +100,8 @@ def status_of_server(server: str, roots: Path | None, form: Format, *, follow: b
         IncompleteError: the server cannot be reached, or can tell nothing yet.
         ConfigError: its certificate is not trusted, or it is no monitor.
     """
-    from fedlora.runtime.monitor_address import monitor_address
-    from fedlora.runtime.monitor_client import ask_status
+    from fedlora.monitor.address import monitor_address
+    from fedlora.monitor.client import ask_status
 
     address = monitor_address(server, roots)
     with only_ours():
@@ -132,7 +132,7 @@ def status_text(title: str, found: Mapping[str, Any], unfinished: str) -> str:
 
     Args:
         title: stands above it.
-        found: `monitor_view.found_in`, or a monitor's word.
+        found: `monitor.view.found_in`, or a monitor's word.
         unfinished: what to say of a run that is not finished.
     """
     from fedlora.cli import budget
@@ -191,8 +191,8 @@ def _clients(found: Mapping[str, Any]) -> str:
 def _print_rounds(address: "MonitorAddress") -> None:
     """Every round so far and every one to come, as `simulate` shows its own; returns when the run is finished."""
     from fedlora.cli.progress import watching
-    from fedlora.runtime.events import RoundDone, RunStarted, Stage
-    from fedlora.runtime.monitor_client import ask_status, follow
+    from fedlora.federation.events import RoundDone, RunStarted, Stage
+    from fedlora.monitor.client import ask_status, follow
 
     with watching() as listener:
         listener(Stage(name=f"following {address}"))

@@ -52,8 +52,8 @@ def node(
     secret, tls = _secret(secret_file), _tls(root_certificates)
     _log_to_stderr()
     with only_ours():
-        from fedlora.runtime.executor import run_node
-        from fedlora.runtime.flower_runtime import SuperNode
+        from fedlora.deploy.executor import run_node
+        from fedlora.deploy.supernode import SuperNode
 
         with _named(path):
             run_node(config, SuperNode(address=supernode, tls=tls, secret=secret))
@@ -62,7 +62,7 @@ def node(
 @contextlib.contextmanager
 def _named(path: Path) -> Iterator[None]:
     """What is wrong with the node begins with the name of its file; what a SuperNode refuses does not."""
-    from fedlora.runtime.flower_runtime import UnwantedError
+    from fedlora.deploy.supernode import UnwantedError
 
     try:
         yield

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
 
 from fedlora.export.words import duration, epsilon, score
-from fedlora.runtime.events import ClientDone, Event, Listener, RoundDone, RunDone, RunStarted, Stage
+from fedlora.federation.events import ClientDone, Event, Listener, RoundDone, RunDone, RunStarted, Stage
 
 
 @contextmanager

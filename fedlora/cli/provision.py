@@ -11,7 +11,7 @@ from fedlora.cli.output import Format, FormatOption, show
 from fedlora.errors import ConfigError
 
 if TYPE_CHECKING:
-    from fedlora.runtime.provision import Kit
+    from fedlora.provision.provision import Kit
 
 
 def add_to(app: typer.Typer) -> None:
@@ -37,7 +37,7 @@ def provision(
     form: FormatOption = Format.TEXT,
 ) -> None:
     """Make certificates and keys for a deployment. Giving it again adds what is missing; no key is overwritten."""
-    from fedlora.runtime import provision as kits
+    from fedlora.provision import provision as kits
 
     if node is None:
         kit = kits.provision(
@@ -62,8 +62,8 @@ def provision(
 
 def described(kit: "Kit") -> dict[str, Any]:
     """The kit as one document: every file with its purpose, who gets it, and when it ends."""
-    from fedlora.runtime.kit import AUTHORITY_KEY
-    from fedlora.runtime.provision import REGISTER
+    from fedlora.provision.kit import AUTHORITY_KEY
+    from fedlora.provision.provision import REGISTER
 
     names = [path.name for path in kit.directory.iterdir() if not path.name.endswith(".part")]
     files = [
@@ -115,7 +115,7 @@ def _purposes(kit: "Kit") -> list[tuple[str, str, str]]:
 
 
 def _one_node(directory: Path, name: str, made: Sequence[str]) -> dict[str, Any]:
-    from fedlora.runtime.node_keys import fingerprint, public_line
+    from fedlora.provision.node_keys import fingerprint, public_line
 
     uses = {
         f"{name}.key": ("--auth-supernode-private-key", "this node alone"),

@@ -44,8 +44,8 @@ def status(
         follow.status_of_server(server, roots, form, follow=follow_rounds)
         return
     assert run_dir is not None
-    from fedlora.runtime.monitor_view import found_in
-    from fedlora.runtime.rundir import going_on
+    from fedlora.monitor.view import found_in
+    from fedlora.runs.rundir import going_on
 
     with only_ours():
         found = found_in(run_dir)
@@ -93,8 +93,8 @@ def report(
 ) -> None:
     """Write one self-contained HTML file: curves, epsilon by client, participation, privacy statement."""
     from fedlora.export.report import write_report
-    from fedlora.runtime.rundir import run_config, run_rounds
-    from fedlora.runtime.summary import summary_so_far
+    from fedlora.runs.rundir import run_config, run_rounds
+    from fedlora.runs.summary import summary_so_far
 
     target = run_dir / "report.html" if to is None else to
     write_report(target, summary_so_far(run_dir), run_rounds(run_dir), run_config(run_dir))

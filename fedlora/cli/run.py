@@ -25,7 +25,7 @@ from fedlora.cli.output import (
 from fedlora.errors import ConfigError, IncompleteError
 
 if TYPE_CHECKING:
-    from fedlora.runtime.events import Listener
+    from fedlora.federation.events import Listener
     from fedlora.runtime.preview import Preview
 
 
@@ -66,7 +66,7 @@ def _check_node(path: Path, overrides: Sequence[str], form: Format) -> None:
 
     loaded = load_node(path, overrides)
     from fedlora.cli.check_node import node_text
-    from fedlora.runtime.preview_node import preview_node
+    from fedlora.deploy.preview_node import preview_node
 
     with only_ours():
         found = preview_node(path, overrides)
@@ -96,8 +96,8 @@ def simulate(
 def resume(run_dir: RunDirArgument, form: FormatOption = Format.TEXT) -> None:
     """Go on after any interruption; a finished run is left alone."""
     from fedlora.config.located import located
+    from fedlora.runs.rundir import run_config
     from fedlora.runtime import simulate as runtime
-    from fedlora.runtime.rundir import run_config
 
     run_config(run_dir)
     with located(run_dir / "config.yaml"), usable(run_dir):
@@ -108,15 +108,15 @@ def _to_the_end(run_dir: Path, work: "Callable[[Listener], Path]", form: Format)
     """Does the work, writes the adapter and the report where they are missing, prints the table."""
     from fedlora.cli.progress import watching
     from fedlora.export.deliver import deliver
-    from fedlora.runtime.events import Stage
-    from fedlora.runtime.rundir import (
+    from fedlora.federation.events import Stage
+    from fedlora.runs.rundir import (
         adapters_of,
         finished_summary,
         require_simulation,
         run_config,
         run_rounds,
     )
-    from fedlora.runtime.summary import summary_so_far
+    from fedlora.runs.summary import summary_so_far
 
     require_simulation(run_dir)
     was_finished = finished_summary(run_dir) is not None

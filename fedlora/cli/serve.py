@@ -75,12 +75,12 @@ def serve(
     _require_address(superlink)
     secret, tls = _secret(secret_file), _tls(root_certificates)
     _log()
-    from fedlora.runtime.worker import Worker, alone, until_told  # light: a signal is heard from here on
+    from fedlora.deploy.worker import Worker, alone, until_told  # light: a signal is heard from here on
 
     with only_ours(), until_told(), alone(run_dir):
-        from fedlora.runtime.flower_control import SuperLink, bundle
-        from fedlora.runtime.flower_runtime import require_known_flwr
-        from fedlora.runtime.supervise import Supervisor
+        from fedlora.deploy.superlink import SuperLink, bundle
+        from fedlora.deploy.supernode import require_known_flwr
+        from fedlora.deploy.supervise import Supervisor
 
         require_known_flwr()
         Supervisor(
@@ -125,11 +125,11 @@ def work(order: dict[str, Any]) -> int:
 def _work(path: str, overrides: Sequence[str], order: dict[str, Any]) -> None:
     from fedlora.config.load import load_config
     from fedlora.config.located import located
-    from fedlora.runtime.flower_server import server_task
+    from fedlora.deploy.server_task import server_task
 
     certificates = None if order["certificates"] is None else Path(order["certificates"]).read_bytes()
     with server_task(order["superlink"], certificates, order["token"]) as grid:
-        from fedlora.runtime.server import (
+        from fedlora.deploy.server import (
             serve as serve_run,
         )  # imports torch: the SuperLink knows of us by now
 
@@ -143,8 +143,8 @@ def _deliver(run_dir: Path, config: "RunConfig") -> None:
     if (run_dir / "adapter").exists() and (run_dir / "report.html").exists():
         return
     from fedlora.export.deliver import deliver
-    from fedlora.runtime.rundir import adapters_of, run_rounds
-    from fedlora.runtime.summary import summary_so_far
+    from fedlora.runs.rundir import adapters_of, run_rounds
+    from fedlora.runs.summary import summary_so_far
 
     deliver(
         run_dir,

@@ -46,8 +46,8 @@ def export(
 ) -> None:
     """Write a PEFT directory (or a merged model), loaded again and compared before this says done."""
     from fedlora.export.peft_directory import write_adapter
-    from fedlora.runtime.rundir import adapters_of, run_config
-    from fedlora.runtime.summary import summary_so_far
+    from fedlora.runs.rundir import adapters_of, run_config
+    from fedlora.runs.summary import summary_so_far
 
     with only_ours():
         summary, config = summary_so_far(run_dir), run_config(run_dir)

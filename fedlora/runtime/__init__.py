@@ -1,1 +1,1 @@
-"""Where clients live, the bytes that travel, and whole runs."""
+"""Where simulated clients live: this process, Ray actors, Flower's engine; and whole simulations."""

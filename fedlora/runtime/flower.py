@@ -26,10 +26,10 @@ from fedlora.config.schema import RunConfig
 from fedlora.data.records import Examples
 from fedlora.errors import ConfigError, IncompleteError, LedgerError
 from fedlora.federation.cohort import Cohort
-from fedlora.runtime.events import Listener
-from fedlora.runtime.flower_client import Hello, client_app
-from fedlora.runtime.flower_cohort import FlowerCohort, Nodes, meet
+from fedlora.federation.events import Listener
 from fedlora.runtime.host import Host, HostSetup, Terms, worker_count
+from fedlora.transport.flower_client import Hello, client_app
+from fedlora.transport.flower_cohort import FlowerCohort, Nodes, meet
 from fedlora.values import Mechanism, Reply, Sampling, TrainRequest, Witness
 
 ENGINE_ERROR = 0

@@ -16,10 +16,10 @@ from fedlora.privacy.direct_engine import DirectEngine
 from fedlora.privacy.engine import Engine
 from fedlora.privacy.ledger import Ledger, open_ledger
 from fedlora.privacy.noise import SeededNoise
-from fedlora.runtime.wire import decode_request, encode_reply
 from fedlora.seeds import seed_for
 from fedlora.training.client import Node, train
 from fedlora.training.model import load_model
+from fedlora.transport.wire import decode_request, encode_reply
 from fedlora.values import Mechanism, Refusal, RefusalReason, Reply, Sampling
 
 log = logging.getLogger(__name__)

@@ -3,9 +3,9 @@
 from collections.abc import Iterator, Mapping, Sequence
 
 from fedlora.data.records import Examples
-from fedlora.runtime.events import ClientDone, Listener, outcome
+from fedlora.federation.events import ClientDone, Listener, outcome
 from fedlora.runtime.host import Host, HostSetup
-from fedlora.runtime.wire import decode_reply, encode_request
+from fedlora.transport.wire import decode_reply, encode_request
 from fedlora.values import Reply, TrainRequest
 
 

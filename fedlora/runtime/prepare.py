@@ -11,15 +11,13 @@ from fedlora.data import load_corpus
 from fedlora.data.partition import partition
 from fedlora.data.records import Examples
 from fedlora.data.tokenise import tokenise
-from fedlora.federation.absorb import start
+from fedlora.federation.events import Listener, Stage
 from fedlora.federation.plan import require_plannable
 from fedlora.methods import Method, build
 from fedlora.privacy.budget import Budget
 from fedlora.privacy.sampling import poisson
-from fedlora.runtime.events import Listener, Stage
+from fedlora.runs.beginning import first_state, origin
 from fedlora.runtime.host import Terms
-from fedlora.runtime.identity import code_digest
-from fedlora.training.checkpoints import weights_digest
 from fedlora.training.client import calibrated
 from fedlora.training.model import AdaptedModel, load_model, load_tokenizer
 from fedlora.values import Mechanism, Member, Origin, ServerState
@@ -49,25 +47,6 @@ class Prepared:
     def first_state(self) -> ServerState:
         """The zero-step state."""
         return first_state(self.config, self.model, self.method)
-
-
-def first_state(config: RunConfig, model: AdaptedModel, method: Method) -> ServerState:
-    """The zero-step state: B = 0, the head as the model has it, A as the method draws it."""
-    centred = method.subspace.init == "centred"
-    return start(
-        model.shapes(),
-        head=model.head(),
-        lora_cfg=config.lora,
-        method=method,
-        seed=config.seed,
-        dtype=next(iter(model.trained.values())).dtype,
-        mean_inputs=model.mean_inputs(load_tokenizer(config.model.name)) if centred else None,
-    )
-
-
-def origin(config: RunConfig, run: str) -> Origin:
-    """What every request of this run says of where it comes from."""
-    return Origin(run=run, base_model=weights_digest(config.model.name), code=code_digest())
 
 
 def prepare(config: RunConfig, listener: Listener) -> Prepared:

@@ -8,11 +8,11 @@ import numpy as np
 import torch
 
 from fedlora.config.schema import IndependentCohort, RunConfig
+from fedlora.federation.events import Listener
 from fedlora.privacy.accountants import epsilon
-from fedlora.runtime.events import Listener
 from fedlora.runtime.host import Terms, worker_count
 from fedlora.runtime.prepare import Prepared, prepare
-from fedlora.runtime.summary import frame_sizes
+from fedlora.runtime.summarise import frame_sizes
 from fedlora.training.client import participation
 from fedlora.training.tasks import evaluate
 

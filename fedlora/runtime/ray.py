@@ -14,9 +14,9 @@ from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
 from fedlora.config.schema import Runtime
 from fedlora.data.records import Examples
 from fedlora.errors import ConfigError, FedLoraError
-from fedlora.runtime.events import ClientDone, Listener, outcome
+from fedlora.federation.events import ClientDone, Listener, outcome
 from fedlora.runtime.host import Host, HostSetup, worker_count
-from fedlora.runtime.wire import decode_reply, encode_request
+from fedlora.transport.wire import decode_reply, encode_request
 from fedlora.values import Refusal, RefusalReason, Reply, TrainRequest
 
 ATTEMPTS = 3

@@ -7,9 +7,9 @@ from typing import Any
 from fedlora.config.located import flat
 from fedlora.config.schema import RunConfig
 from fedlora.errors import ConfigError
-from fedlora.runtime.events import Listener
+from fedlora.federation.events import Listener
+from fedlora.runs.rundir import adapters_of, run_config
 from fedlora.runtime.prepare import Prepared, prepare
-from fedlora.runtime.rundir import adapters_of, run_config
 from fedlora.training.tasks import evaluate
 
 

@@ -12,14 +12,17 @@ from fedlora.config.schema import RunConfig
 from fedlora.disk import write_durably
 from fedlora.errors import ConfigError
 from fedlora.federation.cohort import Cohort
+from fedlora.federation.events import Listener, RoundDone, RunDone, RunStarted, Stage
 from fedlora.federation.loop import Score, line_zero, rounds
 from fedlora.federation.store import Store
 from fedlora.privacy.noise import SEEDED
-from fedlora.runtime.events import Listener, RoundDone, RunDone, RunStarted, Stage
+from fedlora.runs.evidence import require_debits
+from fedlora.runs.promise import privacy_summary
+from fedlora.runs.rundir import finished_summary, locked, run_config
+from fedlora.runs.summary import ledger_events, write_summary
 from fedlora.runtime.host import HostSetup
 from fedlora.runtime.prepare import Prepared, prepare
-from fedlora.runtime.rundir import finished_summary, locked, run_config
-from fedlora.runtime.summary import ledger_events, privacy_summary, require_debits, summarise, write_summary
+from fedlora.runtime.summarise import summarise
 from fedlora.training.tasks import evaluate
 from fedlora.values import Adapters, ServerState
 

@@ -6,20 +6,20 @@ from pathlib import Path
 import pytest
 
 from fedlora.cli.app import main
+from fedlora.code_digest import code_digest
 from fedlora.config.kinds import is_node
 from fedlora.config.load import load_node
 from fedlora.config.template import NODE_YAML, RUN_YAML
+from fedlora.deploy.node import DeployedNode
 from fedlora.methods import build
 from fedlora.privacy.accountants import epsilon
 from fedlora.privacy.budget import Budget
 from fedlora.privacy.ledger import open_ledger
 from fedlora.privacy.noise import OS_ENTROPY
-from fedlora.runtime.identity import code_digest
-from fedlora.runtime.node import DeployedNode
-from fedlora.runtime.prepare import first_state, origin
-from fedlora.runtime.wire import decode_reply, encode_request
+from fedlora.runs.beginning import first_state, origin
 from fedlora.training.checkpoints import weights_digest
 from fedlora.training.model import load_model
+from fedlora.transport.wire import decode_reply, encode_request
 from fedlora.values import ClientUpdate, DpEvent, LocalWork, TrainRequest
 
 NODE = """\

@@ -17,23 +17,24 @@ import typer
 
 from fedlora.cli import doctor
 from fedlora.cli.app import explain
+from fedlora.doctor import line as doctor_line
+from fedlora.doctor import machine as doctor_machine
+from fedlora.doctor.config import config_lines
+from fedlora.doctor.doctor import exit_status
+from fedlora.doctor.line import Line, looked, within
+from fedlora.doctor.machine import Probe, disk
+from fedlora.doctor.server import Address, address, kit_lines, server_lines
 from fedlora.privacy.budget import Budget
 from fedlora.privacy.ledger import open_ledger
 from fedlora.privacy.noise import OS_ENTROPY
-from fedlora.runtime import doctor_line, doctor_machine
-from fedlora.runtime.certificates import (
+from fedlora.provision.certificates import (
     authority_certificate,
     certificate_pem,
     key_pem,
     new_key,
     server_certificate,
 )
-from fedlora.runtime.doctor import exit_status
-from fedlora.runtime.doctor_config import config_lines
-from fedlora.runtime.doctor_line import Line, looked, within
-from fedlora.runtime.doctor_machine import Probe, disk
-from fedlora.runtime.doctor_server import Address, address, kit_lines, server_lines
-from fedlora.runtime.provision import provision, provision_node
+from fedlora.provision.provision import provision, provision_node
 from fedlora.values import DpEvent
 
 NODE = """\
@@ -259,7 +260,7 @@ def test_what_hinders_a_node_is_told_before_it_starts(node, tmp_path):
 
 
 def test_a_ledger_in_memory_is_told_since_a_restart_loses_it(node, tmp_path, monkeypatch):
-    from fedlora.runtime import doctor_config
+    from fedlora.doctor import config as doctor_config
 
     for kind, words in (("tmpfs", "is memory"), ("overlay", "container's own layer"), ("ext4", "fsynced")):
         monkeypatch.setattr(doctor_config, "_filesystem", lambda place, kind=kind: kind)

@@ -13,7 +13,7 @@ from fedlora.config.template import NODE_YAML
 from fedlora.privacy.accountants import epsilon
 from fedlora.privacy.budget import Budget
 from fedlora.privacy.ledger import Ledger, open_ledger, read_ledger
-from fedlora.runtime.outbox import Kept, Outbox
+from fedlora.privacy.outbox import Kept, Outbox
 from fedlora.runtime.simulate import simulate
 from fedlora.values import DpEvent
 

@@ -4,17 +4,17 @@ from pathlib import Path
 
 import torch
 
+from fedlora.code_digest import code_digest
 from fedlora.config.load import load_node
 from fedlora.config.node import NodeConfig
 from fedlora.config.schema import Ffa
+from fedlora.deploy.node import DeployedNode
 from fedlora.federation.absorb import start
 from fedlora.methods import build
 from fedlora.privacy.ledger import read_ledger
-from fedlora.runtime.identity import code_digest
-from fedlora.runtime.node import DeployedNode
-from fedlora.runtime.wire import decode_reply
 from fedlora.training.checkpoints import weights_digest
 from fedlora.training.model import load_model
+from fedlora.transport.wire import decode_reply
 from fedlora.values import LocalWork, Refusal, RefusalReason, TrainRequest
 
 NODE = """

@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 # Before anything of flwr's: it sets what flwr reads once, when it is imported.
-from fedlora.runtime.flower_client import frame_content  # isort: skip
+from fedlora.transport.flower_client import frame_content  # isort: skip
 import uvicorn
 from flwr.app import Context, Message, RecordDict
 from flwr.common.constant import Status
@@ -29,8 +29,8 @@ from flwr.supernode.main import create_app
 from flwr.supernode.nodestate import NodeStateFactory
 from flwr.supernode.start_client_internal import _insert_message
 
-from fedlora.runtime.executor import Stop, attend
-from fedlora.runtime.flower_runtime import SuperNode
+from fedlora.deploy.executor import Stop, attend
+from fedlora.deploy.supernode import SuperNode
 from tests.deploy.test_processes import _free_port
 
 RUN, NODE = 7, 21

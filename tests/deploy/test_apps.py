@@ -184,7 +184,7 @@ def test_a_node_on_another_host_is_as_closed_as_the_demonstrations():
 
 def test_no_telemetry_is_on_by_default_whatever_is_imported_first():
     """Flower reads its switch once, at import."""
-    ask = "import fedlora.runtime.executor, flwr.supercore.telemetry as t; print(t.FLWR_TELEMETRY_ENABLED)"
+    ask = "import fedlora.deploy.executor, flwr.supercore.telemetry as t; print(t.FLWR_TELEMETRY_ENABLED)"
     clean = {name: value for name, value in os.environ.items() if name != "FLWR_TELEMETRY_ENABLED"}
     said = subprocess.run([sys.executable, "-c", ask], cwd=PROJECT, env=clean, capture_output=True, text=True)
     assert said.stdout.strip() == "0", said.stderr

@@ -13,13 +13,13 @@ import pytest
 import torch
 
 from fedlora.config.node import Accepted, NodeConfig
+from fedlora.deploy.node import DeployedNode
 from fedlora.errors import WireError
 from fedlora.privacy.ledger import Ledger, read_ledger
-from fedlora.runtime import flower_client
-from fedlora.runtime.flower_client import frame_content
-from fedlora.runtime.node import DeployedNode
-from fedlora.runtime.wire import MAGIC, decode_reply, encode_reply, encode_request
 from fedlora.training import client as client_module
+from fedlora.transport import flower_client
+from fedlora.transport.flower_client import frame_content
+from fedlora.transport.wire import MAGIC, decode_reply, encode_reply, encode_request
 from fedlora.values import ClientUpdate, LocalWork, RefusalReason, TrainRequest, Witness
 from tests.deploy import test_journal as journals
 from tests.deploy.nodes import debits, reason, without_records
@@ -250,9 +250,9 @@ def _tight(fields: dict[str, Any]) -> bytes:
 
 
 NODE, FORMAT, WIRE, CLIENT = (
-    "fedlora.runtime.node",
+    "fedlora.deploy.node",
     "fedlora.privacy.ledger_format",
-    "fedlora.runtime.wire",
+    "fedlora.transport.wire",
     "fedlora.training.client",
 )
 
@@ -272,8 +272,8 @@ BROKEN: list[tuple[str, str, Any, Callable[[Case], None]]] = [
     ("nobody remembers", f"{NODE}.require_reached", nothing, a_ledger_put_back_is_refused),
     ("the outbox is no witness", f"{NODE}.Outbox.furthest", nothing, a_ledger_put_back_is_refused),
     ("whose ledger is not asked", "fedlora.privacy.ledger._require_owner", nothing, a_foreign_ledger_is_refused),
-    ("the echo is not read", "fedlora.runtime.flower_client.echo_of", nothing, the_servers_echo_is_believed),
-    ("the server objects to nothing", "fedlora.runtime.journal.Journal.objection", nothing, the_server_is_a_witness),
+    ("the echo is not read", "fedlora.transport.flower_client.echo_of", nothing, the_servers_echo_is_believed),
+    ("the server objects to nothing", "fedlora.deploy.journal.Journal.objection", nothing, the_server_is_a_witness),
     ("accuracy is free", f"{CLIENT}.participation", _without_accuracy, accuracy_is_paid_for),
     ("accuracy is exact", f"{CLIENT}.private_mean", _mean, accuracy_is_noised),
     ("headers are not filled up", f"{WIRE}._header", _tight, an_update_has_one_length),

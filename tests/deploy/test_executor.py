@@ -12,14 +12,14 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from fedlora.runtime.flower_client import Hello, client_app, frame_of  # isort: skip
+from fedlora.transport.flower_client import Hello, client_app, frame_of  # isort: skip
 import uvicorn
 from flwr.app import Context, Message
 
+from fedlora.deploy import executor
+from fedlora.deploy.executor import Stop, alone, attend
+from fedlora.deploy.supernode import UnwantedError
 from fedlora.errors import ConfigError
-from fedlora.runtime import executor
-from fedlora.runtime.executor import Stop, alone, attend
-from fedlora.runtime.flower_runtime import UnwantedError
 from tests.deploy.sites import Site, attending, self_signed, until
 
 

@@ -17,7 +17,7 @@ from tests.deploy.test_processes import PROJECT, Processes, _free_port, _healthy
 
 def test_neither_a_core_dump_nor_a_debugger_gets_at_the_memory():
     code = (
-        "import ctypes, resource\nfrom fedlora.runtime.flower_runtime import forbid_core_dumps\n"
+        "import ctypes, resource\nfrom fedlora.deploy.supernode import forbid_core_dumps\n"
         "forbid_core_dumps()\nprint(*resource.getrlimit(resource.RLIMIT_CORE), ctypes.CDLL(None).prctl(3))"
     )  # 3: PR_GET_DUMPABLE
     said = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout

@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from fedlora.deploy.journal import Journal, Reported
 from fedlora.errors import ConfigError
-from fedlora.runtime.evidence import reported
-from fedlora.runtime.journal import Journal, Reported
+from fedlora.runs.evidence import reported
 from fedlora.values import (
     Adapters,
     ClientUpdate,

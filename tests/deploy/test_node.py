@@ -12,12 +12,12 @@ from pydantic import ValidationError
 from fedlora.config.load import load_node
 from fedlora.config.node import NodeConfig
 from fedlora.data.own import own_records
+from fedlora.deploy.node import DeployedNode
+from fedlora.deploy.server import _fits
 from fedlora.errors import ConfigError, DataError
 from fedlora.federation.store import Store
-from fedlora.runtime.flower_client import Hello
-from fedlora.runtime.node import DeployedNode
-from fedlora.runtime.server import _fits
-from fedlora.runtime.wire import DIGEST_BYTES, MAGIC, decode_reply, encode_request
+from fedlora.transport.flower_client import Hello
+from fedlora.transport.wire import DIGEST_BYTES, MAGIC, decode_reply, encode_request
 from fedlora.values import FRAME, ClientUpdate, Delta, RefusalReason, TrainRequest, Witness
 from tests.deploy.nodes import NODE, debits, reason
 
@@ -54,7 +54,7 @@ def test_whatever_decoding_raises_is_a_bad_request(config, monkeypatch):
     def breaks(frame: bytes) -> TrainRequest:
         raise MemoryError("a record")
 
-    monkeypatch.setattr("fedlora.runtime.node.decode_request", breaks)
+    monkeypatch.setattr("fedlora.deploy.node.decode_request", breaks)
     assert reason(DeployedNode(config).answer(b"")) == RefusalReason.BAD_REQUEST
 
 
@@ -93,8 +93,8 @@ def test_a_reply_leaves_at_a_multiple_of_the_quantum_whatever_it_is(
     if kind == "kept":
         DeployedNode(config).answer(encode_request(request_one))
     clock, slept = [100.0], []
-    monkeypatch.setattr("fedlora.runtime.node.time.monotonic", lambda: clock[0])
-    monkeypatch.setattr("fedlora.runtime.node.time.sleep", slept.append)
+    monkeypatch.setattr("fedlora.deploy.node.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("fedlora.deploy.node.time.sleep", slept.append)
     node = DeployedNode(config.model_copy(update={"reply_quantum_s": 2.0}))
     real = node._reply
 

@@ -7,15 +7,15 @@ from pathlib import Path
 
 import torch
 
+from fedlora.code_digest import code_digest
 from fedlora.config.node import Accepted
+from fedlora.deploy.node import MOST_NAME, DeployedNode, own_terms
 from fedlora.privacy.accountants import epsilon
 from fedlora.privacy.ledger import read_ledger
 from fedlora.privacy.ledger_format import events_of
 from fedlora.privacy.step import spent
-from fedlora.runtime.identity import code_digest
-from fedlora.runtime.node import MOST_NAME, DeployedNode, own_terms
-from fedlora.runtime.wire import decode_reply, encode_request
 from fedlora.training.checkpoints import weights_digest
+from fedlora.transport.wire import decode_reply, encode_request
 from fedlora.values import ClientUpdate, DpEvent, LocalWork, Refusal, RefusalReason, TrainRequest
 from tests.deploy.nodes import debits, reason, without_records
 

@@ -7,17 +7,17 @@ from pathlib import Path
 import pytest
 
 from fedlora.config.load import dump_config
+from fedlora.deploy.journal import Journal, Reported
+from fedlora.deploy.node import DeployedNode
+from fedlora.deploy.replay import replay
 from fedlora.errors import IncompleteError
 from fedlora.federation.loop import line_zero, rounds
 from fedlora.federation.store import Store, state_digest
 from fedlora.methods import build
-from fedlora.runtime.journal import Journal, Reported
-from fedlora.runtime.node import DeployedNode
-from fedlora.runtime.prepare import first_state, origin
-from fedlora.runtime.replay import replay
-from fedlora.runtime.rundir import SPENT, Roster, save_roster
-from fedlora.runtime.wire import decode_reply, encode_request
+from fedlora.runs.beginning import first_state, origin
+from fedlora.runs.rundir import SPENT, Roster, save_roster
 from fedlora.training.model import load_model
+from fedlora.transport.wire import decode_reply, encode_request
 from fedlora.values import Member, Reply, TrainRequest
 from tests.deploy.nodes import node_config
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from fedlora.deploy.node import DeployedNode
 from fedlora.privacy.ledger import read_ledger
-from fedlora.runtime.node import DeployedNode
-from fedlora.runtime.wire import decode_reply, encode_request
+from fedlora.transport.wire import decode_reply, encode_request
 from fedlora.values import ClientUpdate, RefusalReason, Witness
 from tests.deploy.nodes import debits, first_request, node_config, reason
 

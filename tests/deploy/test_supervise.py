@@ -16,11 +16,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from fedlora.deploy.superlink import SuperLink, bundle
+from fedlora.deploy.supervise import Supervisor
+from fedlora.deploy.worker import Worker
 from fedlora.errors import ConfigError, IncompleteError
 from fedlora.privacy.ledger import read_ledger
-from fedlora.runtime.flower_control import SuperLink, bundle
-from fedlora.runtime.supervise import Supervisor
-from fedlora.runtime.worker import Worker
 from tests.deploy.test_executor_processes import _hostile
 from tests.deploy.test_executor_processes import command as node_command
 from tests.deploy.test_processes import PROJECT, Processes, _free_port, _healthy, _node, _until
@@ -183,7 +183,7 @@ def test_with_tls_and_registered_nodes_a_run_is_submitted_once_and_finished(
 ):
     from datetime import UTC, datetime
 
-    from fedlora.runtime.provision import provision
+    from fedlora.provision.provision import provision
 
     tiny_config()
     provision(tmp_path / "kit", nodes=2, now=datetime.now(UTC))

@@ -95,12 +95,28 @@ def _records(witnessed: Witnessed, client: str) -> int:
     return len(prepare(witnessed.config, lambda event: None).clients.examples[client])
 
 
+FORBIDDEN = tuple(
+    f"fedlora.{room}"
+    for room in (
+        "data",
+        "training",
+        "runtime",
+        "runs",
+        "deploy",
+        "provision",
+        "transport",
+        "monitor",
+        "doctor",
+    )
+)
+
+
 def test_the_servers_mathematics_reach_neither_records_nor_ledgers():
     """What is post-processing cannot be anything else: it imports no way to a record or a ledger."""
     for room in ("federation", "methods", "algebra"):
         for path in (ROOT / room).glob("*.py"):
             for module in _imported(path):
-                assert not module.startswith(("fedlora.data", "fedlora.training", "fedlora.runtime")), path
+                assert not module.startswith(FORBIDDEN), path
                 assert "ledger" not in module and "budget" not in module, path
 
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from fedlora.runtime.node import DeployedNode
+from fedlora.deploy.node import DeployedNode
 from fedlora.runtime.simulate import simulate
-from fedlora.runtime.wire import decode_reply, encode_request
 from fedlora.training import client as client_module
+from fedlora.transport.wire import decode_reply, encode_request
 from fedlora.values import ClientUpdate, RefusalReason
 from tests.deploy.nodes import first_request, node_config, reason
 

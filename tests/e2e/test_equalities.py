@@ -13,7 +13,7 @@ from fedlora.privacy import gaussian
 from fedlora.privacy.noise import SeededNoise
 from fedlora.runtime.host import Host, HostSetup
 from fedlora.runtime.prepare import prepare
-from fedlora.runtime.wire import decode_reply, encode_request
+from fedlora.transport.wire import decode_reply, encode_request
 from fedlora.values import ClientUpdate, TrainRequest
 
 

@@ -8,7 +8,7 @@ import pytest
 from dp_accounting.pld import PLDAccountant
 
 from fedlora.errors import ConfigError, IncompleteError, PrivacyError
-from fedlora.runtime.events import ClientDone, RoundDone
+from fedlora.federation.events import ClientDone, RoundDone
 from fedlora.runtime.simulate import resume, simulate
 
 

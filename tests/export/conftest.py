@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from fedlora.privacy.noise import SEEDED
-from fedlora.runtime.promise import KEYS
+from fedlora.runs.promise import KEYS
 
 HOSTILE = "<script>alert('x')</script>"
 

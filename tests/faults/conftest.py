@@ -4,8 +4,8 @@ from itertools import count
 
 import pytest
 
+from fedlora.deploy.node import DeployedNode
 from fedlora.privacy.budget import Budget, would_exceed
-from fedlora.runtime.node import DeployedNode
 from fedlora.training.client import participation
 from tests.deploy.nodes import first_request, node_config
 from tests.faults.kills import PARTICIPATIONS, Site

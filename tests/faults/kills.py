@@ -16,16 +16,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fedlora.config.node import NodeConfig
+from fedlora.deploy import node as node_module
+from fedlora.deploy.node import DeployedNode
 from fedlora.errors import LedgerError, WireError
 from fedlora.privacy.accountants import epsilon
 from fedlora.privacy.budget import Budget
 from fedlora.privacy.ledger import Ledger
 from fedlora.privacy.ledger_format import Contents, events_of, parse
-from fedlora.runtime import node as node_module
-from fedlora.runtime.node import DeployedNode
-from fedlora.runtime.outbox import Outbox
-from fedlora.runtime.wire import decode_reply, encode_reply, encode_request
+from fedlora.privacy.outbox import Outbox
 from fedlora.training import client as client_module
+from fedlora.transport.wire import decode_reply, encode_reply, encode_request
 from fedlora.values import ClientUpdate, Refusal, RefusalReason, TrainRequest
 
 CHUNK = 256

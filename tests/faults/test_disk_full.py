@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from fedlora.runtime.outbox import Outbox
+from fedlora.privacy.outbox import Outbox
 from fedlora.training import client as client_module
 from fedlora.values import ClientUpdate, Refusal, RefusalReason
 from tests.faults.kills import POINTS, Site

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from fedlora.runtime.outbox import Outbox
+from fedlora.privacy.outbox import Outbox
 from fedlora.values import ClientUpdate, Refusal, RefusalReason
 from tests.faults.kills import (
     PARTICIPATIONS,

@@ -15,13 +15,13 @@ from pathlib import Path
 import pytest
 
 from fedlora import disk
+from fedlora.deploy.journal import Journal, Reported
+from fedlora.deploy.node import DeployedNode
 from fedlora.errors import LedgerError
 from fedlora.privacy.ledger import Ledger, read_ledger
-from fedlora.runtime.journal import Journal, Reported
-from fedlora.runtime.node import DeployedNode
-from fedlora.runtime.outbox import Outbox
-from fedlora.runtime.wire import encode_request
+from fedlora.privacy.outbox import Outbox
 from fedlora.training import client as client_module
+from fedlora.transport.wire import encode_request
 from tests.deploy.nodes import first_request, node_config
 from tests.deploy.test_journal import SOUND, Claims, asked_in
 
@@ -219,7 +219,7 @@ def test_a_node_that_trains_before_it_pays_is_found_out(config, tmp_path, monkey
         client_module._local_steps(node, request)
         return real(node, request, ledger)
 
-    monkeypatch.setattr("fedlora.runtime.node.train", first_trains)
+    monkeypatch.setattr("fedlora.deploy.node.train", first_trains)
     node = rounds(config, tmp_path, monkeypatch)
     assert "training begins with its debit on disk" in node.faults
 

@@ -26,14 +26,14 @@ from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.federation import NoOpFederationManager
 from flwr.superlink.grid import InMemoryGrid
 
+from fedlora.deploy.journal import Journal, Reported
 from fedlora.errors import IncompleteError, LedgerError, WireError
-from fedlora.runtime.events import ClientDone, RoundDone
-from fedlora.runtime.evidence import reported
-from fedlora.runtime.flower_client import Hello, client_app, echo_of, frame_content
-from fedlora.runtime.flower_cohort import FlowerCohort, Nodes, meet
-from fedlora.runtime.journal import Journal, Reported
+from fedlora.federation.events import ClientDone, RoundDone
+from fedlora.runs.evidence import reported
 from fedlora.runtime.simulate import resume, simulate
-from fedlora.runtime.wire import decode_request, encode_reply
+from fedlora.transport.flower_client import Hello, client_app, echo_of, frame_content
+from fedlora.transport.flower_cohort import FlowerCohort, Nodes, meet
+from fedlora.transport.wire import decode_request, encode_reply
 from fedlora.values import (
     Adapters,
     ClientUpdate,
@@ -220,8 +220,8 @@ def test_whatever_a_node_does_ends_as_a_reply_that_bears_its_name(caplog):
 
 def test_an_exceptions_words_are_neither_sent_nor_logged(caplog):
     caplog.set_level(logging.DEBUG)
-    from fedlora.runtime.flower_client import TRAIN, frame_content
-    from fedlora.runtime.flower_cohort import pull, push
+    from fedlora.transport.flower_client import TRAIN, frame_content
+    from fedlora.transport.flower_cohort import pull, push
 
     with federation([breaks]) as grid:
         (node,) = grid.get_node_ids()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fedlora.runtime.events import ClientDone
+from fedlora.federation.events import ClientDone
 from fedlora.runtime.host import worker_count
 from fedlora.runtime.simulate import simulate
 

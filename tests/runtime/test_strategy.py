@@ -14,17 +14,17 @@ from flwr.app import ArrayRecord, ConfigRecord, MetricRecord
 from flwr.serverapp import Grid
 
 from fedlora.config.schema import Federation, Ffa, Lora, RunConfig, Sgd
+from fedlora.deploy.strategy import FedLoraStrategy
 from fedlora.errors import ConfigError, IncompleteError
 from fedlora.federation.absorb import start
 from fedlora.federation.store import state_digest
 from fedlora.methods import build
-from fedlora.runtime.flower_client import frame_of
-from fedlora.runtime.flower_cohort import Nodes, meet
 from fedlora.runtime.host import Host, HostSetup
 from fedlora.runtime.prepare import Prepared, prepare
 from fedlora.runtime.simulate import simulate
-from fedlora.runtime.strategy import FedLoraStrategy
-from fedlora.runtime.wire import decode_request
+from fedlora.transport.flower_client import frame_of
+from fedlora.transport.flower_cohort import Nodes, meet
+from fedlora.transport.wire import decode_request
 from fedlora.values import Origin, Witness
 from tests.runtime.test_flower import breaks, debit_of, federation, honest
 

@@ -1,0 +1,181 @@
+"""The centre of a real federation: waits for the data owners' nodes, runs the rounds, keeps the results.
+
+It holds no training record. Noise, clip and budget are each node's own; what the server reports as spent is
+what the replies say, and each node's ledger is the authority.
+"""
+
+import json
+import logging
+import re
+import secrets
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flwr.serverapp import Grid
+
+from fedlora.config.load import config_digest, dump_config
+from fedlora.config.node import CLIENT_NAME
+from fedlora.config.schema import RunConfig
+from fedlora.data import load_corpus
+from fedlora.data.tokenise import tokenise
+from fedlora.deploy.journal import Journal, Reported
+from fedlora.disk import write_durably
+from fedlora.errors import ConfigError
+from fedlora.federation.loop import line_zero, rounds
+from fedlora.federation.store import Store
+from fedlora.methods import build
+from fedlora.privacy.noise import BY_THE_NODES
+from fedlora.runs.beginning import first_state, origin
+from fedlora.runs.rundir import (
+    SPENT,
+    Roster,
+    finished_summary,
+    load_roster,
+    locked,
+    run_config,
+    save_roster,
+)
+from fedlora.runs.summary import run_summary, write_summary
+from fedlora.training.model import load_model, load_tokenizer
+from fedlora.training.tasks import evaluate
+from fedlora.transport.flower_client import Hello
+from fedlora.transport.flower_cohort import FlowerCohort, Nodes, meet
+from fedlora.values import Adapters, Member, ServerState
+
+log = logging.getLogger(__name__)
+
+
+def serve(grid: Grid, config: RunConfig) -> Path:
+    """The directory of the finished run. Goes on from the newest checkpoint, if there is one.
+
+    Args:
+        grid: Flower's, connected.
+        config: `data` names the public test records and the classes, `data.partition.clients` the number of
+            nodes to wait for, `privacy` the report's delta and accountant; the rest is as in a simulation.
+
+    Raises:
+        ConfigError: the directory holds another run or a simulation, or the config names no number of nodes.
+        IncompleteError: too few nodes answered; submit the run again.
+    """
+    run_dir = Path(config.output)
+    if (run_dir / "config.yaml").exists():
+        if config_digest(run_config(run_dir)) != config_digest(config):
+            raise ConfigError(f"{run_dir} holds the run of another config; choose another output")
+        if load_roster(run_dir) is None:
+            raise ConfigError(f"{run_dir} holds a simulation; choose another output")
+    if finished_summary(run_dir) is not None:
+        return run_dir
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with locked(run_dir):
+        _serve(grid, config, run_dir)
+    return run_dir
+
+
+def _serve(grid: Grid, config: RunConfig, run_dir: Path) -> None:
+    centre = _centre(config)
+    # The roster comes first: without it, a directory with a config is a simulation's.
+    roster, nodes = _roster(grid, config, run_dir, centre.classes)
+    write_durably(run_dir / "classes.json", json.dumps(centre.classes))
+    write_durably(run_dir / "config.yaml", dump_config(config))
+    store = Store(run_dir, noise=None if config.privacy == "none" else BY_THE_NODES)
+    if store.is_empty():
+        store.begin(centre.first, line_zero(centre.score(centre.first.adapters)))
+    state = store.recover()
+    federation = config.federation
+    journal = Journal(run_dir / SPENT)
+    cohort = FlowerCohort(
+        nodes,
+        deadline_s=federation.deadline_s,
+        ttl_s=federation.deadline_s * (1 + federation.keep_gauges),
+        listener=lambda event: log.info("%s", event),
+        echo=journal.furthest,
+    )
+    for _, line in rounds(
+        state,
+        origin=origin(config, roster.run),
+        seed=config.seed,
+        members=roster.members,
+        method=build(config.method, config.lora),
+        federation=federation,
+        cohort=Reported(cohort, journal, most_steps=federation.local_steps),
+        store=store,
+        score=centre.score,
+    ):
+        log.info("round %(round)d: %(answered)s answered, score %(score)s, %(seconds).1f s", line)
+    state, _ = store.load()
+    clients = [member.client for member in roster.members]
+    write_summary(run_dir, run_summary(run_dir, config, clients=clients, state=state))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Centre:
+    classes: tuple[str, ...]
+    first: ServerState
+    score: Callable[[Adapters], dict[str, Any]]
+
+
+def _centre(config: RunConfig) -> _Centre:
+    """The public test data and the model that is scored on them."""
+    corpus = load_corpus(config.data, config.task, config.seed)
+    test = tokenise(corpus.test, load_tokenizer(config.model.name), config.data.max_length)
+    model = load_model(config.model, config.task, config.lora, corpus.classes, config.seed)
+
+    def score(adapters: Adapters) -> dict[str, Any]:
+        model.load(adapters)
+        found = evaluate(model, test)
+        return {"metric": found.metric, "score": found.value, "loss": found.loss}
+
+    first = first_state(config, model, build(config.method, config.lora))
+    return _Centre(classes=corpus.classes, first=first, score=score)
+
+
+def _roster(grid: Grid, config: RunConfig, run_dir: Path, classes: tuple[str, ...]) -> tuple[Roster, Nodes]:
+    roster = load_roster(run_dir)
+    known = {} if roster is None else {member.client: member.examples for member in roster.members}
+    nodes = Nodes(grid, lambda hello: _fits(hello, classes, known))
+    if roster is not None:
+        log.info("waiting for %s", sorted(known))
+        ends = time.monotonic() + config.federation.deadline_s
+        meet(nodes, lambda hellos: _enough(hellos, known, ends, config.federation.min_clients))
+        return roster, nodes
+    wanted = getattr(config.data.partition, "clients", None)
+    if wanted is None:
+        raise ConfigError(
+            "data.partition.clients: a server waits for that many nodes; write kind: iid and a number"
+        )
+    log.info("waiting for %d nodes", wanted)
+    meet(nodes, lambda hellos: len(hellos) >= wanted)
+    known.update({client: hello.records for client, hello in nodes.hellos.items()})
+    roster = Roster(
+        run=f"{config_digest(config)[:16]}-{secrets.token_hex(4)}",
+        members=tuple(Member(client=client, examples=records) for client, records in sorted(known.items())),
+    )
+    save_roster(run_dir, roster)
+    return roster, nodes
+
+
+def _enough(hellos: Mapping[str, Hello], known: Mapping[str, int], ends: float, least: int) -> bool:
+    """Everybody of the roster, or after the time that a round gets, as many as a round needs."""
+    back = len(hellos.keys() & known.keys())
+    return back == len(known) or (back >= least and time.monotonic() >= ends)
+
+
+def _fits(hello: Hello, classes: tuple[str, ...], known: Mapping[str, int]) -> bool:
+    if not re.match(CLIENT_NAME, hello.client):
+        log.error("%r is no name for a node; use 1 to 96 letters, digits and . _ ~ -", hello.client[:200])
+        return False
+    if hello.classes != classes:
+        log.error(
+            "%r has classes %s, this run %s; list the same in its node.yaml",
+            hello.client,
+            hello.classes,
+            classes,
+        )
+        return False
+    if known and known.get(hello.client) != hello.records:
+        log.error("%r with %d records is not on the roster %s", hello.client, hello.records, dict(known))
+        return False
+    return True

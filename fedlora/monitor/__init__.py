@@ -1,0 +1,1 @@
+"""A read-only look at a run from afar: gRPC, metrics, and the client of both."""

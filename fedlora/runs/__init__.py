@@ -1,0 +1,1 @@
+"""What lies in a run's directory, simulated or served, and what may be said of it."""

@@ -1,0 +1,46 @@
+"""The summary of a simulation: what its directory says, and the bytes that its messages take."""
+
+from pathlib import Path
+from typing import Any
+
+from fedlora.federation.loop import work
+from fedlora.federation.store import Store
+from fedlora.runs.summary import run_summary
+from fedlora.runtime.prepare import Prepared
+from fedlora.training.client import participation
+from fedlora.transport.wire import encode_reply, encode_request
+from fedlora.values import ClientUpdate, Delta, ServerState, TrainRequest, Witness
+
+
+def summarise(prepared: Prepared, run_dir: Path) -> dict[str, Any]:
+    """summary.json of a finished simulation."""
+    state, _ = Store(run_dir).load()
+    down, up = frame_sizes(prepared, state)
+    clients = [member.client for member in prepared.clients.members]
+    return run_summary(run_dir, prepared.config, clients=clients, state=state, bytes_up=up, bytes_down=down)
+
+
+def frame_sizes(prepared: Prepared, state: ServerState) -> tuple[int, int]:
+    """Bytes of one request and of one update as they travel."""
+    adapters, origin, config = state.adapters, prepared.origin, prepared.config
+    asked = work(1, config.federation)
+    request = TrainRequest(
+        run=origin.run,
+        base_model=origin.base_model,
+        code=origin.code,
+        round=state.round,
+        adapters=adapters,
+        work=asked,
+    )
+    delta = Delta(
+        basis=adapters.basis, sites={site: f.b for site, f in adapters.sites.items()}, head=adapters.head
+    )
+    client = prepared.clients.members[0].client
+    terms = prepared.clients.terms[client]
+    evaluation_noise = None if config.privacy == "none" else config.privacy.evaluation_noise
+    spent = participation(terms.mechanism, terms.sampling, evaluation_noise, asked.steps)
+    update = ClientUpdate(
+        client=client, run=origin.run, round=state.round, delta=delta, spent=spent,
+        ledger=Witness(seq=1, head="0" * 64) if spent else None,
+    )  # fmt: skip
+    return len(encode_request(request)), len(encode_reply(update))

@@ -1,0 +1,200 @@
+"""Clients behind Flower: a Cohort over any Grid, deployed or simulated.
+
+Our loop over push_messages and pull_messages takes the place of send_and_receive, whose poll of 3 s cannot be
+set and which forgets replies that miss the deadline.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+
+from flwr.app import Error, Message, RecordDict
+from flwr.serverapp import Grid
+
+from fedlora.errors import WireError
+from fedlora.federation.events import ClientDone, Listener, outcome
+from fedlora.transport.flower_client import HELLO, TRAIN, Hello, frame_content, frame_of, hello_of
+from fedlora.transport.wire import decode_reply, encode_request
+from fedlora.values import Refusal, RefusalReason, Reply, TrainRequest, Witness
+
+log = logging.getLogger(__name__)
+
+POLL_S = 0.1
+HELLO_TTL_S = 300.0
+
+Watch = Callable[[Error | None], None]
+"""Called at every poll and with every error message; raises where the transport itself cannot go on."""
+
+
+class Nodes:
+    """Who is behind which node id: learnt from hellos, kept up to date as nodes come back under new ids."""
+
+    def __init__(self, grid: Grid, accepts: Callable[[Hello], bool]) -> None:
+        self.grid = grid
+        self.accepts = accepts
+        self.hellos: dict[str, Hello] = {}
+        self._ids: dict[str, int] = {}
+        self._greeted: set[int] = set()
+        self._asked: dict[str, int] = {}
+
+    def online(self) -> dict[str, int]:
+        """Node id of every client that can be reached now. Nodes seen for the first time are sent a hello."""
+        online = set(self.grid.get_node_ids())
+        for node in sorted(online - self._greeted):
+            if identifier := push(self.grid, RecordDict(), node, HELLO, HELLO_TTL_S):
+                self._asked[identifier] = node
+                self._greeted.add(node)
+        for message in pull(self.grid, self._asked):
+            self._meet(self._asked.pop(message.metadata.reply_to_message_id), message, online)
+        return {client: node for client, node in self._ids.items() if node in online}
+
+    def _meet(self, node: int, message: Message, online: set[int]) -> None:
+        if message.has_error():
+            self._greeted.discard(node)  # it may have been starting still: greeted again at the next look
+            return
+        try:
+            hello = hello_of(message.content)
+        except WireError as error:
+            log.warning("node %d sent %s", node, error)
+            return
+        if self._ids.get(hello.client, node) in online - {node}:
+            # The other may be gone and not known to be yet: this one is greeted again at the next look.
+            self._greeted.discard(node)
+            log.warning(
+                "node %d says it is %r, as another one online does; it is ignored", node, hello.client
+            )
+        elif self.accepts(hello):
+            self._ids[hello.client] = node
+            self.hellos[hello.client] = hello
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Asked:
+    client: str
+    node: int
+    run: str
+    round: int
+
+
+class FlowerCohort:
+    """A Cohort of Flower nodes. A client still at work on an earlier round is asked once it has answered."""
+
+    def __init__(
+        self,
+        nodes: Nodes,
+        *,
+        deadline_s: float,
+        ttl_s: float,
+        listener: Listener,
+        echo: Callable[[str], Witness | None] = lambda client: None,
+        watch: Watch = lambda error: None,
+    ) -> None:
+        """Binds the cohort to nodes that have said hello.
+
+        Args:
+            nodes: who is where.
+            deadline_s: how long a round waits.
+            ttl_s: how long Flower keeps a request and its reply: the longest staleness that is of use.
+            listener: told of every reply.
+            echo: how far each client's ledger is known to have come.
+            watch: see Watch.
+        """
+        self.nodes = nodes
+        self.deadline_s = deadline_s
+        self.ttl_s = ttl_s
+        self.listener = listener
+        self.echo = echo
+        self.watch = watch
+        self._waiting: dict[str, _Asked] = {}
+
+    def ask(self, clients: Sequence[str], request: TrainRequest) -> Iterator[Reply]:
+        """See Cohort."""
+        frame = encode_request(request)
+        ends = time.monotonic() + self.deadline_s
+        online = self.nodes.online()
+        self._forget_moved(online)
+        unsent = list(clients)
+        while True:
+            self.watch(None)
+            busy = {asked.client for asked in self._waiting.values()}
+            for client in [client for client in unsent if client not in busy]:
+                unsent.remove(client)
+                if not self._send(client, online.get(client), frame, request):
+                    yield self._told(_failed(client, request.run, request.round), request)
+            for message in pull(self.nodes.grid, self._waiting):
+                yield self._told(self._received(message), request)
+            outstanding = any(asked.round == request.round for asked in self._waiting.values())
+            if not (unsent or outstanding) or time.monotonic() >= ends:
+                return
+            time.sleep(POLL_S)
+
+    def close(self) -> None:
+        """See Cohort: the nodes are not ours to stop."""
+
+    def _send(self, client: str, node: int | None, frame: bytes, request: TrainRequest) -> bool:
+        if node is None:
+            return False
+        content = frame_content(frame, self.echo(client))
+        identifier = push(self.nodes.grid, content, node, TRAIN, self.ttl_s)
+        if not identifier:
+            return False
+        self._waiting[identifier] = _Asked(client=client, node=node, run=request.run, round=request.round)
+        return True
+
+    def _received(self, message: Message) -> Reply:
+        asked = self._waiting.pop(message.metadata.reply_to_message_id)
+        if message.has_error():
+            log.warning("%s: Flower's error %d in round %d", asked.client, message.error.code, asked.round)
+            self.watch(message.error)
+            return _failed(asked.client, asked.run, asked.round)
+        try:
+            reply = decode_reply(frame_of(message.content))
+        except WireError as error:
+            log.warning("%s: malformed reply in round %d: %s", asked.client, asked.round, error)
+            return _failed(asked.client, asked.run, asked.round)
+        if reply.client != asked.client:
+            log.warning("%s: its reply in round %d bears another name", asked.client, asked.round)
+            return _failed(asked.client, asked.run, asked.round)
+        return reply
+
+    def _told(self, reply: Reply, request: TrainRequest) -> Reply:
+        self.listener(ClientDone(round=request.round, client=reply.client, outcome=outcome(reply)))
+        return reply
+
+    def _forget_moved(self, online: dict[str, int]) -> None:
+        """A node that came back under a new id never answers what its old id was asked."""
+        self._waiting = {
+            identifier: asked
+            for identifier, asked in self._waiting.items()
+            if online.get(asked.client, asked.node) == asked.node
+        }
+
+
+def meet(nodes: Nodes, ready: Callable[[dict[str, Hello]], bool], watch: Watch = lambda error: None) -> None:
+    """Enough nodes have said hello for `ready` to agree; waits as long as that takes."""
+    while True:
+        watch(None)
+        online = nodes.online()
+        if ready({client: nodes.hellos[client] for client in online}):
+            return
+        time.sleep(POLL_S)
+
+
+def push(grid: Grid, content: RecordDict, node: int, kind: str, ttl_s: float) -> str | None:
+    """The id of the message, now on its way; None if Flower does not know the node."""
+    # One at a time: for an unknown node the deployed grid answers '' in its place, the simulated one nothing.
+    identifiers = list(grid.push_messages([Message(content, node, kind, ttl=ttl_s)]))
+    return (identifiers[0] or None) if identifiers else None
+
+
+def pull(grid: Grid, waiting: Collection[str]) -> list[Message]:
+    """Replies to messages we wait for; one that is pulled is gone from Flower."""
+    if not waiting:
+        return []
+    messages = list(grid.pull_messages(list(waiting)))
+    return [message for message in messages if message.metadata.reply_to_message_id in waiting]
+
+
+def _failed(client: str, run: str, round_: int) -> Refusal:
+    return Refusal(client=client, run=run, round=round_, reason=RefusalReason.FAILED)
