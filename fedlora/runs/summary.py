@@ -30,10 +30,8 @@ def summary_so_far(run_dir: Path) -> dict[str, Any]:
         IncompleteError: it stopped before anything was scored.
         LedgerError: an account is short, so that the summary would tell less than was spent.
     """
-    found = finished_summary(run_dir)
-    if found is None:
-        found = _unfinished(run_dir)
-        require_debits(run_config(run_dir), run_dir)
+    found = finished_summary(run_dir) or _unfinished(run_dir)
+    require_debits(run_config(run_dir), run_dir)  # also of a finished run: its ledgers are its evidence
     return found
 
 
@@ -46,7 +44,7 @@ def run_status(run_dir: Path) -> dict[str, Any]:
     lines = run_rounds(run_dir)
     finished = finished_summary(run_dir)
     summary = _unfinished(run_dir) if finished is None else finished
-    if summary["private"] and finished is None and (lost := unaccounted(run_dir, accounts(run_dir))):
+    if summary["private"] and (lost := unaccounted(run_dir, accounts(run_dir))):
         known = {client: None if client in lost else e for client, e in summary["epsilon_by_client"].items()}
         summary = {**summary, "epsilon_max": None, "epsilon_by_client": known}
     return {

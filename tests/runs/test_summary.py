@@ -250,15 +250,17 @@ def test_an_answer_without_its_debit_is_unknown_though_other_debits_hold_two_eve
     simulate(
         tiny_config(federation__rounds=2, federation__cohort=3, privacy__evaluation_noise=20.0), run, print
     )
-    path = run / "ledgers" / "client-0.jsonl"
-    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:-1]))
-    with pytest.raises(LedgerError, match="client-0 answered 2 rounds, but debits are there of 1"):
-        require_debits(run_config(run), run)
-    (row,) = [row for row in budgets(run) if row["client"] == "client-0"]
-    assert (row["participations"], row["epsilon"], row["verified"]) == (2, None, False)
     lines = run_rounds(run)
     assert all(set(line["accuracy_told"]) == set(line["answered"]) for line in lines)
     assert "as told with noise" in report_html(summary_so_far(run), lines, run_config(run))
+    path = run / "ledgers" / "client-0.jsonl"
+    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:-1]))
+    for tell in (lambda: require_debits(run_config(run), run), lambda: summary_so_far(run)):  # it is finished
+        with pytest.raises(LedgerError, match="client-0 answered 2 rounds, but debits are there of 1"):
+            tell()
+    assert run_status(run)["epsilon_by_client"]["client-0"] is None
+    (row,) = [row for row in budgets(run) if row["client"] == "client-0"]
+    assert (row["participations"], row["epsilon"], row["verified"]) == (2, None, False)
 
 
 def test_no_report_is_made_of_accounts_that_are_short(served):
