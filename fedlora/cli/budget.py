@@ -136,15 +136,18 @@ def verified_text(path: Path, rows: Sequence[Mapping[str, Any]]) -> str:
 def _facts(row: Mapping[str, Any]) -> list[tuple[str, str]]:
     from fedlora.export.statement import noise_label, unit_text
     from fedlora.export.words import epsilon, number
+    from fedlora.privacy.noise import SEEDED
 
     lost, replies = row["lost_attempts"], row.get("replies")
     attempts = f", {lost} of them attempts that left no reply" if lost else ""
     kept = "" if replies is None else f"; {replies['kept']} kept, their bytes are those recorded"
+    if row["noise_source"] == SEEDED:
+        kept = ": seeded noise repeats them, so none is kept"
     unsent = f", {replies['unsent']} of them not sent yet" if replies and replies["unsent"] else ""
     by_each = ", ".join(f"{epsilon(row[f'epsilon_{name}'])} by {name}" for name in ("pld", "prv", "rdp"))
     return [
         ("chain", f"holds: {row['entries']} entries, each of which follows the one before"),
-        ("head", row["head"]),
+        ("head", f"{row['head']}; lines cut off the end show only to who knows a later one: compare it"),
         ("client", row["client"]),
         ("data set", row["dataset"]),
         ("unit", unit_text(row["unit"])),

@@ -8,7 +8,7 @@ from typing import Any
 
 from fedlora.code_digest import code_digest
 from fedlora.config.load import load_node, origin_of, origins_of
-from fedlora.config.node import NodeConfig
+from fedlora.config.node import NodeConfig, NodeFiles
 from fedlora.data.own import own_records
 from fedlora.deploy.node import own_terms
 from fedlora.errors import ConfigError, LedgerError, PrivacyError
@@ -120,12 +120,12 @@ def _require_declared(config: NodeConfig, records: int | None) -> None:
 
 
 def _notes(config: NodeConfig, records: int | None, noise: float, base_model: str) -> Iterator[str]:
-    if records is None:
-        yield "the records cannot be read from here, so they were not counted: data.train is not there"
+    if records is None and isinstance(config.data, NodeFiles):
+        yield f"records not counted: data.train {config.data.train!r} is not there; mend it, or check on the node"
     if noise == config.min_noise_multiplier:
         yield "the noise is min_noise_multiplier, more than the budget needs"
     if config.mark is None:
-        yield "no mark: a ledger that is lost together with its replies would not be noticed; name a path elsewhere"
+        yield "no mark: a ledger lost together with its replies goes unnoticed; set mark: PATH on another volume"
     accept = config.accept
     if accept.code is None:
         yield "accept.code lists nothing, so any fedlora is taken; paste the line above once you have reviewed it"

@@ -4,11 +4,13 @@ import math
 
 
 def epsilon(value: float | None) -> str:
-    """Three decimals, rounded up: what is shown is never less than what was spent. A dash for nothing."""
+    """Rounded up to three decimals, or digits if it is small: never less than what was spent. A dash for nothing."""
     if value is None or not math.isfinite(value):
         return "-" if value is None else "unbounded"
+    decimals = 3 if value >= 0.1 or value <= 0 else 2 - math.floor(math.log10(value))
     # 1e-6 of the last decimal is float noise: 7.98 must not turn into 7.981.
-    return f"{math.ceil(value * 1000 - 1e-6) / 1000:.3f}".rstrip("0").rstrip(".")
+    up = math.ceil(value * 10**decimals - 1e-6) / 10**decimals
+    return f"{up:.{decimals}f}".rstrip("0").rstrip(".")
 
 
 def number(value: float | None) -> str:
