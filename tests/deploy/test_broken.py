@@ -6,6 +6,7 @@ import logging
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from fedlora.deploy.node import DeployedNode
 from fedlora.errors import WireError
 from fedlora.privacy.ledger import Ledger, read_ledger
 from fedlora.training import client as client_module
+from fedlora.training import tasks
 from fedlora.transport import flower_client
 from fedlora.transport.flower_client import frame_content
 from fedlora.transport.wire import MAGIC, decode_reply, encode_reply, encode_request
@@ -191,7 +193,26 @@ def an_exceptions_words_stay_inside(case: Case) -> None:
     assert SECRET not in case.caplog.text
 
 
+def each_record_runs_alone(case: Case) -> None:
+    """The sizes of the micro-batches that the real node's steps run."""
+    sizes, real = [], tasks._record_losses
+
+    def watched(adapted: Any, examples: Any, group: Any) -> torch.Tensor:
+        sizes.append(len(group))
+        return real(adapted, examples, group)
+
+    case.monkeypatch.setattr(tasks, "_record_losses", watched)
+    case.answer()
+    assert set(sizes) == {1}
+
+
+def a_name_with_control_characters_is_refused(case: Case) -> None:
+    assert case.unread(run="a\x1fb") == RefusalReason.BAD_REQUEST
+
+
 CHECKS: list[Callable[[Case], None]] = [
+    each_record_runs_alone,
+    a_name_with_control_characters_is_refused,
     the_owners_policy_comes_first,
     a_spent_budget_comes_first,
     one_round_has_one_reply,
@@ -241,6 +262,10 @@ def _without_accuracy(mechanism: Any, sampling: Any, evaluation_noise: float | N
 _real_participation = client_module.participation
 
 
+def _in_batches(real: Any, **fields: Any) -> Any:
+    return real(**{**fields, "alone": False})
+
+
 def _mean(values: torch.Tensor, records: int, *anything: object, **named: object) -> float:
     return float(values.double().sum()) / records
 
@@ -274,6 +299,9 @@ BROKEN: list[tuple[str, str, Any, Callable[[Case], None]]] = [
     ("whose ledger is not asked", "fedlora.privacy.ledger._require_owner", nothing, a_foreign_ledger_is_refused),
     ("the echo is not read", "fedlora.transport.flower_client.echo_of", nothing, the_servers_echo_is_believed),
     ("the server objects to nothing", "fedlora.deploy.journal.Journal.objection", nothing, the_server_is_a_witness),
+    ("records share batches", f"{NODE}.Node", partial(_in_batches, client_module.Node), each_record_runs_alone),
+    ("alone is not heeded", f"{CLIENT}.ALONE", 2048, each_record_runs_alone),
+    ("no name is looked at", f"{NODE}.DeployedNode._fault", nothing, a_name_with_control_characters_is_refused),
     ("accuracy is free", f"{CLIENT}.participation", _without_accuracy, accuracy_is_paid_for),
     ("accuracy is exact", f"{CLIENT}.private_mean", _mean, accuracy_is_noised),
     ("headers are not filled up", f"{WIRE}._header", _tight, an_update_has_one_length),
