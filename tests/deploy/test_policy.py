@@ -176,3 +176,16 @@ def test_accuracy_is_told_only_where_the_owner_pays_for_it(config, request_one):
     assert told.spent[0].noise_multiplier > silent.spent[0].noise_multiplier
     whole = [*told.spent] * config.budget.max_participations
     assert epsilon(whole, config.budget.target_delta) <= config.budget.target_epsilon
+
+
+def test_two_accountants_agree_on_the_noise_that_is_used_also_where_the_owners_floor_sets_it(
+    config, monkeypatch
+):
+    asked = []
+    monkeypatch.setattr("fedlora.deploy.node.agreed_epsilon", lambda events, *_: asked.append(events))
+    own_terms(config.model_copy(update={"min_noise_multiplier": 3.0}))
+    (events,) = asked
+    assert [event.noise_multiplier for event in events] == [3.0] * config.budget.max_participations
+    assert sum(event.steps for event in events) == (
+        config.budget.max_participations * config.work.local_steps
+    )

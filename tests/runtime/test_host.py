@@ -1,0 +1,26 @@
+"""One process that plays simulated clients."""
+
+import pytest
+
+from fedlora.runtime.host import Host, HostSetup
+from fedlora.runtime.prepare import prepare
+
+
+@pytest.mark.parametrize(
+    ("changes", "alone"),
+    [
+        ({"model__dtype": "bfloat16"}, True),
+        ({"model__dtype": "float32"}, False),
+        ({"model__dtype": "bfloat16", "privacy": "none"}, False),
+    ],
+)
+def test_records_of_a_narrow_model_run_alone_since_its_kernels_round_by_one_percent_of_the_bound(
+    tiny_config, tmp_path, changes, alone
+):
+    prepared = prepare(tiny_config(**changes), lambda event: None)
+    clients = prepared.clients
+    setup = HostSetup(
+        config=prepared.config, run="r", run_dir=tmp_path, classes=clients.classes, terms=clients.terms
+    )
+    client, examples = next(iter(clients.examples.items()))
+    assert Host(setup)._node(client, examples).alone is alone
