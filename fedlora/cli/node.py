@@ -62,7 +62,7 @@ def node(
 @contextlib.contextmanager
 def _named(path: Path) -> Iterator[None]:
     """What is wrong with the node begins with the name of its file; what a SuperNode refuses does not."""
-    from fedlora.deploy.supernode import UnwantedError
+    from fedlora.deploy.endpoint import UnwantedError
 
     try:
         yield

@@ -17,11 +17,11 @@ from flwr.app import Context, Error, Message
 from flwr.clientapp import ClientApp
 
 from fedlora.config.node import NodeConfig
+from fedlora.deploy.endpoint import UnwantedError
 from fedlora.deploy.supernode import (
     AwayError,
     LostTaskError,
     SuperNode,
-    UnwantedError,
     forbid_core_dumps,
     require_known_flwr,
 )

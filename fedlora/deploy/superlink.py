@@ -5,7 +5,6 @@ that a run carries nor anything else that comes from the control port is ever ru
 """
 
 import hashlib
-import ssl
 import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,16 +23,13 @@ from flwr.proto.runtime_pb2 import AcquireTaskRequest
 from flwr.supercore.constant import TaskType
 from flwr.supercore.control import ControlHttpClient
 from flwr.supercore.fab import Fab
-from flwr.supercore.interceptors import SuperExecAuthHttpInterceptor
 from flwr.supercore.protobuf.client import ProtobufClientInterceptor
 from flwr.supercore.runtime import RuntimeHttpClient
 
+from fedlora.deploy.endpoint import CALL_S, Endpoint, SameVersion, certificate_fault
 from fedlora.deploy.server_task import ENDED
-from fedlora.deploy.supernode import _certificate_fault, _SameVersion
 from fedlora.errors import ConfigError, FedLoraError
 
-CALL_S = 10.0
-"""One call's time; Flower's own is 30 s."""
 SHOWN = 1000
 """How many runs are looked through for ours, newest first; Flower shows 20 unless told."""
 
@@ -75,33 +71,18 @@ class Submitted:
         return self.details or ("stopped" if self.finished else "its process died")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SuperLink:
-    """The control and runtime APIs of a SuperLink in `--isolation process`.
-
-    Args:
-        address: HOST:PORT.
-        tls: what vouches for its certificate; None speaks plain HTTP, for a network that only the two share.
-        secret: of its --superexec-auth-secret-file; None where it has none.
-    """
-
-    address: str
-    tls: ssl.SSLContext | None = None
-    secret: bytes | None = None
+class SuperLink(Endpoint):
+    """The control and runtime APIs of a SuperLink in `--isolation process`."""
 
     @contextmanager
     def connected(self) -> Iterator["Control"]:
         """Where runs are submitted, and their tasks handed out."""
-        url = f"{'http' if self.tls is None else 'https'}://{self.address}"
-        verify = False if self.tls is None else self.tls
-        version = _SameVersion()
-        asking: list[ProtobufClientInterceptor] = [version]
-        if self.secret is not None:
-            only = {"/flwr.proto.Runtime/AcquireTask"}
-            asking.append(SuperExecAuthHttpInterceptor(master_secret=self.secret, protected_methods=only))
+        known: list[ProtobufClientInterceptor] = [SameVersion()]
         with (
-            ControlHttpClient(url, interceptors=[version], verify=verify, timeout=CALL_S) as control,
-            RuntimeHttpClient(url, interceptors=asking, verify=verify, timeout=CALL_S) as runtime,
+            ControlHttpClient(self.url, interceptors=known, verify=self.verify, timeout=CALL_S) as control,
+            RuntimeHttpClient(
+                self.url, interceptors=self.asking(), verify=self.verify, timeout=CALL_S
+            ) as runtime,
         ):
             yield Control(self.address, control, runtime)
 
@@ -179,7 +160,7 @@ class Control:
         try:
             yield
         except httpx.TransportError as error:
-            if (certificate := _certificate_fault(error)) is not None:
+            if (certificate := certificate_fault(error)) is not None:
                 raise ConfigError(
                     f"the SuperLink's certificate is not trusted: {certificate}; give the CA that signed it as "
                     f"--root-certificates"

@@ -6,10 +6,8 @@ a mismatch; a process that stays has to outlive the first two and to say the thi
 """
 
 import logging
-import ssl
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from importlib.metadata import version
 
 import httpx
@@ -18,26 +16,17 @@ from flwr.common.constant import SubStatus
 from flwr.proto.runtime_pb2 import AcquireTaskRequest, PushTaskOutputRequest, SendTaskHeartbeatRequest
 from flwr.supercore.constant import TaskType
 from flwr.supercore.heartbeat import HeartbeatSender
-from flwr.supercore.interceptors import RuntimeTokenHttpInterceptor, SuperExecAuthHttpInterceptor
-from flwr.supercore.protobuf.client import ProtobufCall, ProtobufClientInterceptor, ProtobufRequestContext
+from flwr.supercore.interceptors import RuntimeTokenHttpInterceptor
+from flwr.supercore.protobuf.client import ProtobufClientInterceptor
 from flwr.supercore.retry import RetryInvoker, exponential
 from flwr.supercore.runtime import RuntimeHttpClient
-from flwr.supercore.runtime_version_compatibility import (
-    RuntimeVersionMetadata,
-    get_runtime_version_incompatibility_exit_message,
-)
 from flwr.supercore.utils import disable_process_dumping
 from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message
 
+from fedlora.deploy.endpoint import CALL_S, FLWR, Endpoint, SameVersion, UnwantedError, certificate_fault
 from fedlora.errors import ConfigError, FedLoraError
 
 log = logging.getLogger(__name__)
-
-FLWR = "1.41.0"
-"""The only flwr whose runtime API this room knows."""
-
-CALL_S = 10.0
-"""One call's time; Flower's own is 30 s, within which a stop could not be prompt."""
 
 RETRY_S = 20.0
 """How long a task's calls are tried again: a SuperNode that is away for longer has forgotten the task."""
@@ -51,34 +40,13 @@ class LostTaskError(FedLoraError):
     """The SuperNode does not know the task any more: it was restarted, or had given the task up."""
 
 
-class UnwantedError(ConfigError):
-    """The SuperNode will not have us: another secret, certificate or flwr. No waiting mends that."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SuperNode:
-    """The runtime API of one SuperNode in `--isolation process`.
-
-    Args:
-        address: HOST:PORT.
-        tls: what vouches for its certificate; None speaks plain HTTP, for a network that only the two share.
-        secret: of its --superexec-auth-secret-file; None where it has none.
-    """
-
-    address: str
-    tls: ssl.SSLContext | None = None
-    secret: bytes | None = None
+class SuperNode(Endpoint):
+    """The runtime API of one SuperNode in `--isolation process`."""
 
     @contextmanager
     def connected(self) -> Iterator["Desk"]:
         """Where its tasks are handed out, over one connection."""
-        interceptors: list[ProtobufClientInterceptor] = [_SameVersion()]
-        if self.secret is not None:
-            only = {"/flwr.proto.Runtime/AcquireTask"}
-            interceptors.append(
-                SuperExecAuthHttpInterceptor(master_secret=self.secret, protected_methods=only)
-            )
-        with self._client(interceptors) as client:
+        with self._client(self.asking()) as client:
             yield Desk(self.address, client)
 
     @contextmanager
@@ -99,12 +67,12 @@ class SuperNode:
             max_time=RETRY_S,
             should_giveup=lambda error: stopping(),
         )
-        with self._client([_SameVersion(), RuntimeTokenHttpInterceptor(token)]) as beating:
+        with self._client([SameVersion(), RuntimeTokenHttpInterceptor(token)]) as beating:
             heartbeat = HeartbeatSender(_heartbeat(beating))
             heartbeat.start()
             try:
                 with (
-                    self._client([_SameVersion(), RuntimeTokenHttpInterceptor(token)], patient) as client,
+                    self._client([SameVersion(), RuntimeTokenHttpInterceptor(token)], patient) as client,
                     _told(),
                 ):
                     yield Task(client)
@@ -116,9 +84,9 @@ class SuperNode:
         self, interceptors: list[ProtobufClientInterceptor], retries: RetryInvoker | None = None
     ) -> RuntimeHttpClient:
         return RuntimeHttpClient(
-            f"{'http' if self.tls is None else 'https'}://{self.address}",
+            self.url,
             interceptors=interceptors,
-            verify=False if self.tls is None else self.tls,
+            verify=self.verify,
             timeout=CALL_S,
             retry_invoker=retries,
         )
@@ -189,27 +157,13 @@ def forbid_core_dumps() -> None:
     disable_process_dumping(strict=False)
 
 
-class _SameVersion:
-    """Tells our version of flwr, and hears of one that the SuperNode does not accept."""
-
-    def __init__(self) -> None:
-        self._words = dict(RuntimeVersionMetadata.from_local_component("SuperExec").as_metadata())
-
-    def intercept(self, context: ProtobufRequestContext, call_next: ProtobufCall) -> httpx.Response:
-        context.request.headers.update(self._words)
-        response = call_next(context)
-        if response.is_error and (words := get_runtime_version_incompatibility_exit_message(response.text)):
-            raise UnwantedError(f"{' '.join(words.split())}; install flwr {FLWR} on both ends")
-        return response
-
-
 @contextmanager
 def _told() -> Iterator[None]:
     """What HTTP says of a SuperNode, in our words."""
     try:
         yield
     except httpx.TransportError as error:
-        if (certificate := _certificate_fault(error)) is not None:
+        if (certificate := certificate_fault(error)) is not None:
             raise UnwantedError(
                 f"the SuperNode's certificate is not trusted: {certificate}; give the CA that signed it "
                 f"as --root-certificates"
@@ -219,14 +173,6 @@ def _told() -> Iterator[None]:
         if error.response.status_code >= 500:
             raise AwayError(f"HTTP {error.response.status_code}") from error
         raise LostTaskError(f"HTTP {error.response.status_code}") from error
-
-
-def _certificate_fault(error: BaseException | None) -> str | None:
-    while error is not None:
-        if isinstance(error, ssl.SSLCertVerificationError):
-            return error.verify_message
-        error = error.__cause__ or error.__context__
-    return None
 
 
 def _unwanted(address: str, error: BaseException | None) -> str:

@@ -142,7 +142,7 @@ def _packages() -> Iterator[Line]:
 
 
 def _flower() -> Iterator[Line]:
-    from fedlora.deploy.supernode import FLWR
+    from fedlora.deploy.endpoint import FLWR
 
     if (found := _version("flwr")) == FLWR:
         yield ok("flower", f"{found}, on both ends of a wire the same")

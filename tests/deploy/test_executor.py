@@ -17,8 +17,8 @@ import uvicorn
 from flwr.app import Context, Message
 
 from fedlora.deploy import executor
+from fedlora.deploy.endpoint import UnwantedError
 from fedlora.deploy.executor import Stop, alone, attend
-from fedlora.deploy.supernode import UnwantedError
 from fedlora.errors import ConfigError
 from tests.deploy.sites import Site, attending, self_signed, until
 
