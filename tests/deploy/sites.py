@@ -31,7 +31,7 @@ from flwr.supernode.start_client_internal import _insert_message
 
 from fedlora.deploy.executor import Stop, attend
 from fedlora.deploy.supernode import SuperNode
-from tests.deploy.test_processes import _free_port
+from tests.deploy.processes import free_port
 
 RUN, NODE = 7, 21
 
@@ -40,7 +40,7 @@ class Site:
     """Flower's own SuperNode runtime API on loopback, with messages put in by hand instead of by a SuperLink."""
 
     def __init__(self, secret: bytes | None = None, certificate: Path | None = None) -> None:
-        self.port = _free_port()
+        self.port = free_port()
         self.secret = secret
         self.certificate = certificate
         self.start()

@@ -4,15 +4,15 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
 
 from fedlora.privacy.ledger import read_ledger
+from tests.deploy.federation import hostile_app, node_command
 from tests.deploy.nodes import NODE, node_config
-from tests.deploy.test_processes import PROJECT, Processes, _free_port, _healthy, _node, _until
+from tests.deploy.processes import PROJECT, Processes, free_port, healthy, node_yaml, until
 
 
 def test_neither_a_core_dump_nor_a_debugger_gets_at_the_memory():
@@ -24,19 +24,11 @@ def test_neither_a_core_dump_nor_a_debugger_gets_at_the_memory():
     assert said.split() == ["0", "0", "0"]
 
 
-# `python -c` so that this does not depend on how the console script was installed.
-COMMAND = "from fedlora.cli import app, node; node.add_to(app.app); raise SystemExit(app.main())"
-
-
-def command(node: Path, port: int, *more: str) -> list[str]:
-    return ["python", "-c", COMMAND, "node", str(node), "--supernode", f"127.0.0.1:{port}", *more]
-
-
 def test_a_wrong_node_yaml_ends_it_with_file_line_and_key(tmp_path):
     node = tmp_path / "node.yaml"
     node.write_text(f"client: site-0\nledger: {tmp_path}/ledger.jsonl\nlegder: typo\n")
     failed = subprocess.run(
-        [sys.executable, *command(node, 1)[1:]], cwd=PROJECT, capture_output=True, text=True
+        [sys.executable, *node_command(node, 1)[1:]], cwd=PROJECT, capture_output=True, text=True
     )
     assert failed.returncode == 2
     assert f"{node}:3: legder:" in failed.stderr
@@ -54,19 +46,12 @@ def test_a_wrong_node_yaml_ends_it_with_file_line_and_key(tmp_path):
 def test_a_wrong_option_ends_it_with_one_line(tmp_path, tiny_encoder, topic_files, options, words):
     node_config(tmp_path, tiny_encoder, topic_files[0])
     failed = subprocess.run(
-        [sys.executable, *command(tmp_path / "node.yaml", 1, *options)[1:]],
+        [sys.executable, *node_command(tmp_path / "node.yaml", 1, *options)[1:]],
         cwd=PROJECT, capture_output=True, text=True,
     )  # fmt: skip
     assert failed.returncode == 2
     assert len(failed.stderr.splitlines()) == 1
     assert words in failed.stderr
-
-
-@pytest.fixture
-def processes(tmp_path: Path) -> Iterator[Processes]:
-    found = Processes(tmp_path)
-    yield found
-    found.stop()
 
 
 def test_a_second_executor_of_a_ledger_is_refused_and_the_first_leaves_with_status_zero(
@@ -75,13 +60,13 @@ def test_a_second_executor_of_a_ledger_is_refused_and_the_first_leaves_with_stat
     node_config(tmp_path, tiny_encoder, topic_files[0])
     node = tmp_path / "node.yaml"
     first, second = tmp_path / "first.log", tmp_path / "second.log"
-    processes.start("first", *command(node, _free_port()))
-    _until(lambda: "waiting for the SuperNode" in first.read_text(), 60, processes)
+    processes.start("first", *node_command(node, free_port()))
+    until(lambda: "waiting for the SuperNode" in first.read_text(), 60, processes)
     process = processes.started["first"]
     limits = Path(f"/proc/{process.pid}/limits").read_text()
     assert next(line for line in limits.splitlines() if "core" in line).split()[4:6] == ["0", "0"]
 
-    processes.start("second", *command(node, _free_port()))
+    processes.start("second", *node_command(node, free_port()))
     assert processes.started["second"].wait(60) == 2
     assert "ledger.jsonl.lock is held by another process" in second.read_text()
     assert len(second.read_text().splitlines()) == 1
@@ -94,19 +79,11 @@ def test_a_second_executor_of_a_ledger_is_refused_and_the_first_leaves_with_stat
 def test_a_model_that_is_not_there_ends_it_at_once(processes, tmp_path, topic_files):
     node = tmp_path / "node.yaml"
     node.write_text(NODE.format(train=topic_files[0], model="no/such", folder=tmp_path, participations=2))
-    processes.start("executor", *command(node, _free_port()))
+    processes.start("executor", *node_command(node, free_port()))
     assert processes.started["executor"].wait(60) == 2
     said = (tmp_path / "executor.log").read_text()
     assert f"{node}: model.name 'no/such'" in said
     assert "Traceback" not in said
-
-
-HOSTILE = """
-from pathlib import Path
-Path({marker!r}).write_text("the server's code ran here")
-from flwr.clientapp import ClientApp
-app = ClientApp()
-"""
 
 
 @pytest.mark.slow
@@ -121,7 +98,7 @@ def test_one_process_answers_all_rounds_runs_no_code_of_the_servers_and_outlives
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(run))
     secret, marker = tmp_path / "secret", tmp_path / "marker"
     secret.write_bytes(os.urandom(32))
-    link, *ports = [_free_port() for _ in range(3)]
+    link, *ports = [free_port() for _ in range(3)]
 
     def supernode(number: int) -> None:
         processes.start(
@@ -133,23 +110,23 @@ def test_one_process_answers_all_rounds_runs_no_code_of_the_servers_and_outlives
         "link", "flower-superlink", "--insecure", "--port", str(link), "--isolation", "process",
         "--database", str(tmp_path / "state.db"), "--disable-runtime-dependency-installation",
     )  # fmt: skip
-    _until(lambda: _healthy(link), 60, processes)
+    until(lambda: healthy(link), 60, processes)
     processes.start(
         "server", "flower-superexec", "--insecure", "--runtime-api-address", f"127.0.0.1:{link}",
         FEDLORA_CONFIG=str(tmp_path / "run.yaml"),
     )  # fmt: skip
     for number, port in enumerate(ports):
         supernode(number)
-        node = _node(tmp_path / f"node-{number}", f"site-{number}", run, topic_files[0])
-        processes.start(f"executor-{number}", *command(node, port, "--secret-file", str(secret)))
-    _submit(processes, tmp_path, link, _hostile(tmp_path / "app", marker))
+        node = node_yaml(tmp_path / f"node-{number}", f"site-{number}", run, topic_files[0])
+        processes.start(f"executor-{number}", *node_command(node, port, "--secret-file", str(secret)))
+    _submit(processes, tmp_path, link, hostile_app(tmp_path / "app", marker))
     rounds, said = tmp_path / "run" / "rounds.jsonl", tmp_path / "executor-1.log"
-    _until(lambda: rounds.exists() and '"round": 1' in rounds.read_text(), 120, processes)
+    until(lambda: rounds.exists() and '"round": 1' in rounds.read_text(), 120, processes)
     os.killpg(processes.started["node-1"].pid, signal.SIGKILL)
-    _until(lambda: said.read_text().count("waiting for the SuperNode") == 1, 30, processes)
+    until(lambda: said.read_text().count("waiting for the SuperNode") == 1, 30, processes)
     supernode(1)
-    _until(lambda: said.read_text().count("'query.hello' message answered") == 2, 60, processes)
-    _until((tmp_path / "run" / "adapter" / "README.md").exists, 240, processes)
+    until(lambda: said.read_text().count("'query.hello' message answered") == 2, 60, processes)
+    until((tmp_path / "run" / "adapter" / "README.md").exists, 240, processes)
 
     assert not marker.exists()
     for number in range(2):
@@ -161,15 +138,6 @@ def test_one_process_answers_all_rounds_runs_no_code_of_the_servers_and_outlives
         assert process.wait(10) == 0
     assert (tmp_path / "executor-0.log").read_text().count("'train' message answered") == 3
     assert len(read_ledger(tmp_path / "node-0" / "ledger.jsonl").debits) == 3
-
-
-def _hostile(folder: Path, marker: Path) -> Path:
-    """The project's own app, but for a client app that leaves a mark wherever it is imported."""
-    for name in ("pyproject.toml", "server/server_app.py", "clients/client_app.py"):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text((PROJECT / name).read_text())
-    (folder / "clients" / "client_app.py").write_text(HOSTILE.format(marker=str(marker)))
-    return folder
 
 
 def _submit(processes: Processes, folder: Path, link: int, app: Path) -> None:

@@ -1,6 +1,5 @@
 """`fedlora serve` as the process that it is: what dies is started again, nothing is paid or submitted twice."""
 
-import contextlib
 import io
 import json
 import os
@@ -20,104 +19,8 @@ from fedlora.deploy.superlink import SuperLink, bundle
 from fedlora.deploy.supervise import Supervisor
 from fedlora.deploy.worker import Worker
 from fedlora.errors import ConfigError, IncompleteError
-from fedlora.privacy.ledger import read_ledger
-from tests.deploy.test_executor_processes import _hostile
-from tests.deploy.test_executor_processes import command as node_command
-from tests.deploy.test_processes import PROJECT, Processes, _free_port, _healthy, _node, _until
-
-# `python -c` so that this does not depend on how the console script was installed.
-COMMAND = "from fedlora.cli import app, serve; serve.add_to(app.app); raise SystemExit(app.main())"
-ROUNDS = 3
-
-
-class Federation:
-    """A SuperLink, two nodes that stay, and a run to be served; all of it in one folder."""
-
-    def __init__(self, folder: Path, train: Path, kit: Path | None = None) -> None:
-        self.folder, self.kit = folder, kit
-        self.processes = Processes(folder)
-        self.config = folder / "run.yaml"
-        self.run_dir = folder / "run"
-        self.link, *self.ports = [_free_port() for _ in range(3)]
-        self.secret = folder / "secret"
-        self.secret.write_bytes(os.urandom(32))
-        self.train = train
-        self.run = yaml.safe_load(self.config.read_text())
-        self.run["federation"] |= {"rounds": ROUNDS, "deadline_s": 30}
-        self.run["data"]["partition"] = {"kind": "iid", "clients": 2}
-        self.run["runtime"] = {"kind": "flower"}
-        self.config.write_text(yaml.safe_dump(self.run))
-
-    def start_link(self) -> None:
-        tls = ["--insecure"]
-        if self.kit is not None:
-            files = {"ca-": "ca.crt", "": "server.crt", "key": "server.key"}
-            tls = ["--enable-supernode-auth"]
-            tls += [
-                f"--ssl-{name}{'file' if name == 'key' else 'certfile'}={self.kit / file}"
-                for name, file in files.items()
-            ]
-        self.processes.start(
-            "link", "flower-superlink", *tls, "--port", str(self.link), "--isolation", "process",
-            "--database", str(self.folder / "state.db"), "--disable-runtime-dependency-installation",
-            "--superexec-auth-secret-file", str(self.secret),
-        )  # fmt: skip
-
-    def start_nodes(self) -> None:
-        for number, port in enumerate(self.ports):
-            tls = ["--insecure"]
-            if self.kit is not None:
-                key = self.kit / f"node-{number + 1}.key"
-                tls = [
-                    "--root-certificates",
-                    str(self.kit / "ca.crt"),
-                    "--auth-supernode-private-key",
-                    str(key),
-                ]
-            self.processes.start(
-                f"node-{number}", "flower-supernode", *tls, "--superlink", f"127.0.0.1:{self.link}",
-                "--port", str(port), "--isolation", "process",
-            )  # fmt: skip
-            node = _node(self.folder / f"site-{number}", f"site-{number}", self.run, self.train)
-            self.processes.start(f"executor-{number}", *node_command(node, port))
-
-    def arguments(self) -> list[str]:
-        tls = []
-        if self.kit is not None:
-            tls = ["--root-certificates", str(self.kit / "ca.crt"), "--nodes", str(self.kit / "nodes.json")]
-        link = ["--superlink", f"127.0.0.1:{self.link}", "--secret-file", str(self.secret), *tls]
-        return ["python", "-c", COMMAND, "serve", str(self.config), *link]
-
-    def serve(self, name: str = "server") -> "subprocess.Popen[bytes]":
-        self.processes.start(name, *self.arguments())
-        return self.processes.started[name]
-
-    def said(self, name: str = "server") -> str:
-        path = self.folder / f"{name}.log"
-        return path.read_text() if path.exists() else ""
-
-    def worker(self) -> int:
-        return int((self.run_dir / ".worker.lock").read_text())
-
-    def rounds(self) -> list[int]:
-        path = self.run_dir / "rounds.jsonl"
-        lines = path.read_text().splitlines() if path.exists() else []
-        return [json.loads(line)["round"] for line in lines]
-
-    def wait(self, condition, seconds: float = 90) -> float:
-        began = time.monotonic()
-        _until(condition, seconds, self.processes)
-        return time.monotonic() - began
-
-    def finish(self, server: "subprocess.Popen[bytes]") -> None:
-        """It ends with status 0; every round is done once and every node paid once for it."""
-        self.wait(lambda: server.poll() is not None, 120)
-        assert server.returncode == 0, self.processes.logs()
-        assert self.rounds() == list(range(ROUNDS + 1))
-        assert (self.run_dir / "adapter" / "README.md").exists() and (self.run_dir / "report.html").exists()
-        for number in range(2):
-            ledger = read_ledger(self.folder / f"site-{number}" / "ledger.jsonl")
-            assert [debit.round for debit in ledger.debits] == list(range(1, ROUNDS + 1))
+from tests.deploy.federation import SERVE, Federation, hostile_app
+from tests.deploy.processes import PROJECT, free_port, healthy
 
 
 @pytest.fixture
@@ -125,14 +28,7 @@ def federation(tmp_path, topic_files, tiny_config) -> Iterator[Federation]:
     tiny_config()  # leaves run.yaml here
     found = Federation(tmp_path, topic_files[0])
     yield found
-    _kill_all(found)
-
-
-def _kill_all(federation: Federation) -> None:
-    federation.processes.stop()
-    if (federation.run_dir / ".worker.lock").exists():
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(federation.worker(), signal.SIGKILL)
+    found.stop()
 
 
 @pytest.mark.parametrize(
@@ -160,7 +56,7 @@ def test_a_finished_run_is_left_alone_whether_a_superlink_is_there_or_not(tmp_pa
     (run_dir / "adapter").mkdir(parents=True)
     (run_dir / "report.html").touch()
     (run_dir / "summary.json").write_text('{"rounds_completed": 3}')
-    done = _call("serve", str(tmp_path / "run.yaml"), "--superlink", f"127.0.0.1:{_free_port()}")
+    done = _call("serve", str(tmp_path / "run.yaml"), "--superlink", f"127.0.0.1:{free_port()}")
     assert done.returncode == 0, done.stderr
     assert not (run_dir / "submitted.json").exists()
 
@@ -187,7 +83,7 @@ def test_with_tls_and_registered_nodes_a_run_is_submitted_once_and_finished(
 
     tiny_config()
     provision(tmp_path / "kit", nodes=2, now=datetime.now(UTC))
-    federation = Federation(tmp_path, topic_files[0], tmp_path / "kit")
+    federation = Federation(tmp_path, topic_files[0], kit=tmp_path / "kit")
     try:
         server = federation.serve()
         federation.wait(lambda: "waiting for the SuperLink" in federation.said())
@@ -198,7 +94,7 @@ def test_with_tls_and_registered_nodes_a_run_is_submitted_once_and_finished(
         assert federation.said().count("submitted, in series") == 1
         assert server.args and federation.secret.read_bytes().hex() not in federation.said()
     finally:
-        _kill_all(federation)
+        federation.stop()
 
 
 @pytest.mark.slow
@@ -211,7 +107,7 @@ def test_a_server_process_killed_in_a_round_is_replaced_in_the_same_series_and_n
     federation.wait(lambda: 1 in federation.rounds())
     series = json.loads((federation.run_dir / "submitted.json").read_text())["series"]
     # The nodes train round 2 now, or have: their answers to the killed process are lost.
-    federation.wait(lambda: _debits(federation) == [2, 2], 30)
+    federation.wait(lambda: federation.debits() == [2, 2], 30)
     killed = federation.worker()
     os.kill(killed, signal.SIGKILL)
     found = federation.wait(lambda: federation.said().count("submitted, in series") == 2, 30)
@@ -284,7 +180,7 @@ def test_a_short_outage_of_the_superlink_costs_no_second_run(federation):
 
 @pytest.mark.slow
 def test_what_only_somebody_can_mend_ends_it_with_the_servers_own_words(federation):
-    federation.run["data"]["test"] = "/nowhere/test.tsv"
+    test, federation.run["data"]["test"] = federation.run["data"]["test"], "/nowhere/test.tsv"
     federation.config.write_text(yaml.safe_dump(federation.run))
     federation.start_link()
     server = federation.serve()
@@ -292,7 +188,7 @@ def test_what_only_somebody_can_mend_ends_it_with_the_servers_own_words(federati
     last = federation.said().splitlines()[-1]
     assert str(federation.config) in last and "/nowhere/test.tsv" in last
     # Mended, the same command goes on: the failure of the last run is not held against it.
-    federation.run["data"]["test"] = str(federation.train)
+    federation.run["data"]["test"] = test
     federation.config.write_text(yaml.safe_dump(federation.run))
     mended = federation.serve("mended")
     federation.wait(lambda: "works on run" in federation.said("mended"), 30)
@@ -305,7 +201,7 @@ def test_a_strangers_run_is_stopped_unrun_and_ours_is_submitted_again_when_stopp
     app = _hostile_server(federation.folder / "app", marker)
     control = SuperLink(address=f"127.0.0.1:{federation.link}")
     federation.start_link()
-    federation.wait(lambda: _healthy(federation.link))
+    federation.wait(lambda: healthy(federation.link))
     with control.connected() as desk:
         stranger, _ = desk.submit(bundle(app, "stranger"), None)
         server = federation.serve()
@@ -366,17 +262,12 @@ def test_a_directory_that_is_no_app_is_refused_by_name(tmp_path, content):
 
 def _hostile_server(folder: Path, marker: Path) -> Path:
     """The project's own app, but for a server app that leaves a mark wherever it is imported."""
-    app = _hostile(folder, marker)
+    app = hostile_app(folder, marker)
     (app / "server" / "server_app.py").write_text((app / "clients" / "client_app.py").read_text())
     return app
 
 
-def _debits(federation: Federation) -> list[int]:
-    paths = [federation.folder / f"site-{number}" / "ledger.jsonl" for number in range(2)]
-    return [len(read_ledger(path).debits) if path.exists() else 0 for path in paths]
-
-
 def _call(*arguments: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(
-        [sys.executable, "-c", COMMAND, *arguments], cwd=PROJECT, capture_output=True, text=True, timeout=90
+        [sys.executable, "-c", SERVE, *arguments], cwd=PROJECT, capture_output=True, text=True, timeout=90
     )
