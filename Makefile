@@ -15,8 +15,8 @@ test: install         ## the test suite
 slow: install         ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow
 
-faults: install       ## five hundred kills of a node at random moments
-	FEDLORA_KILLS=500 $(BIN)/python -m pytest tests/faults
+faults: install       ## faults F1 to F54 of docs/reliability.md, the slow ones too, and five hundred kills of a node
+	FEDLORA_KILLS=500 $(BIN)/python -m pytest -m fault -rs
 
 compose-test: install ## the compose file, started for real; with no Docker engine, root may start one
 	$(BIN)/python -m pytest -s -rs -m slow tests/deploy/test_compose.py

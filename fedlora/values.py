@@ -168,13 +168,19 @@ class Witness:
 
 
 class RefusalReason(StrEnum):
-    """Why a client stayed away; a code, since free text could carry a record."""
+    """Why a client stayed away; a code, since free text could carry a record.
+
+    The last two are a server's words: for bytes that are no reply to what was asked, and for an update that cannot be
+    what it says of itself.
+    """
 
     BUDGET = "budget"
     NO_DATA = "no_data"
     BAD_REQUEST = "bad_request"
     LEDGER = "ledger"
     FAILED = "failed"
+    MALFORMED = "malformed"
+    UNSOUND = "unsound"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -20,6 +20,7 @@ from fedlora.config.node import NodeConfig
 from fedlora.deploy.endpoint import UnwantedError
 from fedlora.deploy.supernode import (
     AwayError,
+    HalfMessageError,
     LostTaskError,
     SuperNode,
     forbid_core_dumps,
@@ -36,6 +37,8 @@ IDLE_S = 0.5
 """How long to wait before asking for a task again: from BUSY_S after one, up to IDLE_S while none comes."""
 AWAY_S = 2.0
 """The same while the SuperNode is away, from BUSY_S too."""
+GONE = 3
+"""Flower's code for a message that is not there any more: its sender asks again."""
 GRACE_S = 5.0
 """What a message in work gets when the process is to stop: less than the 10 s after which Docker kills."""
 
@@ -178,8 +181,16 @@ def _serve(app: ClientApp, supernode: SuperNode, token: str, stop: Stop) -> None
     """One message is answered, or given up: its sender asks again, and gets what the outbox has."""
     try:
         with supernode.task(token, lambda: stop.asked) as task:
-            message, context = task.pull()
-            task.push(_answered(app, message, context, stop), context)
+            try:
+                message, context = task.pull()
+            except HalfMessageError as error:
+                log.warning("a message is given back: %s", error)
+                reply = Message(
+                    Error(code=GONE, reason="half of the message arrived"), reply_to=error.message
+                )
+                task.push(reply, error.context)
+            else:
+                task.push(_answered(app, message, context, stop), context)
     except (AwayError, LostTaskError) as error:
         log.warning("a task was lost: %s; its reply waits in the outbox if there is one", error)
     except UnwantedError:

@@ -17,16 +17,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
+from fedlora.deploy.soundness import Soundness
 from fedlora.disk import append_durably, make_directory, whole_lines, write_durably
 from fedlora.errors import ConfigError, IncompleteError
 from fedlora.federation.cohort import Cohort
 from fedlora.transport.wire import decode_reply, encode_reply
-from fedlora.values import ClientUpdate, DpEvent, Refusal, RefusalReason, Reply, TrainRequest, Witness
+from fedlora.values import ClientUpdate, Refusal, RefusalReason, Reply, TrainRequest, Witness
 
 log = logging.getLogger(__name__)
-
-LEAST_NOISE, MOST_NOISE, MOST_STEPS = 1e-2, 1e4, 1 << 20
-"""An event outside is no participation, and one at the end of the run could stop the accountants."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,26 +112,23 @@ class Journal:
 class Reported:
     """A Cohort whose updates are in a journal before anybody uses them."""
 
-    def __init__(self, cohort: Cohort, journal: Journal, *, most_steps: int = MOST_STEPS) -> None:
-        """Drops what claims more than `most_steps` steps in a round: give what is asked of a node."""
+    def __init__(self, cohort: Cohort, journal: Journal, soundness: Soundness) -> None:
+        """An update that contradicts itself, or what its client told before, is a refusal."""
         self.cohort = cohort
         self.journal = journal
-        self.most_steps = most_steps
+        self.soundness = soundness
 
     def ask(self, clients: Sequence[str], request: TrainRequest) -> Iterator[Reply]:
-        """See Cohort. What was heard in this round already is not asked again.
-
-        An update whose account of itself makes no sense is a refusal.
-        """
+        """See Cohort. What was heard in this round already is not asked again."""
         known = self.journal.heard(request.round)
         yield from known
         answered = {update.client for update in known if update.round == request.round}
         for reply in self.cohort.ask([client for client in clients if client not in answered], request):
             if isinstance(reply, Refusal):
                 yield reply
-            elif not reply.spent or not all(_sound(event, self.most_steps) for event in reply.spent):
-                log.error("%s says it spent %s; its update is dropped", reply.client, reply.spent)
-                yield _dropped(reply, RefusalReason.FAILED)
+            elif (objection := self.soundness.objection(reply)) is not None:
+                log.error("%s: its update of round %d is dropped: %s", reply.client, reply.round, objection)
+                yield _dropped(reply, RefusalReason.UNSOUND)
             elif (objection := self.journal.objection(reply)) is not None:
                 log.error(
                     "%s: its ledger cannot be trusted, its update is dropped: %s", reply.client, objection
@@ -155,14 +150,6 @@ def _told(update: ClientUpdate, ledger: Witness) -> _Told:
 
 def _dropped(update: ClientUpdate, reason: RefusalReason) -> Refusal:
     return Refusal(client=update.client, run=update.run, round=update.round, reason=reason)
-
-
-def _sound(event: DpEvent, most_steps: int) -> bool:
-    return (
-        LEAST_NOISE <= event.noise_multiplier <= MOST_NOISE
-        and 0 < event.sample_rate <= 1
-        and 1 <= event.steps <= most_steps
-    )
 
 
 def _cut_torn_line(journal: Path) -> None:

@@ -86,6 +86,8 @@ class DeployedNode:
         """Debit, train, keep, record, answer: each on disk before the next begins."""
         debits = self._whole_ledger(echo)
         run, round_, digest = request.run, request.round, request_digest(request)
+        if echo is not None:
+            self._outbox.acknowledged(run, round_, echo)
         kept = self._outbox.find(run, round_)
         if kept is not None and kept.request_digest == digest and self._recorded(kept):
             return kept.frame

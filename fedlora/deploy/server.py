@@ -22,11 +22,13 @@ from fedlora.config.schema import RunConfig
 from fedlora.data import load_corpus
 from fedlora.data.tokenise import tokenise
 from fedlora.deploy.journal import Journal, Reported
+from fedlora.deploy.soundness import Soundness
 from fedlora.disk import write_durably
 from fedlora.errors import ConfigError
 from fedlora.federation.loop import line_zero, rounds
 from fedlora.federation.store import Store
 from fedlora.methods import build
+from fedlora.privacy.ledger import MOST_ATTEMPTS
 from fedlora.privacy.noise import BY_THE_NODES
 from fedlora.runs.beginning import first_state, origin
 from fedlora.runs.rundir import (
@@ -85,6 +87,7 @@ def _serve(grid: Grid, config: RunConfig, run_dir: Path) -> None:
         store.begin(centre.first, line_zero(centre.score(centre.first.adapters)))
     state = store.recover()
     federation = config.federation
+    clip = None if config.privacy == "none" else config.privacy.max_grad_norm
     journal = Journal(run_dir / SPENT)
     cohort = FlowerCohort(
         nodes,
@@ -92,6 +95,7 @@ def _serve(grid: Grid, config: RunConfig, run_dir: Path) -> None:
         ttl_s=federation.deadline_s * (1 + federation.keep_gauges),
         listener=lambda event: log.info("%s", event),
         echo=journal.furthest,
+        asks=MOST_ATTEMPTS,
     )
     for _, line in rounds(
         state,
@@ -100,7 +104,7 @@ def _serve(grid: Grid, config: RunConfig, run_dir: Path) -> None:
         members=roster.members,
         method=build(config.method, config.lora),
         federation=federation,
-        cohort=Reported(cohort, journal, most_steps=federation.local_steps),
+        cohort=Reported(cohort, journal, Soundness(federation=federation, max_grad_norm=clip)),
         store=store,
         score=centre.score,
     ):

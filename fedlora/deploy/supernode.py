@@ -13,15 +13,29 @@ from importlib.metadata import version
 import httpx
 from flwr.app import Context, Message
 from flwr.common.constant import SubStatus
-from flwr.proto.runtime_pb2 import AcquireTaskRequest, PushTaskOutputRequest, SendTaskHeartbeatRequest
+from flwr.common.serde import context_from_proto, message_from_proto
+from flwr.proto.node_pb2 import Node
+from flwr.proto.runtime_pb2 import (
+    AcquireTaskRequest,
+    PullAppMessagesRequest,
+    PullTaskInputRequest,
+    PushTaskOutputRequest,
+    SendTaskHeartbeatRequest,
+)
 from flwr.supercore.constant import TaskType
 from flwr.supercore.heartbeat import HeartbeatSender
+from flwr.supercore.inflatable.inflatable_protobuf_utils import (
+    make_confirm_message_received_fn_protobuf,
+    make_pull_object_fn_protobuf,
+)
+from flwr.supercore.inflatable.inflatable_utils import ObjectPullError, pull_and_inflate_object_from_tree
 from flwr.supercore.interceptors import RuntimeTokenHttpInterceptor
 from flwr.supercore.protobuf.client import ProtobufClientInterceptor
 from flwr.supercore.retry import RetryInvoker, exponential
 from flwr.supercore.runtime import RuntimeHttpClient
+from flwr.supercore.task_identity import TaskIdentity
 from flwr.supercore.utils import disable_process_dumping
-from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message
+from flwr.supernode.runtime.run_clientapp import push_message
 
 from fedlora.deploy.endpoint import CALL_S, FLWR, Endpoint, SameVersion, UnwantedError, certificate_fault
 from fedlora.errors import ConfigError, FedLoraError
@@ -32,12 +46,25 @@ RETRY_S = 20.0
 """How long a task's calls are tried again: a SuperNode that is away for longer has forgotten the task."""
 
 
+WHOLE_S = 15.0
+"""How long the rest of a message is waited for. A SuperNode that lost its SuperLink while it received one keeps half of
+it, and hands that out; Flower's own client waits two hours."""
+
+
 class AwayError(FedLoraError):
     """Nothing answers at the SuperNode's address; it may later."""
 
 
 class LostTaskError(FedLoraError):
     """The SuperNode does not know the task any more: it was restarted, or had given the task up."""
+
+
+class HalfMessageError(FedLoraError):
+    """What was handed out is half a message; `message` is it, without content, so that it can be answered."""
+
+    def __init__(self, message: Message, context: Context) -> None:
+        super().__init__(f"no more than half of a message within {WHOLE_S:g} s")
+        self.message, self.context = message, context
 
 
 class SuperNode(Endpoint):
@@ -123,9 +150,30 @@ class Task:
         self._client = client
 
     def pull(self) -> tuple[Message, Context]:
-        """The message, and its run. The app that the server sent along is dropped unread: its code never runs here."""
-        message, context, _, _ = pull_task_input(self._client)
-        return message, context
+        """The message, and its run. The app that the server sent along is dropped unread: its code never runs here.
+
+        Raises:
+            HalfMessageError: a part of the message does not come.
+        """
+        given = self._client.PullTaskInput(PullTaskInputRequest())
+        context, run = context_from_proto(given.context), given.run.run_id
+        TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = given.task_id, run, context.node_id
+        waiting = self._client.PullMessages(PullAppMessagesRequest())
+        if not waiting.messages_list:
+            raise LostTaskError("it has no message")
+        tree, node = waiting.message_object_trees[0], Node(node_id=context.node_id)
+        try:
+            message = pull_and_inflate_object_from_tree(
+                tree,
+                make_pull_object_fn_protobuf(self._client.PullObject, node, run),
+                make_confirm_message_received_fn_protobuf(self._client.ConfirmMessageReceived, node, run),
+                return_type=Message,
+                max_time=WHOLE_S,
+            )
+        except ObjectPullError as error:
+            half = message_from_proto(waiting.messages_list[0])
+            raise HalfMessageError(_named(half, tree.object_id), context) from error
+        return _named(message, tree.object_id), context
 
     def push(self, reply: Message, context: Context) -> None:
         """The reply is the SuperNode's, and the task is finished, in this order.
@@ -138,6 +186,12 @@ class Task:
         # No context and no words: the node's state is on its own disk, and its errors in its own log.
         status = SubStatus.FAILED if failed else SubStatus.COMPLETED
         self._client.PushTaskOutput(PushTaskOutputRequest(sub_status=status, details=""))
+
+
+def _named(message: Message, identifier: str) -> Message:
+    """The message with its id, which does not travel in it."""
+    message.metadata.__dict__["_message_id"] = identifier
+    return message
 
 
 def require_known_flwr() -> None:

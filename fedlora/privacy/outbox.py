@@ -53,10 +53,7 @@ class Outbox:
 
     def furthest(self) -> Witness | None:
         """The last line of the ledger that paid for a reply here."""
-        paid = []
-        for path in self.directory.glob("*.reply"):
-            with path.open("rb") as file:
-                paid.append(_kept(path, file.readline(), b"").paid)
+        paid = [_head(path).paid for path in self.directory.glob("*.reply")]
         return max(paid, key=lambda witness: witness.seq, default=None)
 
     def keep(self, kept: Kept) -> None:
@@ -66,9 +63,30 @@ class Outbox:
         line = json.dumps(words, sort_keys=True).encode()
         write_durably(self._path(kept.run, kept.round), line + b"\n" + kept.frame)
 
+    def acknowledged(self, run: str, round_: int, heard: Witness) -> None:
+        """Replies to rounds of this run before `round_` are gone, as far as the server has `heard` them or later ones.
+
+        The one furthest down the ledger stays: it is a witness.
+        """
+        furthest = self.furthest()
+        for path in self.directory.glob(f"{_of(run)}-*.reply"):
+            kept = _head(path)
+            if kept.round < round_ and kept.paid.seq <= heard.seq and kept.paid != furthest:
+                path.unlink()
+
     def _path(self, run: str, round_: int) -> Path:
-        # The run's name is the server's choice, so it is no file name of ours.
-        return self.directory / f"{hashlib.sha256(run.encode()).hexdigest()[:32]}-{round_:06d}.reply"
+        return self.directory / f"{_of(run)}-{round_:06d}.reply"
+
+
+def _of(run: str) -> str:
+    # The run's name is the server's choice, so it is no file name of ours.
+    return hashlib.sha256(run.encode()).hexdigest()[:32]
+
+
+def _head(path: Path) -> Kept:
+    """What is kept there, without its bytes."""
+    with path.open("rb") as file:
+        return _kept(path, file.readline(), b"")
 
 
 def _kept(path: Path, line: bytes, frame: bytes) -> Kept:

@@ -7,11 +7,13 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from importlib.metadata import version
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from fedlora.errors import WireError, without_records
+from fedlora.transport import WIRE
 from fedlora.values import Witness
 
 log = logging.getLogger(__name__)
@@ -19,6 +21,7 @@ log = logging.getLogger(__name__)
 HELLO = "query.hello"
 TRAIN = "train"
 FRAME = "fedlora.frame"
+MOST_RECORDS = 10**9
 FAILED = 2
 """Flower's code for a ClientApp that raised."""
 
@@ -84,18 +87,27 @@ def echo_of(content: RecordDict) -> Witness | None:
 
 
 def hello_content(hello: Hello) -> RecordDict:
-    """A hello as one config record."""
+    """A hello as one config record, with what both ends have to have in common."""
     words = {"client": hello.client, "records": hello.records, "classes": list(hello.classes)}
-    return RecordDict({"fedlora": ConfigRecord(words)})
+    return RecordDict({"fedlora": ConfigRecord({**words, "version": version("fedlora"), "wire": WIRE})})
 
 
 def hello_of(content: RecordDict) -> Hello:
-    """The hello in a message; WireError when it is malformed."""
+    """The hello in a message; WireError when it is malformed, or of another version of the frames."""
     record = content.get("fedlora")
     words = dict(record) if isinstance(record, ConfigRecord) else {}
     client, records, classes = words.get("client"), words.get("records"), words.get("classes")
-    if not (isinstance(client, str) and client and isinstance(records, int) and isinstance(classes, list)):
+    if not (
+        (isinstance(client, str) and client)
+        and (isinstance(records, int) and 1 <= records <= MOST_RECORDS)
+        and isinstance(classes, list)
+    ):
         raise WireError(f"a hello of {client!r} with {records!r} records; run the same fedlora on both ends")
+    if words.get("wire") != WIRE:
+        raise WireError(
+            f"a hello of {client!r} from fedlora {words.get('version')} with frames of version {words.get('wire')}, "
+            f"but here is fedlora {version('fedlora')} with version {WIRE}; install the same on both ends"
+        )
     return Hello(client=client, records=records, classes=tuple(str(name) for name in classes))
 
 

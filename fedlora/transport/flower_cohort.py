@@ -5,8 +5,9 @@ set and which forgets replies that miss the deadline.
 """
 
 import logging
+import math
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from flwr.app import Error, Message, RecordDict
@@ -22,49 +23,69 @@ log = logging.getLogger(__name__)
 
 POLL_S = 0.1
 HELLO_TTL_S = 300.0
+GREET_AGAIN_S = 10.0
+AGAIN_S = 2.0
+"""Between a message that was lost and the next try."""
+RETURN_S = 60.0
+"""How long a client whose message was lost is waited for: as long as Flower refuses a node that died and came back."""
 
 Watch = Callable[[Error | None], None]
 """Called at every poll and with every error message; raises where the transport itself cannot go on."""
 
 
 class Nodes:
-    """Who is behind which node id: learnt from hellos, kept up to date as nodes come back under new ids."""
+    """Who is behind which node id: learnt from hellos, kept up to date as nodes come back under new ids.
+
+    Where nodes join by a registered key, the key's name is the only client that its node can be.
+    """
 
     def __init__(self, grid: Grid, accepts: Callable[[Hello], bool]) -> None:
         self.grid = grid
         self.accepts = accepts
         self.hellos: dict[str, Hello] = {}
         self._ids: dict[str, int] = {}
-        self._greeted: set[int] = set()
+        self._greet_at: dict[int, float] = {}
         self._asked: dict[str, int] = {}
 
     def online(self) -> dict[str, int]:
         """Node id of every client that can be reached now. Nodes seen for the first time are sent a hello."""
-        online = set(self.grid.get_node_ids())
-        for node in sorted(online - self._greeted):
+        online = {node.node_id: node.name for node in self.grid.get_nodes()}
+        now = time.monotonic()
+        for node in sorted(node for node in online if self._greet_at.get(node, now) <= now):
             if identifier := push(self.grid, RecordDict(), node, HELLO, HELLO_TTL_S):
                 self._asked[identifier] = node
-                self._greeted.add(node)
+                self._greet_at[node] = math.inf
         for message in pull(self.grid, self._asked):
             self._meet(self._asked.pop(message.metadata.reply_to_message_id), message, online)
         return {client: node for client, node in self._ids.items() if node in online}
 
-    def _meet(self, node: int, message: Message, online: set[int]) -> None:
+    def _meet(self, node: int, message: Message, online: Mapping[int, str]) -> None:
         if message.has_error():
-            self._greeted.discard(node)  # it may have been starting still: greeted again at the next look
+            del self._greet_at[node]  # it may have been starting still
             return
+        # Whoever cannot be taken for what it says may be mended and started again.
+        self._greet_at[node] = time.monotonic() + GREET_AGAIN_S
         try:
             hello = hello_of(message.content)
         except WireError as error:
             log.warning("node %d sent %s", node, error)
             return
-        if self._ids.get(hello.client, node) in online - {node}:
-            # The other may be gone and not known to be yet: this one is greeted again at the next look.
-            self._greeted.discard(node)
+        if (name := online.get(node)) and name != hello.client:
+            log.warning(
+                "the node with the key of %r says it is %.200r; it is ignored: write client: %s into its node.yaml, "
+                "or register its key under the other name",
+                name,
+                hello.client,
+                name,
+            )
+            return
+        if self._ids.get(hello.client, node) in online.keys() - {node}:
+            # The other may be gone and not known to be yet.
             log.warning(
                 "node %d says it is %r, as another one online does; it is ignored", node, hello.client
             )
         elif self.accepts(hello):
+            self._greet_at[node] = math.inf
             self._ids[hello.client] = node
             self.hellos[hello.client] = hello
 
@@ -75,6 +96,15 @@ class _Asked:
     node: int
     run: str
     round: int
+
+
+@dataclass(slots=True, kw_only=True)
+class _Turn:
+    """A client that is to be asked: how often still, not before when, and until when it is waited for while away."""
+
+    left: int
+    at: float = -math.inf
+    until: float = -math.inf
 
 
 class FlowerCohort:
@@ -89,6 +119,7 @@ class FlowerCohort:
         listener: Listener,
         echo: Callable[[str], Witness | None] = lambda client: None,
         watch: Watch = lambda error: None,
+        asks: int = 1,
     ) -> None:
         """Binds the cohort to nodes that have said hello.
 
@@ -99,6 +130,7 @@ class FlowerCohort:
             listener: told of every reply.
             echo: how far each client's ledger is known to have come.
             watch: see Watch.
+            asks: how often a client is asked in a round whose messages Flower loses, as it does when a process dies.
         """
         self.nodes = nodes
         self.deadline_s = deadline_s
@@ -106,24 +138,29 @@ class FlowerCohort:
         self.listener = listener
         self.echo = echo
         self.watch = watch
+        self.asks = asks
         self._waiting: dict[str, _Asked] = {}
 
     def ask(self, clients: Sequence[str], request: TrainRequest) -> Iterator[Reply]:
         """See Cohort."""
         frame = encode_request(request)
         ends = time.monotonic() + self.deadline_s
-        online = self.nodes.online()
-        self._forget_moved(online)
+        self._forget_moved(self.nodes.online())
+        turns = {client: _Turn(left=self.asks) for client in clients}
         unsent = list(clients)
         while True:
             self.watch(None)
-            busy = {asked.client for asked in self._waiting.values()}
-            for client in [client for client in unsent if client not in busy]:
-                unsent.remove(client)
-                if not self._send(client, online.get(client), frame, request):
-                    yield self._told(_failed(client, request.run, request.round), request)
+            for client in self._send_due(unsent, turns, frame, request):
+                yield self._told(_refused(client, request, RefusalReason.FAILED), request)
             for message in pull(self.nodes.grid, self._waiting):
-                yield self._told(self._received(message), request)
+                asked = self._waiting.pop(message.metadata.reply_to_message_id)
+                turn = turns.get(asked.client) if asked.round == request.round else None
+                if not message.has_error():
+                    yield self._told(_received(asked, message.content), request)
+                elif self._is_lost(asked, message.error, turn):
+                    unsent.append(asked.client)
+                else:
+                    yield self._told(_refused(asked.client, asked, RefusalReason.FAILED), request)
             outstanding = any(asked.round == request.round for asked in self._waiting.values())
             if not (unsent or outstanding) or time.monotonic() >= ends:
                 return
@@ -131,6 +168,34 @@ class FlowerCohort:
 
     def close(self) -> None:
         """See Cohort: the nodes are not ours to stop."""
+
+    def _send_due(
+        self, unsent: list[str], turns: Mapping[str, _Turn], frame: bytes, request: TrainRequest
+    ) -> Iterator[str]:
+        """Whoever of `unsent` is free is asked, and off the list; yields those who cannot be reached."""
+        now = time.monotonic()
+        busy = {asked.client for asked in self._waiting.values()}
+        due = [client for client in unsent if client not in busy and turns[client].at <= now]
+        online = self.nodes.online() if due else {}
+        for client in due:
+            if self._send(client, online.get(client), frame, request):
+                turns[client].left -= 1
+            elif now < turns[client].until:
+                turns[client].at = now + AGAIN_S
+                continue
+            else:
+                yield client
+            unsent.remove(client)
+
+    def _is_lost(self, asked: _Asked, error: Error, turn: _Turn | None) -> bool:
+        """Whether the client is to be asked once more, since Flower has no reply of it and never will."""
+        log.warning("%s: Flower's error %d in round %d", asked.client, error.code, asked.round)
+        self.watch(error)
+        if turn is None or turn.left < 1:
+            return False
+        now = time.monotonic()
+        turn.at, turn.until = now + AGAIN_S, now + RETURN_S
+        return True
 
     def _send(self, client: str, node: int | None, frame: bytes, request: TrainRequest) -> bool:
         if node is None:
@@ -141,22 +206,6 @@ class FlowerCohort:
             return False
         self._waiting[identifier] = _Asked(client=client, node=node, run=request.run, round=request.round)
         return True
-
-    def _received(self, message: Message) -> Reply:
-        asked = self._waiting.pop(message.metadata.reply_to_message_id)
-        if message.has_error():
-            log.warning("%s: Flower's error %d in round %d", asked.client, message.error.code, asked.round)
-            self.watch(message.error)
-            return _failed(asked.client, asked.run, asked.round)
-        try:
-            reply = decode_reply(frame_of(message.content))
-        except WireError as error:
-            log.warning("%s: malformed reply in round %d: %s", asked.client, asked.round, error)
-            return _failed(asked.client, asked.run, asked.round)
-        if reply.client != asked.client:
-            log.warning("%s: its reply in round %d bears another name", asked.client, asked.round)
-            return _failed(asked.client, asked.run, asked.round)
-        return reply
 
     def _told(self, reply: Reply, request: TrainRequest) -> Reply:
         self.listener(ClientDone(round=request.round, client=reply.client, outcome=outcome(reply)))
@@ -169,6 +218,19 @@ class FlowerCohort:
             for identifier, asked in self._waiting.items()
             if online.get(asked.client, asked.node) == asked.node
         }
+
+
+def _received(asked: _Asked, content: RecordDict) -> Reply:
+    """What a client answered; if that is no reply of this client, a refusal in its place, and none of it is used."""
+    try:
+        reply = decode_reply(frame_of(content))
+    except WireError as error:
+        log.warning("%s: malformed reply in round %d: %s", asked.client, asked.round, error)
+        return _refused(asked.client, asked, RefusalReason.MALFORMED)
+    if reply.client != asked.client:
+        log.warning("%s: its reply in round %d bears another name", asked.client, asked.round)
+        return _refused(asked.client, asked, RefusalReason.MALFORMED)
+    return reply
 
 
 def meet(nodes: Nodes, ready: Callable[[dict[str, Hello]], bool], watch: Watch = lambda error: None) -> None:
@@ -196,5 +258,5 @@ def pull(grid: Grid, waiting: Collection[str]) -> list[Message]:
     return [message for message in messages if message.metadata.reply_to_message_id in waiting]
 
 
-def _failed(client: str, run: str, round_: int) -> Refusal:
-    return Refusal(client=client, run=run, round=round_, reason=RefusalReason.FAILED)
+def _refused(client: str, asked: _Asked | TrainRequest, reason: RefusalReason) -> Refusal:
+    return Refusal(client=client, run=asked.run, round=asked.round, reason=reason)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fedlora.algebra.digest import named_tensors
 from fedlora.errors import ShapeError, WireError
+from fedlora.transport import WIRE
 from fedlora.values import (
     Adapters,
     ClientUpdate,
@@ -33,7 +34,7 @@ from fedlora.values import (
     Witness,
 )
 
-MAGIC = b"fedlora\x02"
+MAGIC = b"fedlora" + bytes([WIRE])
 DIGEST_BYTES = 32
 MAX_HEADER_BYTES = 1 << 22
 MAX_DIMENSIONS = 8

@@ -20,7 +20,11 @@ from flwr.app import Context, Message, RecordDict
 from flwr.common.constant import Status
 from flwr.supercore.constant import TaskType
 from flwr.supercore.fab import Fab
-from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
+from flwr.supercore.inflatable.inflatable_object import (
+    get_object_tree,
+    iterate_object_tree,
+    no_object_id_recompute,
+)
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 from flwr.supercore.object_store import ObjectStoreFactory
 from flwr.supercore.run import Run
@@ -73,6 +77,16 @@ class Site:
     def send(self, frame: bytes, kind: str = "train") -> None:
         TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = RUN, NODE, 1
         _insert_message(Message(frame_content(frame), NODE, kind), self.state, self.objects)
+        self.state.create_task(task_type=TaskType.CLIENT_APP, run_id=RUN)
+
+    def send_half(self, frame: bytes) -> None:
+        """As a SuperNode has it that lost its SuperLink while it received: the message is known, its parts are not."""
+        TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = RUN, NODE, 1
+        message = Message(frame_content(frame), NODE, "train")
+        with no_object_id_recompute():
+            message.metadata.__dict__["_message_id"] = message.object_id
+            self.state.store_message(message)
+            self.objects.preregister(RUN, get_object_tree(message))
         self.state.create_task(task_type=TaskType.CLIENT_APP, run_id=RUN)
 
     def reply(self) -> Message:

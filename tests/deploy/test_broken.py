@@ -146,7 +146,7 @@ def the_servers_echo_is_believed(case: Case) -> None:
 
 def the_server_is_a_witness(case: Case) -> None:
     claims = journals.Claims(journals.SOUND)
-    cohort = journals.Reported(claims, journals.Journal(case.folder / "spent.jsonl"), most_steps=2)
+    cohort = journals.Reported(claims, journals.Journal(case.folder / "spent.jsonl"), journals.SOUNDNESS)
     assert journals.answered(cohort, claims, 1, seq=3) is None
     assert journals.answered(cohort, claims, 2, seq=1) == RefusalReason.LEDGER
     assert journals.answered(cohort, claims, 1, seq=3, value=0.5) == RefusalReason.LEDGER

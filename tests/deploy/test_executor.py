@@ -16,7 +16,7 @@ from fedlora.transport.flower_client import Hello, client_app, frame_of  # isort
 import uvicorn
 from flwr.app import Context, Message
 
-from fedlora.deploy import executor
+from fedlora.deploy import executor, supernode
 from fedlora.deploy.endpoint import UnwantedError
 from fedlora.deploy.executor import Stop, alone, attend
 from fedlora.errors import ConfigError
@@ -86,6 +86,17 @@ def test_a_reply_to_a_supernode_that_forgot_the_task_is_dropped_and_the_next_mes
         until(lambda: "a task was lost" in caplog.text)
         site.send(b"two")
         site.reply()
+
+
+def test_half_a_message_is_given_back_for_its_sender_to_ask_again_and_the_next_one_is_answered(
+    site, monkeypatch
+):
+    monkeypatch.setattr(supernode, "WHOLE_S", 0.5)
+    with attending(app_of(), site.node()):
+        site.send_half(b"one")
+        assert site.reply().error.code == 3
+        site.send(b"two")
+        assert frame_of(site.reply().content) == b"answer to two"
 
 
 def test_a_wrong_secret_a_missing_one_and_an_address_of_something_else_end_it_with_the_reason():

@@ -6,7 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from fedlora.config.schema import Federation, Sgd
 from fedlora.deploy.journal import Journal, Reported
+from fedlora.deploy.soundness import Soundness
 from fedlora.errors import ConfigError
 from fedlora.runs.evidence import reported
 from fedlora.values import (
@@ -24,6 +26,8 @@ from fedlora.values import (
 )
 
 SOUND = DpEvent(noise_multiplier=0.7, sample_rate=0.1, steps=2)
+FEDERATION = Federation(rounds=9, cohort=1, local_steps=2, batch_size=4, optimizer=Sgd(name="sgd", lr=1.0))
+SOUNDNESS = Soundness(federation=FEDERATION, max_grad_norm=None)
 TOLD = DpEvent(noise_multiplier=50.0, sample_rate=1.0, steps=1)
 
 
@@ -71,18 +75,18 @@ def answered(
         *({"sample_rate": rate} for rate in (0.0, 1.1, float("nan"))),
     ],
 )
-def test_what_no_participation_can_spend_is_a_failed_reply(tmp_path, claim):
+def test_what_no_participation_can_spend_is_an_unsound_reply(tmp_path, claim):
     journal = Journal(tmp_path / "spent.jsonl")
-    cohort = Reported(Claims(SOUND, replace(SOUND, **claim)), journal, most_steps=2)
+    cohort = Reported(Claims(SOUND, replace(SOUND, **claim)), journal, SOUNDNESS)
     (reply,) = cohort.ask(["site-0"], asked_in(1))
-    assert isinstance(reply, Refusal) and reply.reason == RefusalReason.FAILED
+    assert isinstance(reply, Refusal) and reply.reason == RefusalReason.UNSOUND
     assert not (tmp_path / "spent.jsonl").exists()
 
 
 def test_a_torn_line_of_the_journal_does_not_spoil_the_next(tmp_path):
     journal = tmp_path / "spent.jsonl"
     members = [Member(client="site-0", examples=10)]
-    cohort = Reported(Claims(SOUND, TOLD), Journal(journal), most_steps=2)
+    cohort = Reported(Claims(SOUND, TOLD), Journal(journal), SOUNDNESS)
     for number in (1, 2, 3):
         list(cohort.ask(["site-0"], asked_in(number)))
         with journal.open("a") as file:
@@ -92,10 +96,10 @@ def test_a_torn_line_of_the_journal_does_not_spoil_the_next(tmp_path):
 
 def test_a_ledger_that_was_put_back_is_refused_also_after_a_restart_of_the_server(tmp_path, caplog):
     claims, journal = Claims(SOUND), tmp_path / "spent.jsonl"
-    cohort = Reported(claims, Journal(journal), most_steps=2)
+    cohort = Reported(claims, Journal(journal), SOUNDNESS)
     assert answered(cohort, claims, 1, seq=1) is None
     assert answered(cohort, claims, 3, seq=7) is None
-    for again in (cohort, Reported(claims, Journal(journal), most_steps=2)):
+    for again in (cohort, Reported(claims, Journal(journal), SOUNDNESS)):
         assert again.journal.furthest("site-0") == Witness(seq=7, head=f"{7:064d}")
         assert again.journal.furthest("site-1") is None
         for number, seq in ((4, 5), (4, 7), (5, 1), (2, 7), (2, 9), (2, 1), (4, 0)):
@@ -108,7 +112,7 @@ def test_a_ledger_that_was_put_back_is_refused_also_after_a_restart_of_the_serve
 
 def test_late_replies_are_accepted_out_of_order(tmp_path):
     claims = Claims(SOUND)
-    cohort = Reported(claims, Journal(tmp_path / "spent.jsonl"), most_steps=2)
+    cohort = Reported(claims, Journal(tmp_path / "spent.jsonl"), SOUNDNESS)
     rounds = ((3, 5), (1, 1), (5, 9), (4, 7), (2, 3))
     assert [answered(cohort, claims, number, seq) for number, seq in rounds] == [None] * 5
     assert cohort.journal.furthest("site-0") == Witness(seq=9, head=f"{9:064d}")
@@ -116,9 +120,9 @@ def test_late_replies_are_accepted_out_of_order(tmp_path):
 
 def test_a_round_is_answered_by_the_same_bytes_for_ever(tmp_path, caplog):
     claims, journal = Claims(SOUND), tmp_path / "spent.jsonl"
-    cohort = Reported(claims, Journal(journal), most_steps=2)
+    cohort = Reported(claims, Journal(journal), SOUNDNESS)
     assert answered(cohort, claims, 1, seq=1, value=0.5) is None
-    for again in (cohort, Reported(claims, Journal(journal), most_steps=2)):
+    for again in (cohort, Reported(claims, Journal(journal), SOUNDNESS)):
         assert answered(again, claims, 1, seq=1, value=0.5) is None
         assert answered(again, claims, 1, seq=1, value=0.25) == RefusalReason.LEDGER
         assert answered(again, claims, 1, seq=3, value=0.5) == RefusalReason.LEDGER
@@ -132,7 +136,7 @@ def test_a_reply_that_names_no_line_of_a_ledger_is_refused(tmp_path):
                 assert isinstance(reply, ClientUpdate)
                 yield replace(reply, ledger=None)
 
-    cohort = Reported(Silent(SOUND), Journal(tmp_path / "spent.jsonl"), most_steps=2)
+    cohort = Reported(Silent(SOUND), Journal(tmp_path / "spent.jsonl"), SOUNDNESS)
     (reply,) = cohort.ask(["site-0"], asked_in(1))
     assert isinstance(reply, Refusal) and reply.reason == RefusalReason.LEDGER
 

@@ -32,6 +32,47 @@ def test_the_same_request_gets_the_same_bytes_also_from_a_new_process_and_is_deb
     assert debits(config) == 1
 
 
+def outbox(config: NodeConfig) -> list[int]:
+    """The rounds whose replies are kept."""
+    paths = Path(f"{config.ledger}.outbox").glob("*.reply")
+    return sorted(int(path.stem.rpartition("-")[2]) for path in paths)
+
+
+def test_a_reply_is_kept_until_the_server_says_it_has_it(config, request_one):
+    budget = config.budget.model_copy(update={"max_participations": 9})
+    node = DeployedNode(config.model_copy(update={"budget": budget}))
+    frames = {n: encode_request(replace(request_one, round=n)) for n in range(1, 6)}
+    told = {1: decode_reply(node.answer(frames[1])).ledger}
+    assert outbox(config) == [1]
+    told[2] = decode_reply(node.answer(frames[2])).ledger  # no word of the first
+    assert outbox(config) == [1, 2]
+    other = decode_reply(node.answer(encode_request(replace(request_one, run="another")), None)).ledger
+    told[3] = decode_reply(node.answer(frames[3], told[1])).ledger
+    assert outbox(config) == [1, 2, 3]  # another run's reply to its round 1
+    assert debits(config) == 4
+    # A later one that was heard stands for those before it; another run's server knows nothing of this one's.
+    told[4] = decode_reply(node.answer(frames[4], told[3])).ledger
+    assert outbox(config) == [1, 3, 4]  # the last one stays until there is a later one, since it is a witness
+    told[5] = decode_reply(node.answer(frames[5], told[4])).ledger
+    assert outbox(config) == [1, 4, 5]
+    assert node.answer(encode_request(replace(request_one, run="another"))) and debits(config) == 6
+    assert other is not None and node._outbox.find("another", 1).paid == other
+
+
+def test_what_is_asked_for_now_is_sent_again_whatever_the_server_says_it_has(config, request_one):
+    frame = encode_request(request_one)
+    first = DeployedNode(config).answer(frame)
+    assert DeployedNode(config).answer(frame, decode_reply(first).ledger) == first
+    assert debits(config) == 1
+
+
+def test_the_last_reply_stays_since_it_is_a_witness(config, request_one):
+    node = DeployedNode(config)
+    paid = decode_reply(node.answer(encode_request(request_one))).ledger
+    refused = node.answer(encode_request(replace(request_one, round=2, base_model="0" * 64)), paid)
+    assert reason(refused) == RefusalReason.BAD_REQUEST and outbox(config) == [1]
+
+
 def test_two_nodes_never_draw_the_same_noise(config, request_one, tmp_path):
     elsewhere = config.model_copy(update={"ledger": str(tmp_path / "other" / "ledger.jsonl")})
     frame = encode_request(request_one)

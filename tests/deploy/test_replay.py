@@ -20,6 +20,7 @@ from fedlora.training.model import load_model
 from fedlora.transport.wire import decode_reply, encode_request
 from fedlora.values import Member, Reply, TrainRequest
 from tests.deploy.nodes import node_config
+from tests.deploy.test_journal import SOUNDNESS
 
 CLASSES = ("weather", "music", "kitchen")
 
@@ -74,7 +75,7 @@ def served(tmp_path, tiny_config, tiny_encoder, topic_files):
             for state, _ in rounds(
                 store.recover(), origin=origin(config, roster.run), seed=config.seed,
                 members=roster.members, method=build(config.method, config.lora),
-                federation=config.federation, cohort=Reported(sites, Journal(run_dir / SPENT)), store=store,
+                federation=config.federation, cohort=Reported(sites, Journal(run_dir / SPENT), SOUNDNESS), store=store,
                 score=lambda adapters: {},
             ):  # fmt: skip
                 done.append((state.round, state_digest(state)))

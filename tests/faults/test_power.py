@@ -23,7 +23,7 @@ from fedlora.privacy.outbox import Outbox
 from fedlora.training import client as client_module
 from fedlora.transport.wire import encode_request
 from tests.deploy.nodes import first_request, node_config
-from tests.deploy.test_journal import SOUND, Claims, asked_in
+from tests.deploy.test_journal import SOUND, SOUNDNESS, Claims, asked_in
 
 
 class Disk:
@@ -239,7 +239,7 @@ def test_the_servers_journal_is_on_disk_before_anybody_uses_an_update(tmp_path, 
     folder.mkdir()
     disk_ = Disk(folder, lost or (lambda path: False))
     with _recording(disk_, monkeypatch):
-        cohort = Reported(Claims(SOUND), Journal(folder / "spent.jsonl"), most_steps=2)
+        cohort = Reported(Claims(SOUND), Journal(folder / "spent.jsonl"), SOUNDNESS)
         found = []
         for number in (1, 2):
             for _ in cohort.ask(["site-0"], asked_in(number)):

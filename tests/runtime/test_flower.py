@@ -47,6 +47,7 @@ from fedlora.values import (
     TrainRequest,
     Witness,
 )
+from tests.deploy.test_journal import SOUNDNESS
 
 SPENT = DpEvent(noise_multiplier=1.5, sample_rate=0.1, steps=2)
 
@@ -214,7 +215,10 @@ def test_whatever_a_node_does_ends_as_a_reply_that_bears_its_name(caplog):
         replies = {reply.client: reply for reply in cohort_of(grid, 4).ask(names, request(1))}
     assert sorted(replies) == sorted(names)
     assert isinstance(replies.pop("site-0"), ClientUpdate)
-    assert {reply.reason for reply in replies.values()} == {RefusalReason.FAILED}
+    malformed, failed = RefusalReason.MALFORMED, RefusalReason.FAILED
+    assert {client: reply.reason for client, reply in replies.items()} == {
+        "site-1": failed, "site-2": malformed, "site-3": malformed, "nobody": failed
+    }  # fmt: skip
     assert {(reply.run, reply.round) for reply in replies.values()} == {("r", 1)}
 
 
@@ -259,7 +263,7 @@ def test_what_replies_say_they_spent_is_kept_once_a_round_and_nonsense_is_droppe
         honest, "site-2", spent=(SPENT, DpEvent(noise_multiplier=-1.0, sample_rate=0.1, steps=2))
     )
     with federation([partial(honest, "site-0"), free, negative]) as grid:
-        cohort = Reported(cohort_of(grid, 3), Journal(tmp_path / "spent.jsonl"))
+        cohort = Reported(cohort_of(grid, 3), Journal(tmp_path / "spent.jsonl"), SOUNDNESS)
         for number in (1, 1, 2):  # a round may be done again after a crash
             replies = list(cohort.ask(["site-0", "site-1", "site-2"], request(number)))
             refused = {reply.client for reply in replies if isinstance(reply, Refusal)}
@@ -290,7 +294,7 @@ def test_a_request_tells_each_node_how_far_its_own_ledger_is_known_to_have_come(
     with federation([partial(honest, name) for name in names], echoes=echoes) as grid:
         for number, asked in ((1, names), (2, names[:1]), (3, names[:1])):
             journal = Journal(tmp_path / "spent.jsonl")  # as after a restart of the server
-            cohort = Reported(cohort_of(grid, 2, echo=journal.furthest), journal)
+            cohort = Reported(cohort_of(grid, 2, echo=journal.furthest), journal, SOUNDNESS)
             assert len(list(cohort.ask(asked, request(number)))) == len(asked)
     assert echoes["site-0"] == [None, debit_of("site-0", 1), debit_of("site-0", 2)]
     assert echoes["site-1"] == [None]

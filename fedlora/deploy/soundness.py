@@ -1,0 +1,65 @@
+"""Whether an update can be what it says of itself. It finds what went wrong at a node; a liar it does not."""
+
+import math
+from dataclasses import dataclass
+
+from fedlora.algebra.deltas import joint_norm
+from fedlora.config.schema import Federation, Sgd
+from fedlora.federation.loop import work
+from fedlora.values import ClientUpdate, Delta, DpEvent
+
+LEAST_NOISE, MOST_NOISE = 1e-2, 1e4
+"""An event outside is no participation, and one at the end of the run could stop the accountants."""
+SPREAD = 0.5
+"""How far the length of noise may be from its expectation, as a part of it. Its relative std is 1 / sqrt(2 n) for n
+numbers, and n is the steps times all trained entries."""
+DRAWS = 6
+"""Standard deviations by which the number of records drawn may exceed its expectation."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Soundness:
+    """What a server knows of its nodes' work before it hears of it.
+
+    max_grad_norm: every node's clip; None where none of them clips.
+    """
+
+    federation: Federation
+    max_grad_norm: float | None
+
+    def objection(self, update: ClientUpdate) -> str | None:
+        """Why the update cannot be what it says it is; None if it can."""
+        if not update.spent or not all(self._can_be_spent(event) for event in update.spent):
+            return f"it says it spent {update.spent}"
+        return self._objection_to_length(update)
+
+    def _can_be_spent(self, event: DpEvent) -> bool:
+        return (
+            LEAST_NOISE <= event.noise_multiplier <= MOST_NOISE
+            and 0 < event.sample_rate <= 1
+            and 1 <= event.steps <= self.federation.local_steps
+        )
+
+    def _objection_to_length(self, update: ClientUpdate) -> str | None:
+        """Under SGD an update is noise of a known length, and a clipped gradient for each record that was drawn."""
+        event = update.spent[0]
+        if self.max_grad_norm is None or event.expected_batch is None:
+            return None
+        if not isinstance(self.federation.optimizer, Sgd):
+            return None  # the length of an AdamW step says nothing of its noise
+        unit = work(update.round, self.federation).learning_rate * self.max_grad_norm / event.expected_batch
+        noise = unit * event.noise_multiplier * math.sqrt(event.steps * _entries(update.delta))
+        drawn = event.steps * event.expected_batch
+        signal = unit * (drawn + DRAWS * (math.sqrt(drawn) + 1))
+        least, most = (1 - SPREAD) * noise, (1 + SPREAD) * noise + signal
+        if not least <= (length := joint_norm(update.delta)) <= most:
+            return (
+                f"its length is {length:.3g}, but with noise multiplier {event.noise_multiplier:g} and max_grad_norm "
+                f"{self.max_grad_norm:g} it is from {least:.3g} to {most:.3g}; compare max_grad_norm in its node.yaml "
+                "with this run's"
+            )
+        return None
+
+
+def _entries(delta: Delta) -> int:
+    return sum(tensor.numel() for named in (delta.sites, delta.head) for tensor in named.values())

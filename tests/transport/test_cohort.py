@@ -1,0 +1,185 @@
+"""Who is taken for which client, and what a cohort does about messages that Flower loses."""
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from flwr.app import ConfigRecord, RecordDict
+
+from fedlora.errors import WireError
+from fedlora.transport import WIRE, flower_cohort
+from fedlora.transport.flower_client import Hello, client_app, hello_content, hello_of
+from fedlora.transport.flower_cohort import FlowerCohort, Nodes, meet
+from fedlora.transport.wire import decode_request, encode_reply
+from fedlora.values import (
+    Adapters,
+    ClientUpdate,
+    Delta,
+    Factors,
+    LocalWork,
+    Refusal,
+    RefusalReason,
+    TrainRequest,
+    Witness,
+)
+from tests.faults.grid import App, Wire, fails, instead, is_lost
+
+NODE_UNAVAILABLE, APP_CRASHED, MESSAGE_GONE = 5, 8, 3
+
+
+def app_of(client: str) -> App:
+    """Answers with an update that is the number of its round."""
+
+    def answer(context: object, frame: bytes, echo: Witness | None) -> bytes:
+        asked = decode_request(frame)
+        delta = Delta(basis=0, sites={"layer": torch.full((3, 2), float(asked.round))})
+        paid = Witness(seq=asked.round, head="h")
+        return encode_reply(
+            ClientUpdate(client=client, run=asked.run, round=asked.round, delta=delta, spent=(), ledger=paid)
+        )
+
+    return client_app(lambda context: Hello(client=client, records=9, classes=("a", "b")), answer)
+
+
+def request(number: int) -> TrainRequest:
+    adapters = Adapters(basis=0, scale=1.0, sites={"layer": Factors(a=torch.eye(2, 4), b=torch.zeros(3, 2))})
+    work = LocalWork(steps=2, learning_rate=0.1)
+    return TrainRequest(run="r", base_model="b", code="c", round=number, adapters=adapters, work=work)
+
+
+@pytest.fixture
+def wire(tmp_path, monkeypatch) -> Callable[..., Wire]:
+    """A grid of nodes by name; waits are short."""
+    monkeypatch.setattr(flower_cohort, "AGAIN_S", 0.05)
+    monkeypatch.setattr(flower_cohort, "RETURN_S", 1.0)
+    monkeypatch.setattr(flower_cohort, "GREET_AGAIN_S", 0.05)
+
+    def build(*clients: str, names: Mapping[int, str] | None = None, **more) -> Wire:
+        nodes = {number: app_of(client) for number, client in enumerate(clients, 1)}
+        return Wire(nodes=nodes, folder=Path(tmp_path), names=names or {}, **more)
+
+    return build
+
+
+def cohort_of(wire: Wire, clients: int, asks: int = 3, deadline_s: float = 20.0) -> FlowerCohort:
+    nodes = Nodes(wire, lambda hello: True)
+    meet(nodes, lambda hellos: len(hellos) == clients)
+    return FlowerCohort(nodes, deadline_s=deadline_s, ttl_s=60.0, listener=lambda event: None, asks=asks)
+
+
+def outcomes(cohort: FlowerCohort, *clients: str) -> dict[str, str]:
+    replies = list(cohort.ask(clients, request(1)))
+    assert len({reply.client for reply in replies}) == len(replies)
+    return {
+        reply.client: reply.reason.value if isinstance(reply, Refusal) else "answered" for reply in replies
+    }
+
+
+@pytest.mark.parametrize("code", [NODE_UNAVAILABLE, APP_CRASHED, MESSAGE_GONE])
+def test_a_client_whose_message_was_lost_is_asked_again_in_the_same_round(wire, code):
+    grid = wire("a", "b")
+    grid.fates[1, 1] = lambda asked, reply: [*fails(code)(asked, reply)] if first(grid) else [reply]
+    assert outcomes(cohort_of(grid, 2), "a", "b") == {"a": "answered", "b": "answered"}
+    assert [heard.node for heard in grid.tape.read("asked") if heard.round == 1].count(1) == 2
+
+
+def first(grid: Wire) -> bool:
+    """Whether node 1 was asked for round 1 only once so far."""
+    return [heard.node for heard in grid.tape.read("asked") if heard.round == 1].count(1) == 1
+
+
+@pytest.mark.parametrize("asks", [1, 3])
+def test_a_client_whose_every_message_is_lost_is_asked_so_often_and_no_more(wire, asks):
+    grid = wire("a")
+    grid.fates[1, 1] = fails(APP_CRASHED)
+    assert outcomes(cohort_of(grid, 1, asks), "a") == {"a": "failed"}
+    assert len([heard for heard in grid.tape.read("asked") if heard.round == 1]) == asks
+
+
+def test_a_client_that_was_lost_is_waited_for_until_it_is_back(wire):
+    gone: list[float] = []
+    grid = wire("a", awake=lambda node: not gone or time.monotonic() > gone[0] + 0.4)
+
+    def dies(asked, reply):
+        if gone:
+            return [reply]
+        gone.append(time.monotonic())
+        return fails(NODE_UNAVAILABLE)(asked, reply)
+
+    grid.fates[1, 1] = dies
+    assert outcomes(cohort_of(grid, 1), "a") == {"a": "answered"}
+
+
+def test_a_client_that_stays_away_is_waited_for_no_longer_than_it_takes_to_come_back(wire):
+    gone: list[bool] = []
+    grid = wire("a", "b", awake=lambda node: node != 1 or not gone)
+    grid.fates[1, 1] = lambda asked, reply: (gone.append(True), fails(NODE_UNAVAILABLE)(asked, reply))[1]
+    cohort = cohort_of(grid, 2)
+    assert outcomes(cohort, "a", "b") == {"a": "failed", "b": "answered"}
+    # Whoever is away when a round begins is not waited for at all.
+    began = time.monotonic()
+    assert [reply.client for reply in cohort.ask(["a"], request(2))] == ["a"]
+    assert time.monotonic() - began < 0.5
+
+
+def test_a_lost_client_is_not_asked_again_after_the_deadline(wire):
+    grid = wire("a")
+    grid.fates[1, 1] = fails(APP_CRASHED)
+    grid.holds[1, 1] = lambda: time.monotonic() > held
+    cohort = cohort_of(grid, 1, deadline_s=0.2)
+    held = time.monotonic() + 0.15
+    list(cohort.ask(["a"], request(1)))
+    assert len([heard for heard in grid.tape.read("asked") if heard.round == 1]) == 1
+
+
+@pytest.mark.parametrize("frame", [b"", b"\x00" * 100])
+def test_bytes_that_are_no_reply_are_refused_as_malformed_and_not_asked_for_again(wire, frame):
+    grid = wire("a")
+    grid.fates[1, 1] = instead(frame)
+    assert outcomes(cohort_of(grid, 1), "a") == {"a": RefusalReason.MALFORMED}
+    assert len([heard for heard in grid.tape.read("asked") if heard.round == 1]) == 1
+
+
+def test_a_message_that_never_arrives_is_waited_for_until_the_deadline(wire):
+    grid = wire("a", "b")
+    grid.fates[1, 1] = is_lost
+    assert outcomes(cohort_of(grid, 2, deadline_s=0.5), "a", "b") == {"b": "answered"}
+
+
+@pytest.mark.fault("F43")
+def test_a_node_is_the_client_that_its_registered_key_is_named_after_or_nobody(wire, caplog):
+    caplog.set_level(logging.WARNING)
+    grid = wire("a", "a", names={1: "b", 2: "a"})  # node 1 has b's key
+    nodes = Nodes(grid, lambda hello: True)
+    meet(nodes, lambda hellos: bool(hellos) and not nodes._asked)
+    assert nodes.online() == {"a": 2}
+    assert "the node with the key of 'b' says it is 'a'; it is ignored: write client: b" in caplog.text
+
+
+def test_a_node_that_was_refused_is_greeted_again_since_it_may_have_been_mended(wire):
+    grid = wire("a")
+    mended = time.monotonic() + 0.3
+    nodes = Nodes(grid, lambda hello: time.monotonic() > mended)
+    meet(nodes, lambda hellos: "a" in hellos)
+    assert 2 <= len(grid.tape.read("asked")) < 10
+
+
+def test_a_hello_survives_the_journey():
+    hello = Hello(client="a", records=3, classes=("x", "y"))
+    assert hello_of(hello_content(hello)) == hello
+
+
+@pytest.mark.fault("F47")
+@pytest.mark.parametrize("wire_version", [WIRE - 1, WIRE + 1, None, "2"])
+def test_a_hello_of_another_version_is_refused_with_both_named(wire_version):
+    words = dict(hello_content(Hello(client="a", records=3, classes=("x",)))["fedlora"])
+    words |= {"version": "9.9", "wire": wire_version}
+    if wire_version is None:
+        del words["wire"]
+    with pytest.raises(
+        WireError, match=rf"fedlora 9.9 with frames.*but here is fedlora .* with version {WIRE}"
+    ):
+        hello_of(RecordDict({"fedlora": ConfigRecord(words)}))
