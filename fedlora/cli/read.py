@@ -1,4 +1,4 @@
-"""Commands that look: status, evaluate, report, schema; and budget, which is a file of its own."""
+"""Commands that look: status, replay, evaluate, report, schema; and budget, which is a file of its own."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,9 @@ from fedlora.cli.output import (
     only_ours,
     pairs,
     show,
+    table,
 )
+from fedlora.errors import IncompleteError
 
 
 def add_to(app: typer.Typer) -> None:
@@ -24,6 +26,7 @@ def add_to(app: typer.Typer) -> None:
     app.command("status", short_help="Tell how far a run is.")(status)
     follow.add_to(app)
     budget.add_to(app)
+    app.command("replay", short_help="Play a server's run again from its journal.")(replay)
     app.command("evaluate", short_help="Score an adapter on test data.")(evaluate)
     app.command("report", short_help="Write the run as one HTML file.")(report)
     app.command("schema", short_help="Print the JSON Schema of the config, for editors.")(schema)
@@ -51,6 +54,25 @@ def status(
         found = found_in(run_dir)
     unfinished = f"not finished; if nothing works on it, {going_on(run_dir)}"
     show(found, follow.status_text(str(run_dir), found, unfinished), form)
+
+
+def replay(run_dir: RunDirArgument, form: FormatOption = Format.TEXT) -> None:
+    """Play a server's run again from its journal: every update that it heard gives its model, bit for bit."""
+    from fedlora.deploy import replay as journal
+    from fedlora.federation.store import Store, state_digest
+
+    with only_ours():
+        played = list(journal.replay(run_dir))
+        stored = state_digest(Store(run_dir).load()[0])
+    number, found = played[-1]
+    if found != stored:
+        raise IncompleteError(
+            f"{run_dir}: by the journal round {number} ends in {found}, by the checkpoint in {stored}; something was "
+            "changed: restore the directory"
+        )
+    rows = [{"round": number, "state_sha256": digest} for number, digest in played]
+    text = table(("round", "state_sha256"), [(str(number), digest) for number, digest in played])
+    show(rows, f"{text}\nThe checkpoint is the same, bit for bit.", form)
 
 
 def evaluate(

@@ -53,7 +53,7 @@ def serve(
         typer.Option(
             "--nodes",
             metavar="FILE",
-            help="nodes.json of fedlora provision: keys that may join, also later ones.",
+            help="nodes.json of fedlora provision: the keys that may join; read again when it changes.",
         ),
     ] = None,
     app: Annotated[

@@ -5,7 +5,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from fedlora.deploy.journal import Journal
-from fedlora.errors import ConfigError
+from fedlora.errors import ConfigError, IncompleteError
 from fedlora.federation.loop import line_zero, rounds
 from fedlora.federation.store import Store, state_digest
 from fedlora.methods import build
@@ -20,7 +20,7 @@ def replay(run_dir: Path) -> Iterator[tuple[int, str]]:
 
     Raises:
         ConfigError: the directory holds no run of a server.
-        IncompleteError: an update that was heard is missing or damaged.
+        IncompleteError: no round is completed, or an update that was heard is missing or damaged.
     """
     config, roster = run_config(run_dir), load_roster(run_dir)
     if roster is None:
@@ -29,6 +29,8 @@ def replay(run_dir: Path) -> Iterator[tuple[int, str]]:
     model = load_model(config.model, config.task, config.lora, classes, config.seed)
     method = build(config.method, config.lora)
     last, _ = Store(run_dir).load()
+    if last.round == 0:
+        raise IncompleteError(f"{run_dir}: no round is completed yet; wait for the first")
     with TemporaryDirectory() as scratch:
         store = Store(Path(scratch))
         first = first_state(config, model, method)

@@ -6,7 +6,7 @@ that a run carries nor anything else that comes from the control port is ever ru
 
 import hashlib
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,14 @@ from flwr.cli.build import build_fab_from_files
 from flwr.cli.utils import collect_files
 from flwr.common.constant import Status
 from flwr.common.serde import fab_to_proto
-from flwr.proto.control_pb2 import ListRunsRequest, RegisterNodeRequest, StartRunRequest, StopRunRequest
+from flwr.proto.control_pb2 import (
+    ListNodesRequest,
+    ListRunsRequest,
+    RegisterNodeRequest,
+    StartRunRequest,
+    StopRunRequest,
+    UnregisterNodeRequest,
+)
 from flwr.proto.run_pb2 import Run
 from flwr.proto.runtime_pb2 import AcquireTaskRequest
 from flwr.supercore.constant import TaskType
@@ -107,6 +114,16 @@ class Control:
                 return False
             raise
         return True
+
+    def unregister_others(self, keys: Collection[bytes]) -> list[str]:
+        """No SuperNode with any other key (PEM) than these may join any more. Returns the names of those who could."""
+        with self._told():
+            known = self._control.ListNodes(ListNodesRequest()).nodes_info
+        others = [node for node in known if node.public_key not in keys and not node.unregistered_at]
+        for node in others:
+            with self._told():
+                self._control.UnregisterNode(UnregisterNodeRequest(node_id=node.node_id))
+        return [node.name for node in others]
 
     def runs(self) -> list[Submitted]:
         """Newest first."""

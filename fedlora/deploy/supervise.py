@@ -72,7 +72,7 @@ class Supervisor:
             worker: starts the process that works on a run.
             order: what that process is told, from the token of its task.
             bundle: the FAB of a run, from its name.
-            nodes: a nodes.json, whose keys are registered, and again when it changes.
+            nodes: a nodes.json, whose keys are registered and no others, and again when it changes.
             attempts: see ATTEMPTS.
         """
         self.run_dir = run_dir
@@ -156,6 +156,8 @@ class Supervisor:
         new = [name for name, key in self.keys.items() if control.register(name, key)]
         if new:
             log.info("registered: %s", ", ".join(sorted(new)))
+        if gone := control.unregister_others(self.keys.values()):
+            log.info("not registered any more: %s", ", ".join(sorted(gone)))
         self._keys_of = version
 
     def _newest(self, control: Control) -> Submitted | None:

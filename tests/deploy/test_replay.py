@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from fedlora.cli.app import main
 from fedlora.config.load import dump_config
 from fedlora.deploy.journal import Journal, Reported
 from fedlora.deploy.node import DeployedNode
@@ -94,6 +95,26 @@ def test_a_server_that_died_in_mid_round_asks_only_those_it_had_not_heard(served
     assert after.asked[0] == (2, "site-1") and (2, "site-0") not in after.asked
     assert [number for number, _ in rest] == [2, 3]
     assert list(replay(run_dir)) == [*done, *rest]
+
+
+def test_the_command_prints_every_round_and_says_that_the_checkpoint_is_the_same(served, capsys):
+    run_dir, live = served
+    assert main(["replay", str(run_dir)]) == IncompleteError.exit_status  # nothing was done yet
+    _, done = live()
+    capsys.readouterr()
+    assert main(["replay", str(run_dir)]) == 0
+    said = capsys.readouterr().out
+    assert [line.split() for line in said.splitlines()[1:-1]] == [[str(n), digest] for n, digest in done]
+    assert "the same, bit for bit" in said
+
+
+def test_the_command_finds_a_journal_of_which_a_line_was_taken_out(served, capsys):
+    run_dir, live = served
+    live()
+    lines = (run_dir / SPENT).read_text().splitlines(keepends=True)
+    (run_dir / SPENT).write_text("".join(lines[:-1]))
+    assert main(["replay", str(run_dir)]) == IncompleteError.exit_status
+    assert "something was changed: restore the directory" in capsys.readouterr().err
 
 
 def test_a_replay_finds_an_update_that_was_changed(served):

@@ -98,6 +98,31 @@ def test_with_tls_and_registered_nodes_a_run_is_submitted_once_and_finished(
 
 
 @pytest.mark.slow
+def test_a_key_that_is_gone_from_the_list_may_not_join_any_more(tmp_path, topic_files, tiny_config):
+    from datetime import UTC, datetime
+
+    from fedlora.provision.provision import provision
+
+    tiny_config()
+    kit = tmp_path / "kit"
+    provision(kit, nodes=2, now=datetime.now(UTC))
+    federation = Federation(tmp_path, topic_files[0], kit=kit)
+    try:
+        federation.start_link()
+        server = federation.serve()
+        federation.wait(lambda: "registered: node-1, node-2" in federation.said())
+        register = json.loads((kit / "nodes.json").read_text())
+        register["nodes"] = register["nodes"][:1]
+        (kit / "nodes.json").write_text(json.dumps(register))
+        federation.wait(lambda: "not registered any more: node-2" in federation.said())
+        federation.start_supernode(1)
+        assert federation.processes.started["supernode-1"].wait(60) != 0
+        assert server.poll() is None
+    finally:
+        federation.stop()
+
+
+@pytest.mark.slow
 def test_a_server_process_killed_in_a_round_is_replaced_in_the_same_series_and_no_round_is_paid_twice(
     federation,
 ):
