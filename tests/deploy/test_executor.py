@@ -126,6 +126,7 @@ async def _nothing(scope, receive, send) -> None:
         await send({"type": "http.response.body", "body": b""})
 
 
+@pytest.mark.fault("F47")
 def test_another_release_of_flwr_on_the_other_end_is_refused_by_name(site, monkeypatch):
     from flwr.supercore import runtime_version_compatibility as versions
 

@@ -54,6 +54,7 @@ def test_a_wrong_option_ends_it_with_one_line(tmp_path, tiny_encoder, topic_file
     assert words in failed.stderr
 
 
+@pytest.mark.fault("F39")
 def test_a_second_executor_of_a_ledger_is_refused_and_the_first_leaves_with_status_zero(
     processes, tmp_path, tiny_encoder, topic_files
 ):

@@ -118,6 +118,7 @@ def test_late_replies_are_accepted_out_of_order(tmp_path):
     assert cohort.journal.furthest("site-0") == Witness(seq=9, head=f"{9:064d}")
 
 
+@pytest.mark.fault("F22")
 def test_a_round_is_answered_by_the_same_bytes_for_ever(tmp_path, caplog):
     claims, journal = Claims(SOUND), tmp_path / "spent.jsonl"
     cohort = Reported(claims, Journal(journal), SOUNDNESS)
@@ -144,6 +145,7 @@ def test_a_reply_that_names_no_line_of_a_ledger_is_refused(tmp_path):
 @pytest.mark.parametrize(
     "line", ["{}", "no JSON", '{"client": "site-0", "round": 1, "ledger": null, "payload": ""}']
 )
+@pytest.mark.fault("F48")
 def test_a_journal_of_another_version_is_refused_and_left_alone(tmp_path, line):
     path = tmp_path / "spent.jsonl"
     path.write_text(line + "\n")

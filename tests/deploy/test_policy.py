@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
 
 from fedlora.code_digest import code_digest
@@ -63,6 +64,7 @@ def test_a_request_that_does_not_fit_is_refused_before_a_record_is_read(config, 
     assert reason(node.answer(encode_request(request_one))) == RefusalReason.FAILED  # it looked for them
 
 
+@pytest.mark.fault("F25", "F47")
 def test_code_or_a_base_model_that_the_owner_does_not_accept_is_refused_before_a_record_is_read(
     config, request_one
 ):
@@ -89,6 +91,7 @@ def test_code_or_a_base_model_that_the_owner_does_not_accept_is_refused_before_a
         assert asked(accept, changes) == RefusalReason.FAILED  # the records were looked for
 
 
+@pytest.mark.fault("F25")
 def test_another_request_for_a_paid_round_is_refused_before_a_record_is_read(config, request_one):
     DeployedNode(config).answer(encode_request(request_one))
     before = Path(config.ledger).read_bytes()
@@ -125,6 +128,7 @@ def test_a_spent_budget_is_refused_before_a_record_is_read_also_by_a_new_process
     assert Path(config.ledger).read_bytes() == before
 
 
+@pytest.mark.fault("F39")
 def test_two_processes_of_one_node_cannot_both_take_the_last_participation(config, request_one):
     DeployedNode(config).answer(encode_request(request_one))
     node = DeployedNode(config)

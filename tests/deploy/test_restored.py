@@ -66,6 +66,7 @@ def test_a_reply_that_was_altered_on_disk_is_not_sent(config, request_one, caplo
     assert debits(config) == 1
 
 
+@pytest.mark.fault("F38")
 def test_a_ledger_that_was_deleted_or_put_back_is_noticed_by_the_replies_beside_it(
     config, request_one, caplog
 ):
@@ -108,6 +109,7 @@ class Volume:
         shutil.copytree(self.copy, self.there)
 
 
+@pytest.mark.fault("F38")
 def test_yesterdays_ledger_and_replies_together_are_refused_by_what_the_server_remembers(
     config, request_one, tmp_path, caplog
 ):

@@ -123,6 +123,7 @@ def test_a_key_that_is_gone_from_the_list_may_not_join_any_more(tmp_path, topic_
 
 
 @pytest.mark.slow
+@pytest.mark.fault("F1")
 def test_a_server_process_killed_in_a_round_is_replaced_in_the_same_series_and_no_round_is_paid_twice(
     federation,
 ):
@@ -171,6 +172,7 @@ def test_a_supervisor_that_was_killed_or_stopped_is_followed_by_one_that_submits
 
 
 @pytest.mark.slow
+@pytest.mark.fault("F1")
 def test_everything_on_the_servers_machine_killed_at_once_goes_on_at_the_same_round(federation):
     federation.start_link()
     server = federation.serve("first")

@@ -26,6 +26,7 @@ def never_trains() -> None:
 
 
 @pytest.mark.parametrize("room", [0, 1, 100])
+@pytest.mark.fault("F33")
 def test_no_room_for_the_debit_and_nothing_is_trained(new_site, room):
     site = new_site()
     assert isinstance(site.ask(1).reply, ClientUpdate)
@@ -42,6 +43,7 @@ def test_no_room_for_the_debit_and_nothing_is_trained(new_site, room):
     assert site.violations() == []
 
 
+@pytest.mark.fault("F33")
 def test_no_room_for_a_ledger_and_nothing_is_trained(new_site):
     site = new_site()
     found = site.ask(1, prepare=lambda: (never_trains(), files_of_at_most(10)()))
@@ -50,6 +52,7 @@ def test_no_room_for_a_ledger_and_nothing_is_trained(new_site):
     assert isinstance(site.ask(1).reply, ClientUpdate)
 
 
+@pytest.mark.fault("F34")
 def test_no_room_for_the_reply_and_the_attempt_is_paid_but_nothing_sent(new_site):
     site = new_site()
     found = site.ask(1, prepare=files_of_at_most(2000))  # the ledger fits in, the reply does not
@@ -60,6 +63,7 @@ def test_no_room_for_the_reply_and_the_attempt_is_paid_but_nothing_sent(new_site
     assert site.violations() == []
 
 
+@pytest.mark.fault("F34")
 def test_no_room_for_the_release_and_the_reply_waits_for_it(new_site):
     site = new_site()
     size = len(_ledger_after_a_debit(new_site()))
@@ -102,6 +106,7 @@ def sync_fails(at: int) -> None:
 
 # Outbox folder, key, its folder, header, its folder, debit, reply, its folder, release.
 @pytest.mark.parametrize(("at", "debits"), [*((at, 0) for at in range(1, 7)), (7, 1), (8, 1), (9, 1)])
+@pytest.mark.fault("F36")
 def test_an_fsync_that_fails_is_not_taken_for_done(new_site, at, debits):
     site = new_site()
     found = site.ask(1, prepare=lambda: sync_fails(at))

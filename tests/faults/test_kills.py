@@ -28,6 +28,7 @@ from tests.faults.kills import (
 KILLS = int(os.environ.get("FEDLORA_KILLS", "50"))
 
 
+@pytest.mark.fault("F24")
 def test_a_reply_is_the_same_for_ever_and_a_refusal_costs_nothing_where_nobody_is_killed(new_site):
     site = new_site()
     first, again = site.ask(1), site.ask(1)
@@ -36,6 +37,7 @@ def test_a_reply_is_the_same_for_ever_and_a_refusal_costs_nothing_where_nobody_i
     assert site.violations() == []
 
 
+@pytest.mark.fault("F7", "F8", "F9", "F10", "F11")
 def test_kills_at_random_moments_release_nothing_unpaid_and_nothing_twice(new_site, capsys):
     draw = random.Random(20261121)
     site, number, killed, paid = new_site(), 1, 0, 0
@@ -107,6 +109,7 @@ def left(site: Site) -> tuple[int, int, int]:
 
 
 @pytest.mark.parametrize("point", list(POINTS))
+@pytest.mark.fault("F7", "F8", "F9", "F10", "F11")
 def test_a_kill_at_a_named_point_leaves_what_the_next_process_can_go_on_from(new_site, point):
     site = new_site()
     died = site.ask(1, prepare=POINTS[point])
@@ -127,6 +130,7 @@ def test_a_kill_at_a_named_point_leaves_what_the_next_process_can_go_on_from(new
     assert site.violations() == []
 
 
+@pytest.mark.fault("F8")
 def test_a_round_whose_every_attempt_is_killed_is_given_up_and_the_next_one_is_answered(new_site):
     site = new_site()
     for attempt in (1, 2, 3):
@@ -148,6 +152,7 @@ def test_a_round_whose_every_attempt_is_killed_is_given_up_and_the_next_one_is_a
     ],
     ids=["sends before it pays", "never pays", "keeps nothing", "records nothing"],
 )
+@pytest.mark.fault("F8", "F9", "F10")
 def test_a_node_with_its_steps_in_another_order_is_found_out(new_site, broken, words):
     site = new_site()
     broken(site, 1)
@@ -170,6 +175,7 @@ def test_a_node_without_a_limit_is_found_out(new_site):
     assert any("participations of 12" in violation for violation in site.violations())
 
 
+@pytest.mark.fault("F10")
 def test_a_reply_that_changed_on_disk_is_not_sent(new_site):
     site = new_site()
     assert site.ask(1, prepare=POINTS["C5b release recorded"]).killed

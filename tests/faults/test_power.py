@@ -155,6 +155,7 @@ def rounds(config, tmp_path, monkeypatch, lost: Callable[[Path], bool] = lambda 
     return node
 
 
+@pytest.mark.fault("F37")
 def test_each_step_of_a_round_begins_with_the_one_before_on_the_disk(config, tmp_path, monkeypatch):
     node = rounds(config, tmp_path, monkeypatch)
     assert node.faults == []
@@ -194,12 +195,14 @@ def test_each_step_of_a_round_begins_with_the_one_before_on_the_disk(config, tmp
         "its",
     ],
 )
+@pytest.mark.fault("F37")
 def test_a_node_that_leaves_out_an_fsync_is_found_out(config, tmp_path, monkeypatch, lost, fault):
     node = rounds(config, tmp_path, monkeypatch, lost)
     assert node.disk.dropped
     assert any(fault in found for found in node.faults)
 
 
+@pytest.mark.fault("F37")
 def test_a_release_that_is_not_synced_is_found_out(config, tmp_path, monkeypatch):
     calls = []
 
@@ -234,6 +237,7 @@ def _recording(disk_: Disk, monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.parametrize(
     "lost", [None, lambda path: path.is_file(), lambda path: path.is_dir()], ids=["none", "files", "folders"]
 )
+@pytest.mark.fault("F37")
 def test_the_servers_journal_is_on_disk_before_anybody_uses_an_update(tmp_path, monkeypatch, lost):
     folder = tmp_path / "run"
     folder.mkdir()
@@ -247,6 +251,7 @@ def test_the_servers_journal_is_on_disk_before_anybody_uses_an_update(tmp_path, 
     assert found == [lost is None] * 2
 
 
+@pytest.mark.fault("F37")
 def test_a_file_that_was_written_durably_is_the_old_or_the_new_at_every_moment(tmp_path, monkeypatch):
     folder = tmp_path / "made" / "by us"
     disk_ = Disk(tmp_path)

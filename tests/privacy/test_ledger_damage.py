@@ -35,6 +35,7 @@ def test_a_crash_that_leaves_zeros_at_the_end_loses_that_line_only(spent):
     assert opened(spent.path).debits == spent.debits
 
 
+@pytest.mark.fault("F38")
 def test_any_other_damage_is_refused(spent):
     whole = spent.path.read_bytes()
     draw = random.Random(1)
@@ -102,6 +103,7 @@ def canonical(fields):
         (lambda lines: ["[1, 2]"], ":1: cut short or overwritten"),
     ],
 )  # fmt: skip
+@pytest.mark.fault("F38")
 def test_each_edit_is_refused_in_words_of_its_own(spent, edit, words):
     lines = edit(spent.path.read_text().splitlines())
     spent.path.write_text("".join(line + "\n" for line in lines))
@@ -114,6 +116,7 @@ def test_each_edit_is_refused_in_words_of_its_own(spent, edit, words):
 
 
 @pytest.mark.parametrize("keep", [2, 3, 4, 5])
+@pytest.mark.fault("F38")
 def test_whole_lines_gone_from_the_end_are_noticed_by_whoever_saw_them(spent, keep):
     witness, lines = seen(spent), spent.path.read_bytes().splitlines(keepends=True)
     require_reached(spent.path, read_ledger(spent.path), witness)
@@ -134,6 +137,7 @@ def test_a_ledger_begun_anew_or_another_ones_is_noticed_by_whoever_saw_the_old_o
         require_reached(other.path, read_ledger(other.path), witness)
 
 
+@pytest.mark.fault("F38")
 def test_a_mark_elsewhere_notices_what_became_of_the_ledger(tmp_path):
     path, mark = tmp_path / "l", tmp_path / "elsewhere" / "mark"
     ledger = opened(path, mark=mark)
@@ -157,6 +161,7 @@ def test_a_mark_elsewhere_notices_what_became_of_the_ledger(tmp_path):
         opened(path, mark=mark)
 
 
+@pytest.mark.fault("F48")
 def test_a_newer_format_another_owner_other_records_or_other_noise_are_refused(spent):
     for wrong, name in (
         ({"client": "client-4"}, "foreign, its client is 'client-3'"),
