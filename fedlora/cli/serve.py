@@ -158,12 +158,12 @@ def _deliver(run_dir: Path, config: "RunConfig") -> None:
 
 def _checked(config: "RunConfig") -> Path:
     """The run's directory, which holds no other run."""
-    from fedlora.config.load import config_digest, load_config
+    from fedlora.config.load import load_config, require_same
 
     run_dir = Path(config.output)
     held = run_dir / "config.yaml"
-    if held.exists() and config_digest(load_config(held, [])) != config_digest(config):
-        raise ConfigError(f"output: {run_dir} holds the run of another config; choose another output")
+    if held.exists():
+        require_same(load_config(held, []), config, run_dir)
     return run_dir
 
 

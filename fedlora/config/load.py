@@ -55,10 +55,38 @@ def dump_config(config: Section) -> str:
 
 def config_digest(config: RunConfig) -> str:
     """Hex SHA-256 of what the run computes: equal for the same run in another place or runtime."""
+    values = _computed(config)
+    return hashlib.sha256(json.dumps(values, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def require_same(held: RunConfig, given: RunConfig, run_dir: FilePath) -> None:
+    """Refuses a config that computes another run than the one that a directory holds, and names the keys.
+
+    Raises:
+        ConfigError: they differ.
+    """
+    theirs, ours = _leaves(_computed(held)), _leaves(_computed(given))
+    keys = sorted(key for key in theirs.keys() | ours.keys() if theirs.get(key) != ours.get(key))
+    if keys:
+        words = ", ".join(f"{key} is {theirs.get(key)!r} there, {ours.get(key)!r} here" for key in keys[:3])
+        more = f", and {len(keys) - 3} more" if len(keys) > 3 else ""
+        raise ConfigError(f"{run_dir} holds the run of another config ({words}{more}); choose another output")
+
+
+def _computed(config: RunConfig) -> dict[str, Any]:
+    """All of a config that decides what the run computes."""
     values = config.model_dump(mode="json", exclude=_ELSEWHERE)
     if isinstance(values["privacy"], dict):
         del values["privacy"]["tuned_on"]  # a declaration; it decides nothing
-    return hashlib.sha256(json.dumps(values, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    return values
+
+
+def _leaves(value: Any, key: str = "") -> dict[str, Any]:
+    """Dotted keys and their values."""
+    if not isinstance(value, dict):
+        return {key: value}
+    inner = (_leaves(held, f"{key}.{name}".lstrip(".")) for name, held in value.items())
+    return {name: held for leaves in inner for name, held in leaves.items()}
 
 
 def json_schema() -> dict[str, Any]:

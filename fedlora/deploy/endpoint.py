@@ -16,6 +16,11 @@ from fedlora.errors import ConfigError
 FLWR = "1.41.0"
 """The only flwr whose runtime API this room knows."""
 
+GONE = 3
+"""Flower's code for a message that is not there any more: whoever sent it asks again."""
+AHEAD_S, BEHIND_S = 5, 305
+"""Flower refuses a node whose clock is further ahead of the server's than this, or further behind."""
+
 CALL_S = 10.0
 """One call's time; Flower's own is 30 s, within which a stop could not be prompt."""
 
@@ -74,10 +79,19 @@ class SameVersion:
         return response
 
 
+_MENDS = {  # OpenSSL's X509_V_ERR_...
+    9: "compare the clocks of both machines",
+    10: "renew it: fedlora provision DIR --renew",
+    62: "use a name that it is for, or renew it with --server-name",
+    64: "use an address that it is for, or renew it with --server-name",
+}
+
+
 def certificate_fault(error: BaseException | None) -> str | None:
-    """What a handshake found wrong with the certificate, anywhere in the chain of causes; None if nothing."""
+    """What a handshake found wrong with the certificate, in any of the causes, and the mend; None if nothing."""
     while error is not None:
         if isinstance(error, ssl.SSLCertVerificationError):
-            return error.verify_message
+            mend = _MENDS.get(error.verify_code, "give the CA that signed it as --root-certificates")
+            return f"{error.verify_message}; {mend}"
         error = error.__cause__ or error.__context__
     return None

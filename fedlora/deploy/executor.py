@@ -17,7 +17,7 @@ from flwr.app import Context, Error, Message
 from flwr.clientapp import ClientApp
 
 from fedlora.config.node import NodeConfig
-from fedlora.deploy.endpoint import UnwantedError
+from fedlora.deploy.endpoint import GONE, UnwantedError
 from fedlora.deploy.supernode import (
     AwayError,
     HalfMessageError,
@@ -37,8 +37,6 @@ IDLE_S = 0.5
 """How long to wait before asking for a task again: from BUSY_S after one, up to IDLE_S while none comes."""
 AWAY_S = 2.0
 """The same while the SuperNode is away, from BUSY_S too."""
-GONE = 3
-"""Flower's code for a message that is not there any more: its sender asks again."""
 GRACE_S = 5.0
 """What a message in work gets when the process is to stop: less than the 10 s after which Docker kills."""
 

@@ -124,8 +124,12 @@ class Reported:
         yield from known
         answered = {update.client for update in known if update.round == request.round}
         for reply in self.cohort.ask([client for client in clients if client not in answered], request):
-            if isinstance(reply, Refusal):
-                yield reply
+            if (
+                isinstance(reply, Refusal)
+                or reply.run != request.run
+                or not 1 <= reply.round <= request.round
+            ):
+                yield reply  # it counts nowhere, so it is no witness either
             elif (objection := self.soundness.objection(reply)) is not None:
                 log.error("%s: its update of round %d is dropped: %s", reply.client, reply.round, objection)
                 yield _dropped(reply, RefusalReason.UNSOUND)

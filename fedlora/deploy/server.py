@@ -16,7 +16,7 @@ from typing import Any
 
 from flwr.serverapp import Grid
 
-from fedlora.config.load import config_digest, dump_config
+from fedlora.config.load import config_digest, dump_config, require_same
 from fedlora.config.node import CLIENT_NAME
 from fedlora.config.schema import RunConfig
 from fedlora.data import load_corpus
@@ -64,8 +64,7 @@ def serve(grid: Grid, config: RunConfig) -> Path:
     """
     run_dir = Path(config.output)
     if (run_dir / "config.yaml").exists():
-        if config_digest(run_config(run_dir)) != config_digest(config):
-            raise ConfigError(f"{run_dir} holds the run of another config; choose another output")
+        require_same(run_config(run_dir), config, run_dir)
         if load_roster(run_dir) is None:
             raise ConfigError(f"{run_dir} holds a simulation; choose another output")
     if finished_summary(run_dir) is not None:
@@ -82,7 +81,7 @@ def _serve(grid: Grid, config: RunConfig, run_dir: Path) -> None:
     roster, nodes = _roster(grid, config, run_dir, centre.classes)
     write_durably(run_dir / "classes.json", json.dumps(centre.classes))
     write_durably(run_dir / "config.yaml", dump_config(config))
-    store = Store(run_dir, noise=None if config.privacy == "none" else BY_THE_NODES)
+    store = Store(run_dir, roster.run, noise=None if config.privacy == "none" else BY_THE_NODES)
     if store.is_empty():
         store.begin(centre.first, line_zero(centre.score(centre.first.adapters)))
     state = store.recover()

@@ -11,9 +11,10 @@ from flwr.proto.runtime_pb2 import PullTaskInputRequest, PushTaskOutputRequest
 from flwr.serverapp import Grid
 from flwr.supercore.heartbeat import HeartbeatSender, make_task_heartbeat_fn_http
 from flwr.supercore.task_identity import TaskIdentity
-from flwr.superlink.grid import HttpGrid
 
-from fedlora.errors import FedLoraError, without_records
+from fedlora.deploy.endpoint import certificate_fault
+from fedlora.deploy.grid import PatientGrid
+from fedlora.errors import FedLoraError, IncompleteError, without_records
 
 log = logging.getLogger(__name__)
 
@@ -32,8 +33,11 @@ def server_task(address: str, certificates: bytes | None, token: str) -> Iterato
         address: HOST:PORT.
         certificates: of who vouches for the SuperLink, PEM; None speaks plain HTTP.
         token: the task's.
+
+    Raises:
+        IncompleteError: from the block, when a call finds no SuperLink that can answer.
     """
-    grid = HttpGrid(address, certificates is None, certificates, token=token)
+    grid = PatientGrid(address, certificates is None, certificates, token=token)
     client = grid._runtime_client
     heartbeat = HeartbeatSender(make_task_heartbeat_fn_http(client))
     heartbeat.start()
@@ -50,7 +54,8 @@ def server_task(address: str, certificates: bytes | None, token: str) -> Iterato
         TaskIdentity.task_id, TaskIdentity.run_id = given.task_id, given.run.run_id
         TaskIdentity.node_id = given.context.node_id
         grid.set_run(run_from_proto(given.run))
-        yield grid
+        with _told(address):
+            yield grid
         finish(SubStatus.COMPLETED, "")
     except Exception as error:
         status = error.exit_status if isinstance(error, FedLoraError) else 1
@@ -60,3 +65,17 @@ def server_task(address: str, certificates: bytes | None, token: str) -> Iterato
         if heartbeat.is_running:
             heartbeat.stop()
         grid.close()
+
+
+@contextmanager
+def _told(address: str) -> Iterator[None]:
+    """What HTTP says of a SuperLink, in our words."""
+    try:
+        yield
+    except httpx.HTTPError as error:
+        said = certificate_fault(error) or str(error) or type(error).__name__
+        if isinstance(error, httpx.HTTPStatusError):
+            said = f"HTTP {error.response.status_code}"
+        raise IncompleteError(
+            f"the SuperLink at {address} failed: {said}; the run goes on when it is submitted again"
+        ) from error

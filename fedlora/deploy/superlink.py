@@ -178,10 +178,7 @@ class Control:
             yield
         except httpx.TransportError as error:
             if (certificate := certificate_fault(error)) is not None:
-                raise ConfigError(
-                    f"the SuperLink's certificate is not trusted: {certificate}; give the CA that signed it as "
-                    f"--root-certificates"
-                ) from error
+                raise ConfigError(f"the SuperLink's certificate is not trusted: {certificate}") from error
             raise SuperLinkAwayError(str(error) or type(error).__name__) from error
         except httpx.HTTPStatusError as error:
             status = error.response.status_code

@@ -218,10 +218,7 @@ def _told() -> Iterator[None]:
         yield
     except httpx.TransportError as error:
         if (certificate := certificate_fault(error)) is not None:
-            raise UnwantedError(
-                f"the SuperNode's certificate is not trusted: {certificate}; give the CA that signed it "
-                f"as --root-certificates"
-            ) from error
+            raise UnwantedError(f"the SuperNode's certificate is not trusted: {certificate}") from error
         raise AwayError(str(error) or type(error).__name__) from error
     except httpx.HTTPStatusError as error:
         if error.response.status_code >= 500:

@@ -12,8 +12,8 @@ from socket import create_connection, gaierror
 from urllib.parse import urlsplit
 
 from cryptography import x509
-from flwr.common.constant import TIMESTAMP_TOLERANCE
 
+from fedlora.deploy.endpoint import AHEAD_S, BEHIND_S
 from fedlora.doctor.line import LIMIT_S, Line, fail, looked, ok, warn, within
 from fedlora.errors import ConfigError
 from fedlora.monitor.address import is_loopback
@@ -30,8 +30,8 @@ from fedlora.provision.node_keys import (
 )
 from fedlora.provision.provision import REGISTER, SECRET
 
-CLOCK_S = 30.0
-"""A difference worth mending; beyond TIMESTAMP_TOLERANCE of Flower a node's signature is refused."""
+CLOCK_S = 3.0
+"""A difference worth mending."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,15 +156,17 @@ def _clock(server: Address) -> Iterator[Line]:
         yield ok("clock", f"{server.host} tells no time, so the clocks were not compared")
         return
     here = datetime.now(UTC)
-    apart_s = abs((here - told).total_seconds())
-    found = f"here {here:%Y-%m-%d %H:%M:%S} UTC, there {told:%H:%M:%S}: {apart_s:,.0f} s apart"
+    ahead_s = (here - told).total_seconds()  # the Date has whole seconds, so it may be one too many
+    found = f"here {here:%Y-%m-%d %H:%M:%S} UTC, there {told:%H:%M:%S}: {abs(ahead_s):,.0f} s apart"
     mend = "synchronise both machines by NTP (chrony or systemd-timesyncd)"
-    if apart_s > TIMESTAMP_TOLERANCE:
-        yield fail("clock", f"{found}; a node is refused beyond {TIMESTAMP_TOLERANCE} s", mend)
-    elif apart_s > CLOCK_S:
+    if not -BEHIND_S <= ahead_s <= AHEAD_S + 1:
+        yield fail(
+            "clock", f"{found}; a node is refused if it is {AHEAD_S} s ahead or {BEHIND_S} s behind", mend
+        )
+    elif abs(ahead_s) > CLOCK_S:
         yield warn("clock", found, mend)
     else:
-        yield ok("clock", f"{apart_s:.0f} s apart")
+        yield ok("clock", f"{abs(ahead_s):.0f} s apart")
 
 
 def _date(server: Address) -> datetime | None:

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fedlora.algebra.digest import digest, named_tensors
-from fedlora.disk import append_durably, fsync, whole_lines, write_durably
+from fedlora.disk import append_durably, fsync, make_directory, whole_lines, write_durably
 from fedlora.errors import ConfigError, IncompleteError
 from fedlora.federation.absorb import Absorbed
 from fedlora.values import FRAME, Adapters, Delta, Factors, Gauges, RoundPlan, ServerState
@@ -167,7 +167,7 @@ class Store:
 
     def _save_memory(self, client: str, at: int, delta: Delta) -> None:
         path = self._memory_of(client) / f"{_round(at)}.safetensors"
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_directory(path.parent)
         save_file(_delta_tensors(delta), path)
         fsync(path)
         fsync(path.parent)

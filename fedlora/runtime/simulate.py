@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fedlora.config.load import config_digest, dump_config
+from fedlora.config.load import dump_config, require_same
 from fedlora.config.schema import RunConfig
 from fedlora.disk import write_durably
 from fedlora.errors import ConfigError
@@ -56,12 +56,7 @@ def resume(run_dir: Path, listener: Listener) -> Path:
 
 
 def _refuse_existing(config: RunConfig, run_dir: Path) -> None:
-    ours, theirs = config_digest(config), config_digest(run_config(run_dir))
-    if ours != theirs:
-        raise ConfigError(
-            f"{run_dir} holds the run {theirs[:16]} of another config, this one is {ours[:16]}; "
-            f"choose another --run-dir or output"
-        )
+    require_same(run_config(run_dir), config, run_dir)
     if finished_summary(run_dir) is None:
         raise ConfigError(f"{run_dir} holds this run, unfinished; go on with: fedlora resume {run_dir}")
 

@@ -17,7 +17,7 @@ from fedlora.errors import WireError
 from fedlora.federation.events import ClientDone, Listener, outcome
 from fedlora.transport.flower_client import HELLO, TRAIN, Hello, frame_content, frame_of, hello_of
 from fedlora.transport.wire import decode_reply, encode_request
-from fedlora.values import Refusal, RefusalReason, Reply, TrainRequest, Witness
+from fedlora.values import ClientUpdate, Refusal, RefusalReason, Reply, TrainRequest, Witness
 
 log = logging.getLogger(__name__)
 
@@ -108,7 +108,7 @@ class _Turn:
 
 
 class FlowerCohort:
-    """A Cohort of Flower nodes. A client still at work on an earlier round is asked once it has answered."""
+    """A Cohort of Flower nodes. A client still at work on an earlier round is not asked if that work comes to count."""
 
     def __init__(
         self,
@@ -156,7 +156,11 @@ class FlowerCohort:
                 asked = self._waiting.pop(message.metadata.reply_to_message_id)
                 turn = turns.get(asked.client) if asked.round == request.round else None
                 if not message.has_error():
-                    yield self._told(_received(asked, message.content), request)
+                    reply = _received(asked, message.content)
+                    if isinstance(reply, ClientUpdate) and asked.client in unsent:
+                        # It counts in this round; another one would be paid for, and counted in its place.
+                        unsent.remove(asked.client)
+                    yield self._told(reply, request)
                 elif self._is_lost(asked, message.error, turn):
                     unsent.append(asked.client)
                 else:

@@ -95,10 +95,17 @@ class Federation:
         if self.kit is not None:
             key = self.kit / f"{self.client(number)}.key"
             tls = [f"--root-certificates={self.kit / 'ca.crt'}", f"--auth-supernode-private-key={key}"]
-        self.processes.start(
-            f"supernode-{number}", "flower-supernode", *tls, "--superlink", f"127.0.0.1:{self.links[number]}",
-            "--port", str(self.ports[number]), "--isolation", "process",
-        )  # fmt: skip
+        places = ["--superlink", f"127.0.0.1:{self.links[number]}", "--port", str(self.ports[number])]
+        command = [
+            "python",
+            "-m",
+            "fedlora.deploy.supernode_process",
+            *tls,
+            *places,
+            "--isolation",
+            "process",
+        ]
+        self.processes.start(f"supernode-{number}", *command)
 
     def start_executor(self, number: int, code: str = NODE) -> None:
         """code: what takes the place of the command `fedlora`."""

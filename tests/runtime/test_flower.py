@@ -237,15 +237,20 @@ def test_an_exceptions_words_are_neither_sent_nor_logged(caplog):
     assert "ValueError in" in caplog.text and "4711" not in caplog.text
 
 
-def test_a_reply_after_the_deadline_comes_with_a_later_round_and_the_node_is_asked_again():
+def test_a_reply_after_the_deadline_counts_in_a_later_round_and_its_node_is_asked_in_the_next():
     answers = [partial(slow_first, "site-0", 1.5), partial(honest, "site-1")]
     with federation(answers) as grid:
         cohort = cohort_of(grid, 2, deadline_s=0.7)
         first = [(reply.client, reply.round) for reply in cohort.ask(["site-0", "site-1"], request(1))]
         cohort.deadline_s = 5.0
         second = [(reply.client, reply.round) for reply in cohort.ask(["site-0", "site-1"], request(2))]
+        third = [(reply.client, reply.round) for reply in cohort.ask(["site-0", "site-1"], request(3))]
     assert first == [("site-1", 1)]
-    assert sorted(second) == [("site-0", 1), ("site-0", 2), ("site-1", 2)]
+    assert sorted(second) == [
+        ("site-0", 1),
+        ("site-1", 2),
+    ]  # a second update would be paid for and take its place
+    assert sorted(third) == [("site-0", 3), ("site-1", 3)]
 
 
 def test_a_second_node_under_the_name_of_one_that_is_online_is_ignored():
