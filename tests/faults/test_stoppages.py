@@ -101,7 +101,7 @@ def test_a_database_that_somebody_else_locks_for_long_stops_nothing_for_good(run
         writer.execute("BEGIN IMMEDIATE")
         running.within(LOCKED_S, lambda: False)
         writer.rollback()
-    # One answer 500 ends what a SuperNode does and not its process (flwr 1.41): whoever met one has to start anew.
+    # One answer 500 ends a SuperNode (flwr 1.41), and whoever keeps it going starts it again.
     for number in (NEAR, OTHER):
         running.restart(f"supernode-{number}")
     for number in (NEAR, OTHER):
