@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -14,6 +15,8 @@ from fedlora.errors import ConfigError, PrivacyError
 
 if TYPE_CHECKING:
     import ssl
+
+log = logging.getLogger(__name__)
 
 
 def add_to(app: typer.Typer) -> None:
@@ -49,14 +52,20 @@ def node(
 
     config = load_node(path, overrides or [])
     _require_address(supernode)
-    secret, tls = _secret(secret_file), _tls(root_certificates)
+    tls = _tls(root_certificates)
+    if secret_file is not None and not secret_file.parent.is_dir():
+        raise ConfigError(
+            f"--secret-file {secret_file}: no such folder; name the file that the SuperNode gets"
+        )
     _log_to_stderr()
     with only_ours():
         from fedlora.deploy.executor import run_node
         from fedlora.deploy.supernode import SuperNode
 
         with _named(path):
-            run_node(config, SuperNode(address=supernode, tls=tls, secret=secret))
+            run_node(
+                config, lambda: SuperNode(address=supernode, tls=tls, secret=_awaited_secret(secret_file))
+            )
 
 
 @contextlib.contextmanager
@@ -79,6 +88,15 @@ def _require_address(address: str) -> None:
         raise ConfigError(
             f"--supernode {address!r}: not HOST:PORT; write for example --supernode 127.0.0.1:9094"
         )
+
+
+def _awaited_secret(path: Path | None) -> bytes | None:
+    """The secret, which a SuperNode may make up later than this process starts."""
+    if path is not None and not path.exists():
+        log.warning("waiting for --secret-file %s, which the SuperNode is to share", path)
+        while not path.exists():
+            time.sleep(0.2)
+    return _secret(path)
 
 
 def _secret(path: Path | None) -> bytes | None:

@@ -88,8 +88,12 @@ class Stop:
             raise Interrupted
 
 
-def run_node(config: NodeConfig, supernode: SuperNode) -> None:
+def run_node(config: NodeConfig, supernode: Callable[[], SuperNode]) -> None:
     """Answers for one data owner until it is told to stop by SIGTERM or SIGINT.
+
+    Args:
+        config: the owner's.
+        supernode: asked for when the model is loaded; it may wait.
 
     Raises:
         ConfigError: another executor serves this ledger.
@@ -102,10 +106,10 @@ def run_node(config: NodeConfig, supernode: SuperNode) -> None:
     with stop.heard(), alone(Path(config.ledger)):
         try:
             with stop.working():
-                app = _ready(config)
+                app, attached = _ready(config), supernode()
         except Interrupted:
             return
-        attend(app, supernode, stop)
+        attend(app, attached, stop)
     log.info("stopped")
 
 

@@ -37,53 +37,80 @@ print(os.getuid(), int(status["CapEff"], 16), int(status["CapBnd"], 16), int(sta
 """
 """User, effective and bounding capabilities, no_new_privs, core limit, and whether the image can be written."""
 
-HONEST = """
-import ssl, time, urllib.request
-tls = ssl.create_default_context(cafile="/run/secrets/ca.crt")
-began = time.monotonic()
-assert urllib.request.urlopen("https://proxy:8443/health", context=tls, timeout=20).status == 200
-print(time.monotonic() - began)
-"""
-"""Seconds of one honest request through the proxy."""
-
 FLOOD = """
-import json, socket, ssl, sys
+import json, os, resource, select, socket, ssl, sys
+os.nice(19)  # on one machine with what it attacks: its own work is not theirs
+most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 host, port, roots = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 tls = ssl.create_default_context(cafile=roots)
-held = []
+said = {"passes": 0, "sent": 0, "large": [], "chunked": [], "idle": 0, "slow": 0}
+held = {"idle": [], "body": [], "head": []}
+POST = b"POST /v1/fleet/push-object HTTP/1.1\\r\\nHost: x\\r\\n"
 
-def opened(head, body=b""):
+def secured(text):
     one = tls.wrap_socket(socket.create_connection((host, port), timeout=20), server_hostname="localhost")
-    held.append(one)
-    one.sendall(b"POST /v1/fleet/push-object HTTP/1.1\\r\\nHost: x\\r\\n" + head + b"\\r\\n\\r\\n" + body)
+    one.sendall(text)
     return one
 
-def held_open(number, make):
-    count = 0
-    for _ in range(number):
+def status(one):
+    try:
+        return one.recv(100).split()[1].decode()
+    except (OSError, IndexError):
+        return "cut off"
+
+def announced():
+    try:
+        return status(secured(POST + b"Content-Length: 209715200\\r\\n\\r\\n"))
+    except OSError:
+        return "cut off"
+
+def chunked():
+    try:
+        one = secured(POST + b"Transfer-Encoding: chunked\\r\\n\\r\\n")
+    except OSError:
+        return "cut off"
+    try:
+        for _ in range(200 << 4):
+            one.sendall(b"10000\\r\\n" + b"x" * 65536 + b"\\r\\n")
+            said["sent"] += 65536
+    except OSError:
+        pass
+    return status(one)
+
+def lives(one, crumb):
+    try:
+        if crumb:
+            one.sendall(crumb)
+            return True
+        return one.recv(1, socket.MSG_DONTWAIT) != b""
+    except BlockingIOError:
+        return True
+    except OSError:
+        one.close()
+        return False
+
+def full(kind, number, crumb, make):
+    held[kind] = [one for one in held[kind] if lives(one, crumb)]
+    for _ in range(number - len(held[kind])):
         try:
-            held.append(make())
-            count += 1
+            held[kind].append(make())
         except OSError:
             pass
-    return count
+    return len(held[kind])
 
-large = opened(b"Content-Length: 209715200").recv(100).split()[1].decode()
-one = opened(b"Transfer-Encoding: chunked")
-sent = 0
-try:
-    while sent < 200 << 20:
-        one.sendall(b"10000\\r\\n" + b"x" * 65536 + b"\\r\\n")
-        sent += 65536
-except OSError:
-    pass
-try:
-    chunked = one.recv(100).split()[1].decode()
-except OSError:
-    chunked = "413"  # cut off before it could read that
-idle = held_open(1000, lambda: socket.create_connection((host, port), timeout=5))
-slow = held_open(20, lambda: opened(b"Content-Length: 6000000", b"x" * 5900000))
-print(json.dumps({"large": large, "chunked": chunked, "sent": sent, "slow": slow, "idle": idle}), flush=True)
-sys.stdin.read()
+while not select.select([sys.stdin], [], [], 0)[0]:
+    said["large"] = sorted({*said["large"], announced()})
+    said["chunked"] = sorted({*said["chunked"], chunked()})
+    said["idle"] = full("idle", 1000, b"", lambda: socket.create_connection((host, port), timeout=5))
+    body = POST + b"Content-Length: 6000000\\r\\n\\r\\n" + b"x" * 5900000
+    said["slow"] = full("body", 8, b"x", lambda: secured(body)) + full("head", 12, b"x", lambda: secured(POST))
+    said["passes"] += 1
+    if said["passes"] == 1:
+        print(flush=True)
+print(json.dumps({**said, "seconds": sum(os.times()[:2])}), flush=True)
 """
-"""Holds what one address can hold of the published port, prints what it got, and stays until its stdin ends."""
+"""Again and again: 200 MB announced, 200 MB in chunks, 1,000 connections that say nothing, and slow ones.
+
+An empty line when all of it is there for the first time; what it got, and its own seconds of work, when stdin ends.
+"""

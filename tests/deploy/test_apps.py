@@ -48,7 +48,7 @@ def test_a_hello_needs_no_torch():
         capture_output=True,
         text=True,
     ).stdout
-    assert "client='client-1', records=810" in said
+    assert "client='client-1', records=540" in said
 
 
 def test_the_bundle_holds_the_two_addresses_and_nothing_else():
@@ -75,7 +75,8 @@ def test_the_demonstrations_configs_fit_each_other(number, profile):
     node = load_node(PROJECT / "clients/node.yaml", [value for key, _, value in words if key == "--set"])
     run = load_config(PROJECT / "server/run.yaml")
     assert isinstance(node.data, NodeDocstrings) and isinstance(run.data, Docstrings)
-    assert (node.client, node.data.part) == (f"client-{number}", f"client-{number - 1}")
+    # The key that `fedlora provision --nodes 3` registers is the node's name.
+    assert (node.client, node.data.part) == (f"node-{number}", f"client-{number - 1}")
     assert (node.model, node.task, node.lora) == (run.model, run.task, run.lora)
     assert node.data.packages == run.data.packages == list(node.classes)
     assert node.data.partition == run.data.partition
@@ -100,18 +101,27 @@ def test_every_service_is_without_rights_that_it_does_not_need():
 def test_nodes_are_on_no_network_of_the_superlinks_and_the_records_on_none_of_the_proxys():
     networks = {name: set(service.get("networks", ())) for name, service in _services().items()}
     internal = yaml.safe_load((PROJECT / "docker-compose.yml").read_text())["networks"]
-    assert [name for name, network in internal.items() if not network] == ["outside"]
+    assert [name for name, network in internal.items() if not network] == ["outside", "watch"]
     for number in (1, 2, 3):
         assert networks[f"node-{number}"] == {f"fleet-{number}", f"site-{number}"}
         for client in (f"client-{number}", f"client-{number}-gpu"):
             assert networks[client] == {f"site-{number}"}
     assert networks["superlink"] == networks["server"] == {"operator"}
+    assert networks["monitor"] == {"watch"}
+    assert [name for name, mine in networks.items() if "watch" in mine] == ["monitor"]
     assert networks["proxy"] == {"operator", "outside", "fleet-1", "fleet-2", "fleet-3"}
 
 
-def test_only_the_proxy_has_a_port_and_it_is_one():
+def test_one_port_of_the_proxy_is_open_and_the_monitors_are_on_loopback():
     ports = {name: service["ports"] for name, service in _services().items() if "ports" in service}
-    assert list(ports) == ["proxy"] and len(ports["proxy"]) == 1
+    assert set(ports) == {"proxy", "monitor"} and len(ports["proxy"]) == 1
+    assert all(":-127.0.0.1:" in port for port in ports["monitor"])
+
+
+def test_the_monitor_sees_the_run_and_cannot_write_there():
+    services = _services()
+    (volume,) = services["monitor"]["volumes"]
+    assert volume == f"{services['server']['volumes'][0]}:ro"
 
 
 def test_each_node_has_keys_and_volumes_of_its_own():
@@ -123,7 +133,7 @@ def test_each_node_has_keys_and_volumes_of_its_own():
     keys = [services[f"node-{number}"]["secrets"] for number in (1, 2, 3)]
     assert keys == [["ca.crt", {"source": f"node-{n}.key", "target": "node.key"}] for n in (1, 2, 3)]
     holders = {name for name, service in services.items() if "server.key" in service.get("secrets", ())}
-    assert holders == {"superlink", "proxy"}
+    assert holders == {"superlink", "proxy", "monitor"}
 
 
 def test_each_node_has_a_device_of_its_own():
@@ -165,7 +175,7 @@ def test_the_compose_file_is_valid_and_its_overlay_for_development_stays_on_loop
         assert {port["host_ip"] for port in ports} == {"127.0.0.1"}
         assert not [name for name, service in services.items() if service.get("secrets")]
     else:
-        assert len(ports) == 1
+        assert [port["target"] for port in ports if port["host_ip"] != "127.0.0.1"] == [8443]
 
 
 def test_a_node_on_another_host_is_as_closed_as_the_demonstrations():

@@ -38,7 +38,7 @@ def test_a_wrong_node_yaml_ends_it_with_file_line_and_key(tmp_path):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (("--secret-file", "none-such"), "--secret-file none-such: No such file"),
+        (("--secret-file", "none/such"), "--secret-file none/such: no such folder"),
         (("--root-certificates", "README.md"), "--root-certificates README.md: no certificates"),
         (("--supernode", "http://127.0.0.1"), "not HOST:PORT"),
     ],
@@ -75,6 +75,22 @@ def test_a_second_executor_of_a_ledger_is_refused_and_the_first_leaves_with_stat
     process.send_signal(signal.SIGTERM)
     assert process.wait(10) == 0
     assert first.read_text().count("waiting for the SuperNode") == 1
+
+
+def test_it_loads_its_model_while_the_supernode_has_no_secret_yet_and_stops_when_told_to(
+    processes, tmp_path, tiny_encoder, topic_files
+):
+    node_config(tmp_path, tiny_encoder, topic_files[0])
+    secret, said = tmp_path / "secret", tmp_path / "executor.log"
+    command = node_command(tmp_path / "node.yaml", free_port(), "--secret-file", str(secret))
+    processes.start("executor", *command)
+    until(lambda: "waiting for --secret-file" in said.read_text(), 60, processes)
+    assert "loaded in" in said.read_text()
+    secret.write_bytes(b"s")
+    until(lambda: "waiting for the SuperNode" in said.read_text(), 60, processes)
+    assert said.read_text().count("waiting for --secret-file") == 1
+    processes.started["executor"].send_signal(signal.SIGTERM)
+    assert processes.started["executor"].wait(10) == 0
 
 
 def test_a_model_that_is_not_there_ends_it_at_once(processes, tmp_path, topic_files):
