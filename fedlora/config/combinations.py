@@ -30,6 +30,14 @@ def _cohort(config: "RunConfig") -> Iterator[str]:
         yield f"federation.cohort: {cohort} clients asked, but {there}; write {clients} or less"
     if isinstance(cohort, int) and least > cohort:
         yield f"federation.min_clients: {least} answers needed, but {cohort} asked; write {cohort} or less"
+    if (enough := config.federation.enough) is not None:
+        if enough < least:
+            yield f"federation.enough: {enough} answers, but min_clients is {least}; write {least} or more"
+        if isinstance(cohort, int) and enough > cohort:
+            yield f"federation.enough: {enough} answers, but {cohort} are asked; write {cohort} or less, or null"
+        if config.runtime.kind != "flower":
+            kind = config.runtime.kind
+            yield f"federation.enough: runtime.kind is {kind}, which waits for all; write null, or kind: flower"
     if not isinstance(cohort, int) and clients is not None and least > clients:
         yield f"federation.min_clients: {least} answers needed of {clients} clients; write {clients} or less"
 

@@ -78,6 +78,8 @@ def _computed(config: RunConfig) -> dict[str, Any]:
     values = config.model_dump(mode="json", exclude=_ELSEWHERE)
     if isinstance(values["privacy"], dict):
         del values["privacy"]["tuned_on"]  # a declaration; it decides nothing
+    if values["federation"]["enough"] is None:
+        del values["federation"]["enough"]  # a run of before there was such a key stays the same
     return values
 
 

@@ -205,6 +205,9 @@ class Federation(Section):
     probability of being asked (FedStale)."""
     min_clients: Annotated[int, Field(ge=1)] = 1
     """Fewer answers in a round stop the run, which can be resumed."""
+    enough: Annotated[int, Field(ge=1)] | None = None
+    """A server's round ends once so many updates are in, and later ones count in a later round; null: with the last,
+    or at the deadline. The fast are heard more often then, which no weighting corrects. A simulation waits for all."""
     deadline_s: Annotated[float, Field(gt=0)] = 600.0
     """Seconds a round waits for Flower nodes; later replies count in a later round. A simulation on `local` or `ray`
     waits for everybody, so that its result does not depend on the machine's speed."""

@@ -89,6 +89,9 @@ class DeployedNode:
         if echo is not None:
             self._outbox.acknowledged(run, round_, echo)
         kept = self._outbox.find(run, round_)
+        if kept is not None and not kept.frame:
+            log.error("round %d of run %.80r is refused: its reply was acknowledged", round_, run)
+            return self._refusal(run, round_, RefusalReason.BAD_REQUEST)
         if kept is not None and kept.request_digest == digest and self._recorded(kept):
             return kept.frame
         if (reason := self._refused(request, digest, debits)) is not None:

@@ -25,6 +25,7 @@ from fedlora.deploy.journal import Journal, Reported
 from fedlora.deploy.soundness import Soundness
 from fedlora.disk import write_durably
 from fedlora.errors import ConfigError
+from fedlora.federation.cohort import FirstFew
 from fedlora.federation.loop import line_zero, rounds
 from fedlora.federation.store import Store
 from fedlora.methods import build
@@ -96,6 +97,7 @@ def _serve(grid: Grid, config: RunConfig, run_dir: Path) -> None:
         echo=journal.furthest,
         asks=MOST_ATTEMPTS,
     )
+    reported = Reported(cohort, journal, Soundness(federation=federation, max_grad_norm=clip))
     for _, line in rounds(
         state,
         origin=origin(config, roster.run),
@@ -103,7 +105,7 @@ def _serve(grid: Grid, config: RunConfig, run_dir: Path) -> None:
         members=roster.members,
         method=build(config.method, config.lora),
         federation=federation,
-        cohort=Reported(cohort, journal, Soundness(federation=federation, max_grad_norm=clip)),
+        cohort=reported if federation.enough is None else FirstFew(reported, federation.enough),
         store=store,
         score=centre.score,
     ):

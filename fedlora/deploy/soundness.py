@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from fedlora.algebra.deltas import joint_norm
 from fedlora.config.schema import Federation, Sgd
 from fedlora.federation.loop import work
+from fedlora.transport.flower_client import MOST_RECORDS
 from fedlora.values import ClientUpdate, Delta, DpEvent
 
 LEAST_NOISE, MOST_NOISE = 1e-2, 1e4
@@ -29,15 +30,21 @@ class Soundness:
 
     def objection(self, update: ClientUpdate) -> str | None:
         """Why the update cannot be what it says it is; None if it can."""
+        clips = self.max_grad_norm is not None
         if not update.spent or not all(self._can_be_spent(event) for event in update.spent):
             return f"it says it spent {update.spent}"
+        if clips and update.spent[0].expected_batch is None:
+            return f"it does not say how many records a step draws: {update.spent[0]}"
         return self._objection_to_length(update)
 
     def _can_be_spent(self, event: DpEvent) -> bool:
+        batch, most = event.expected_batch, event.max_draw
+        cut = batch is not None and most is not None and 0 < batch <= min(most, MOST_RECORDS)
         return (
             LEAST_NOISE <= event.noise_multiplier <= MOST_NOISE
             and 0 < event.sample_rate <= 1
             and 1 <= event.steps <= self.federation.local_steps
+            and (cut or (batch is None and most is None))
         )
 
     def _objection_to_length(self, update: ClientUpdate) -> str | None:

@@ -8,6 +8,9 @@ from torch import Tensor
 
 from fedlora.values import Adapters, ClientUpdate, Delta, Refusal, Reply, RoundPlan, ServerState
 
+MOST_ENTRY = 1e6
+"""Far beyond what any training gives, and far below what the algebra of float32 could not bear."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Heard:
@@ -70,7 +73,7 @@ def _fault(reply: Reply, state: ServerState, plan: RoundPlan) -> str | None:
 
 def _fault_of_sender(reply: Reply, state: ServerState, plan: RoundPlan) -> str | None:
     if reply.run != plan.run:
-        return f"reply of run {reply.run!r}, this is {plan.run!r}"
+        return f"reply of another run than {plan.run!r}"
     if reply.client not in plan.weight:
         return f"unknown client {reply.client!r}"
     if reply.round < 1:
@@ -104,9 +107,9 @@ def _fault_of_tensors(delta: Delta, adapters: Adapters) -> str | None:
         ({site: factors.b for site, factors in adapters.sites.items()}, delta.sites),
         (adapters.head, delta.head),
     ):
-        strangers = sorted(wanted.keys() ^ got.keys())
-        if strangers:
-            return f"{len(strangers)} tensors missing or unknown, {strangers[0]!r} first"
+        missing, unknown = sorted(wanted.keys() - got.keys()), got.keys() - wanted.keys()
+        if missing or unknown:
+            return f"{len(missing)} tensors missing {missing[:1]}, {len(unknown)} unknown"
         for name in sorted(wanted):
             fault = _fault_of_tensor(name, got[name], wanted[name])
             if fault is not None:
@@ -121,4 +124,6 @@ def _fault_of_tensor(name: str, got: Tensor, wanted: Tensor) -> str | None:
         return f"{name!r} is {got.dtype}, need {wanted.dtype}"
     if not bool(torch.isfinite(got).all()):
         return f"{name!r} has {int((~torch.isfinite(got)).sum())} entries that are not finite"
+    if got.numel() and float(got.abs().max()) > MOST_ENTRY:
+        return f"{name!r} has entries beyond {MOST_ENTRY:g}, which no training gives"
     return None

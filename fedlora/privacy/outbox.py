@@ -15,7 +15,7 @@ from fedlora.values import Witness
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kept:
-    """A reply: to which request, paid by which line of the ledger, and its bytes."""
+    """A reply: to which request, paid by which line of the ledger, and its bytes; none once it was acknowledged."""
 
     run: str
     round: int
@@ -64,15 +64,16 @@ class Outbox:
         write_durably(self._path(kept.run, kept.round), line + b"\n" + kept.frame)
 
     def acknowledged(self, run: str, round_: int, heard: Witness) -> None:
-        """Replies to rounds of this run before `round_` are gone, as far as the server has `heard` them or later ones.
+        """The bytes of replies to earlier rounds of this run are gone, if the server has `heard` of them or of later ones.
 
-        The one furthest down the ledger stays: it is a witness.
+        What remains says that there was one, and is a witness of the ledger.
         """
-        furthest = self.furthest()
         for path in self.directory.glob(f"{_of(run)}-*.reply"):
             kept = _head(path)
-            if kept.round < round_ and kept.paid.seq <= heard.seq and kept.paid != furthest:
-                path.unlink()
+            if kept.round < round_ and kept.paid.seq <= heard.seq:
+                line = path.read_bytes().partition(b"\n")[0] + b"\n"
+                if path.stat().st_size > len(line):
+                    write_durably(path, line)
 
     def _path(self, run: str, round_: int) -> Path:
         return self.directory / f"{_of(run)}-{round_:06d}.reply"

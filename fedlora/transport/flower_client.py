@@ -99,7 +99,7 @@ def hello_of(content: RecordDict) -> Hello:
     client, records, classes = words.get("client"), words.get("records"), words.get("classes")
     if not (
         (isinstance(client, str) and client)
-        and (isinstance(records, int) and 1 <= records <= MOST_RECORDS)
+        and (type(records) is int and 1 <= records <= MOST_RECORDS)
         and isinstance(classes, list)
     ):
         raise WireError(f"a hello of {client!r} with {records!r} records; run the same fedlora on both ends")

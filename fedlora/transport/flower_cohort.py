@@ -7,6 +7,7 @@ set and which forgets replies that miss the deadline.
 import logging
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -16,7 +17,7 @@ from flwr.serverapp import Grid
 from fedlora.errors import WireError
 from fedlora.federation.events import ClientDone, Listener, outcome
 from fedlora.transport.flower_client import HELLO, TRAIN, Hello, frame_content, frame_of, hello_of
-from fedlora.transport.wire import decode_reply, encode_request
+from fedlora.transport.wire import HEADER_ROOM, decode_reply, encode_request
 from fedlora.values import ClientUpdate, Refusal, RefusalReason, Reply, TrainRequest, Witness
 
 log = logging.getLogger(__name__)
@@ -56,7 +57,8 @@ class Nodes:
                 self._asked[identifier] = node
                 self._greet_at[node] = math.inf
         for message in pull(self.grid, self._asked):
-            self._meet(self._asked.pop(message.metadata.reply_to_message_id), message, online)
+            if (node := self._asked.pop(message.metadata.reply_to_message_id, None)) is not None:
+                self._meet(node, message, online)
         return {client: node for client, node in self._ids.items() if node in online}
 
     def _meet(self, node: int, message: Message, online: Mapping[int, str]) -> None:
@@ -92,10 +94,13 @@ class Nodes:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Asked:
+    """most: bytes of a reply. It has the B of each site and a header of about the same names; a request has A too."""
+
     client: str
     node: int
     run: str
     round: int
+    most: int
 
 
 @dataclass(slots=True, kw_only=True)
@@ -140,6 +145,7 @@ class FlowerCohort:
         self.watch = watch
         self.asks = asks
         self._waiting: dict[str, _Asked] = {}
+        self._pulled: deque[Message] = deque()
 
     def ask(self, clients: Sequence[str], request: TrainRequest) -> Iterator[Reply]:
         """See Cohort."""
@@ -152,8 +158,13 @@ class FlowerCohort:
             self.watch(None)
             for client in self._send_due(unsent, turns, frame, request):
                 yield self._told(_refused(client, request, RefusalReason.FAILED), request)
-            for message in pull(self.nodes.grid, self._waiting):
-                asked = self._waiting.pop(message.metadata.reply_to_message_id)
+            # What is pulled is gone from Flower, and whoever asks may leave after any reply: the rest is kept.
+            if not self._pulled:
+                self._pulled.extend(pull(self.nodes.grid, self._waiting))
+            while self._pulled:
+                message = self._pulled.popleft()
+                if (asked := self._waiting.pop(message.metadata.reply_to_message_id, None)) is None:
+                    continue  # a second reply to the same message
                 turn = turns.get(asked.client) if asked.round == request.round else None
                 if not message.has_error():
                     reply = _received(asked, message.content)
@@ -208,7 +219,9 @@ class FlowerCohort:
         identifier = push(self.nodes.grid, content, node, TRAIN, self.ttl_s)
         if not identifier:
             return False
-        self._waiting[identifier] = _Asked(client=client, node=node, run=request.run, round=request.round)
+        self._waiting[identifier] = _Asked(
+            client=client, node=node, run=request.run, round=request.round, most=len(frame) + HEADER_ROOM
+        )
         return True
 
     def _told(self, reply: Reply, request: TrainRequest) -> Reply:
@@ -217,17 +230,21 @@ class FlowerCohort:
 
     def _forget_moved(self, online: dict[str, int]) -> None:
         """A node that came back under a new id never answers what its old id was asked."""
+        pulled = {message.metadata.reply_to_message_id for message in self._pulled}
         self._waiting = {
             identifier: asked
             for identifier, asked in self._waiting.items()
-            if online.get(asked.client, asked.node) == asked.node
+            if identifier in pulled or online.get(asked.client, asked.node) == asked.node
         }
 
 
 def _received(asked: _Asked, content: RecordDict) -> Reply:
     """What a client answered; if that is no reply of this client, a refusal in its place, and none of it is used."""
     try:
-        reply = decode_reply(frame_of(content))
+        frame = frame_of(content)
+        if len(frame) > asked.most:
+            raise WireError(f"{len(frame)} bytes, a reply has at most {asked.most}")
+        reply = decode_reply(frame)
     except WireError as error:
         log.warning("%s: malformed reply in round %d: %s", asked.client, asked.round, error)
         return _refused(asked.client, asked, RefusalReason.MALFORMED)

@@ -36,7 +36,10 @@ from fedlora.values import (
 
 MAGIC = b"fedlora" + bytes([WIRE])
 DIGEST_BYTES = 32
-MAX_HEADER_BYTES = 1 << 22
+MAX_HEADER_BYTES = 1 << 19
+"""Room for some thousand tensors; as JSON it takes forty times as much memory to read."""
+QUOTED = 80
+"""Characters of a stranger's words that are repeated in ours."""
 MAX_DIMENSIONS = 8
 HEADER_ROOM = 1024
 """Bytes of a header for all but names and shapes. What numbers leave of it is blank, so that they do not show in a
@@ -146,6 +149,8 @@ def event_of(words: object) -> DpEvent:
 
 def _witness(words: object) -> Witness:
     seq, head = _list(words)
+    if len(_text(head)) > 64:
+        raise ValueError("no digest has so many digits")
     return Witness(seq=_whole(seq), head=_text(head))
 
 
@@ -165,12 +170,13 @@ class _Strict:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
         if isinstance(error, _MALFORMED):
-            raise WireError(f"malformed {self.what} header: {error!r}") from error
+            raise WireError(f"malformed {self.what} header: {repr(error)[:QUOTED]}") from error
 
 
 def _text(value: object) -> str:
     if not isinstance(value, str):
         raise TypeError(f"{value!r} is no text")
+    value.encode()  # half a surrogate pair is no text that anybody could pass on
     return value
 
 
@@ -240,7 +246,7 @@ def _decode(frame: bytes, *kinds: str) -> tuple[dict[str, Any], dict[str, Tensor
     with _Strict("frame"):
         header = json.loads(frame[start : start + length])
         if header["kind"] not in kinds:
-            raise WireError(f"a {header['kind']!r} where one of {kinds} belongs")
+            raise WireError(f"a {str(header['kind'])[:QUOTED]!r} where one of {kinds} belongs")
         return header, _tensors(header["tensors"], frame[start + length : -DIGEST_BYTES])
 
 
@@ -252,7 +258,7 @@ def _tensors(table: list[Any], data: bytes) -> dict[str, Tensor]:
     offset = 0
     for (name, dtype, shape), size in zip(table, sizes, strict=True):
         if _text(name) in tensors:
-            raise WireError(f"tensor {name!r} occurs twice")
+            raise WireError(f"tensor {name[:QUOTED]!r} occurs twice")
         numbers = np.frombuffer(
             data, dtype="<f8" if dtype == "float64" else "<f4", count=math.prod(shape), offset=offset
         )

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedlora.config.load import config_digest, dump_config, json_schema, load_config, load_node
+from fedlora.config.load import _computed, config_digest, dump_config, json_schema, load_config, load_node
 from fedlora.config.schema import RunConfig
 from fedlora.config.template import NODE_YAML, RUN_YAML
 from fedlora.config.yaml_text import parse, render
@@ -340,3 +340,27 @@ PLAIN = (
 )
 def test_what_is_rendered_is_read_back(value):
     assert parse(render(value), "here").value == value
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (["federation.enough=4"], "which waits for all; write null"),
+        (["federation.enough=9", "runtime={kind: flower}"], "write 8 or less, or null"),
+        (["federation.enough=1", "federation.min_clients=2", "runtime={kind: flower}"], "write 2 or more"),
+    ],
+)
+def test_a_round_cannot_end_with_more_answers_than_are_asked_for_or_fewer_than_are_needed(
+    tmp_path, given, says
+):
+    with pytest.raises(ConfigError, match=rf"federation\.enough: .*{says}"):
+        load_config(written(tmp_path, RUN_YAML), given)
+
+
+def test_a_key_that_came_later_leaves_the_name_of_a_run_that_does_not_use_it(tmp_path):
+    """The name is in every noise key: another one is another run."""
+    path = written(tmp_path, RUN_YAML)
+    few = ["federation.enough=2", "runtime={kind: flower}"]
+    assert "enough: null" in dump_config(load_config(path))
+    assert config_digest(load_config(path, few)) != config_digest(load_config(path))
+    assert '"enough"' not in json.dumps(_computed(load_config(path)))

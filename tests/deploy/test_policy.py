@@ -54,6 +54,7 @@ def misfits(request: TrainRequest) -> Iterator[TrainRequest]:
     yield replace(request, adapters=replace(adapters, sites={**adapters.sites, "another": factors}))
 
 
+@pytest.mark.fault("F25")
 def test_a_request_that_does_not_fit_is_refused_before_a_record_is_read(config, request_one):
     node = without_records(config)
     for misfit in misfits(request_one):

@@ -51,7 +51,8 @@ def test_an_update_that_is_too_long_or_lacks_noise_is_found_out(update, factor):
 
 def test_a_node_that_adds_no_noise_is_found_out(config, request_one, monkeypatch):
     monkeypatch.setattr(gaussian, "_noise_like", lambda total, *more: torch.zeros_like(total))
-    reply = decode_reply(DeployedNode(config).answer(encode_request(request_one)))
+    loud = config.model_copy(update={"min_noise_multiplier": 5.0})
+    reply = decode_reply(DeployedNode(loud).answer(encode_request(request_one)))
     assert isinstance(reply, ClientUpdate)
     assert "compare max_grad_norm" in (SGD.objection(reply) or "")
 
@@ -74,3 +75,18 @@ def test_the_rate_is_that_of_the_round_that_was_answered(update):
     assert halving.objection(update) is None
     assert halving.objection(last) is not None
     assert halving.objection(scaled(last, 1 / 9)) is None
+
+
+@pytest.mark.parametrize(
+    "claim",
+    [
+        {"expected_batch": None, "max_draw": None},
+        {"expected_batch": None},
+        {"max_draw": None},
+        *({"expected_batch": batch} for batch in (0.0, -1.0, 1e308)),
+        *({"max_draw": most} for most in (-5, 3)),
+    ],
+)
+def test_an_update_that_does_not_say_what_it_drew_is_found_out(update, claim):
+    (event,) = update.spent
+    assert SGD.objection(replace(update, spent=(replace(event, **claim),))) is not None

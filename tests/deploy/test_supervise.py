@@ -223,6 +223,7 @@ def test_what_only_somebody_can_mend_ends_it_with_the_servers_own_words(federati
 
 
 @pytest.mark.slow
+@pytest.mark.fault("F54")
 def test_a_strangers_run_is_stopped_unrun_and_ours_is_submitted_again_when_stopped_or_forgotten(federation):
     marker = federation.folder / "marker"
     app = _hostile_server(federation.folder / "app", marker)

@@ -10,6 +10,7 @@ import torch
 from flwr.app import ConfigRecord, RecordDict
 
 from fedlora.errors import WireError
+from fedlora.federation.cohort import FirstFew
 from fedlora.transport import WIRE, flower_cohort
 from fedlora.transport.flower_client import Hello, client_app, hello_content, hello_of
 from fedlora.transport.flower_cohort import FlowerCohort, Nodes, meet
@@ -79,6 +80,7 @@ def outcomes(cohort: FlowerCohort, *clients: str) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("code", [NODE_UNAVAILABLE, APP_CRASHED, MESSAGE_GONE])
+@pytest.mark.fault("F1", "F17")
 def test_a_client_whose_message_was_lost_is_asked_again_in_the_same_round(wire, code):
     grid = wire("a", "b")
     grid.fates[1, 1] = lambda asked, reply: [*fails(code)(asked, reply)] if first(grid) else [reply]
@@ -135,7 +137,22 @@ def test_a_lost_client_is_not_asked_again_after_the_deadline(wire):
     assert len([heard for heard in grid.tape.read("asked") if heard.round == 1]) == 1
 
 
+def test_whoever_has_heard_enough_leaves_and_what_was_pulled_with_it_comes_with_the_next_round(wire):
+    grid = wire("a", "b", "c")
+    inner = cohort_of(grid, 3)
+    few = FirstFew(inner, 1)
+    grid.holds[3, 1] = lambda: len(grid.tape.read("said")) > 6  # not before round 2 is under way
+    first = [(reply.client, reply.round) for reply in few.ask(["a", "b", "c"], request(1))]
+    assert first == [("a", 1)]
+    second = [(reply.client, reply.round) for reply in inner.ask(["a", "b", "c"], request(2))]
+    # b's came with a's and was kept; c's was under way: neither is asked again for as long as that is to count.
+    assert sorted(second) == [("a", 2), ("b", 1), ("c", 1)]
+    third = [(reply.client, reply.round) for reply in few.ask(["a", "b", "c"], request(3))]
+    assert len(third) == 1
+
+
 @pytest.mark.parametrize("frame", [b"", b"\x00" * 100])
+@pytest.mark.fault("F26")
 def test_bytes_that_are_no_reply_are_refused_as_malformed_and_not_asked_for_again(wire, frame):
     grid = wire("a")
     grid.fates[1, 1] = instead(frame)

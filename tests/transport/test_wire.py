@@ -100,6 +100,7 @@ def test_a_refusal_carries_a_code_and_nothing_else(reason):
 
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(st.data())
+@pytest.mark.fault("F26")
 def test_no_damaged_frame_is_accepted(data):
     frame = bytearray(encode_reply(update()))
     kind = data.draw(st.sampled_from(["flip", "cut", "extend"]))
@@ -244,6 +245,7 @@ def test_a_header_too_deep_to_read_is_refused(decode):
         decode(body + hashlib.sha256(body).digest())
 
 
+@pytest.mark.fault("F27")
 def test_a_name_may_not_occur_twice():
     header = {**GOOD, "tensors": [["b:x", "float32", [1]], ["b:x", "float32", [1]]]}
     with pytest.raises(WireError, match="twice"):
