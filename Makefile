@@ -16,7 +16,7 @@ slow: install         ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow
 
 faults: install       ## faults F1 to F54 of docs/reliability.md, the slow ones too, and five hundred kills of a node
-	FEDLORA_KILLS=500 $(BIN)/python -m pytest -m fault -rs
+	FEDLORA_KILLS=500 $(BIN)/python -m pytest -m fault -rs -n 3 --dist loadfile   # they wait more than they work
 
 compose-test: install ## the compose file, started for real; with no Docker engine, root may start one
 	$(BIN)/python -m pytest -s -rs -m slow tests/deploy/test_compose.py

@@ -64,7 +64,7 @@ class Outbox:
         write_durably(self._path(kept.run, kept.round), line + b"\n" + kept.frame)
 
     def acknowledged(self, run: str, round_: int, heard: Witness) -> None:
-        """The bytes of replies to earlier rounds of this run are gone, if the server has `heard` of them or of later ones.
+        """The bytes of replies to earlier rounds of this run are gone, if the server has `heard` them or later ones.
 
         What remains says that there was one, and is a witness of the ledger.
         """
