@@ -170,8 +170,8 @@ class Witness:
 class RefusalReason(StrEnum):
     """Why a client stayed away; a code, since free text could carry a record.
 
-    The last two are a server's words: for bytes that are no reply to what was asked, and for an update that cannot be
-    what it says of itself.
+    MALFORMED and UNSOUND are a server's alone: for bytes that are no reply to what was asked, and for an update that
+    cannot be what it says of itself. It also says FAILED and LEDGER for a client.
     """
 
     BUDGET = "budget"

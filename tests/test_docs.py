@@ -1,4 +1,4 @@
-"""What docs/privacy.md and docs/reliability.md say is tested is tested: the tests that their tables name are there."""
+"""What docs/privacy.md and docs/reliability.md say is tested is tested: what their tables name is there."""
 
 import ast
 import re
@@ -43,18 +43,20 @@ def test_what_holds_an_invariant_is_named_and_exists_or_a_reason_is_given(number
 
 
 FAULT = re.compile(r"^\| F(\d+) \|.*\|(.*)\|$")
+FILE = re.compile(r"`([\w/]+\.py)`")
+FAULTS = range(1, 55)
 
 
 def faults() -> dict[int, set[str]]:
-    """The tests that docs/reliability.md names, by the number of the fault that they inject."""
+    """The files that docs/reliability.md names, by the number of the fault that their tests inject."""
     lines = (ROOT / "docs" / "reliability.md").read_text().splitlines()
     found = [match.groups() for line in lines if (match := FAULT.match(line))]
-    return {int(number): set(NAME.findall(names)) for number, names in found}
+    return {int(number): set(FILE.findall(names)) for number, names in found}
 
 
 @cache
 def injected() -> dict[int, set[str]]:
-    """The tests that are marked so, by the number of the fault."""
+    """The files with tests that are marked so, by the number of the fault."""
     found: dict[int, set[str]] = {}
     for path in (ROOT / "tests").rglob("test_*.py"):
         tree = ast.parse(path.read_text())
@@ -62,7 +64,7 @@ def injected() -> dict[int, set[str]]:
         for node in ast.walk(tree):
             if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
                 for number in (n for mark in (*whole, *node.decorator_list) for n in _faults_of(mark)):
-                    found.setdefault(number, set()).add(node.name)
+                    found.setdefault(number, set()).add(str(path.relative_to(ROOT / "tests")))
     return found
 
 
@@ -78,9 +80,9 @@ def _faults_of(mark: ast.expr) -> list[int]:
 
 
 def test_the_table_has_every_fault_once():
-    assert sorted(faults()) == list(range(1, 55))
+    assert sorted(faults()) == list(FAULTS)
 
 
-@pytest.mark.parametrize("number", range(1, 55))
-def test_a_fault_is_injected_by_the_tests_that_the_table_names_and_by_no_others(number):
+@pytest.mark.parametrize("number", FAULTS)
+def test_a_fault_is_injected_by_the_files_that_the_table_names_and_by_no_others(number):
     assert faults()[number] == injected().get(number, set()) != set()

@@ -184,7 +184,8 @@ def _serve(app: ClientApp, supernode: SuperNode, token: str, stop: Stop) -> None
     try:
         with supernode.task(token, lambda: stop.asked) as task:
             try:
-                message, context = task.pull()
+                with stop.working():
+                    message, context = task.pull()
             except HalfMessageError as error:
                 log.warning("a message is given back: %s", error)
                 reply = Message(
@@ -193,6 +194,8 @@ def _serve(app: ClientApp, supernode: SuperNode, token: str, stop: Stop) -> None
                 task.push(reply, error.context)
             else:
                 task.push(_answered(app, message, context, stop), context)
+    except Interrupted:
+        log.warning("a message that was still arriving is left: told to stop")
     except (AwayError, LostTaskError) as error:
         log.warning("a task was lost: %s; its reply waits in the outbox if there is one", error)
     except UnwantedError:

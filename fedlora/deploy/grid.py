@@ -4,6 +4,7 @@ Flower's own waits inside the pull for a reply whose upload broke off, for up to
 meanwhile; one node could hold a federation up by it. Read in flwr 1.41.0, like the rest of this room.
 """
 
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -24,6 +25,14 @@ from flwr.supercore.inflatable.inflatable_utils import (
 from flwr.superlink.grid import HttpGrid
 
 from fedlora.deploy.endpoint import GONE
+from fedlora.transport.flower_client import FAILED
+
+log = logging.getLogger(__name__)
+
+ROOM = 1 << 20
+"""Bytes of a message without its numbers."""
+MOST_OBJECTS = 4096
+"""Parts of one message: Flower cuts an array every 5 MiB."""
 
 
 @dataclass(slots=True)
@@ -35,12 +44,19 @@ class _Arriving:
     objects: dict[str, bytes] = field(default_factory=dict)
 
 
-class PatientGrid(HttpGrid):
-    """See above. Whatever is no reply to a message that was asked for stays where it is."""
+class PromptGrid(HttpGrid):
+    """Flower's grid, that hands over whole replies and leaves the others for a later pull."""
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
         self._arriving: dict[str, _Arriving] = {}
+        self._most = ROOM
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """See Grid. No reply may be larger than the largest message that was sent."""
+        sent = list(messages)
+        self._most = max([self._most, *(ROOM + _size(message) for message in sent)])
+        return super().push_messages(sent)
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
         """See Grid."""
@@ -56,27 +72,44 @@ class PatientGrid(HttpGrid):
         return [message for message in arrived if message is not None]
 
     def _arrived(self, identifier: str) -> Message | None:
-        """The reply to this message, or an error in its place if it never will be whole; None while it arrives."""
+        """The reply to this message, or an error in its place if it never will be one; None while it arrives."""
         reply, run_id = self._arriving[identifier], self.run.run_id
-        pull = make_pull_object_fn_protobuf(self._runtime_client.PullObject, self.node, run_id)
         try:
-            for object_id in reply.object_ids:
-                if object_id not in reply.objects:
-                    reply.objects[object_id] = pull(object_id)
+            if not self._pull_parts(reply):
+                return self._error(identifier, FAILED, "it is larger than any reply")
         except ObjectUnavailableError:
             return None
         except ObjectPullError:
-            del self._arriving[identifier]
-            return self._broken_off(identifier)
-        del self._arriving[identifier]
+            return self._error(identifier, GONE, "its upload broke off")
         self._runtime_client.ConfirmMessageReceived(
             ConfirmMessageReceivedRequest(node=self.node, run_id=run_id, message_object_id=reply.message_id)
         )
-        message = cast(Message, inflate_object_from_contents(reply.message_id, reply.objects))
+        try:
+            message = cast(Message, inflate_object_from_contents(reply.message_id, reply.objects))
+            if not message.has_error():
+                message.content.items()
+        except Exception as error:
+            # Flower looks at the hash of an object and not at what is in it: a node can put anything there.
+            log.warning("a reply is no message: %s", type(error).__name__)
+            return self._error(identifier, FAILED, "it is no message")
+        del self._arriving[identifier]
         message.metadata.__dict__["_message_id"] = reply.message_id
         return message
 
-    def _broken_off(self, identifier: str) -> Message:
+    def _pull_parts(self, reply: _Arriving) -> bool:
+        """All parts are here; False if they are more or larger than those of any reply."""
+        if len(reply.object_ids) > MOST_OBJECTS:
+            return False
+        pull = make_pull_object_fn_protobuf(self._runtime_client.PullObject, self.node, self.run.run_id)
+        for object_id in reply.object_ids:
+            if object_id not in reply.objects:
+                reply.objects[object_id] = pull(object_id)
+                if sum(map(len, reply.objects.values())) > self._most:
+                    return False
+        return True
+
+    def _error(self, identifier: str, code: int, reason: str) -> Message:
+        del self._arriving[identifier]
         metadata = Metadata(
             run_id=self.run.run_id,
             message_id="",
@@ -88,4 +121,9 @@ class PatientGrid(HttpGrid):
             reply_to_message_id=identifier,
             created_at=now().timestamp(),
         )
-        return make_message(metadata=metadata, error=Error(code=GONE, reason="its upload broke off"))
+        return make_message(metadata=metadata, error=Error(code=code, reason=reason))
+
+
+def _size(message: Message) -> int:
+    records = message.content.array_records.values() if message.has_content() else ()
+    return sum(len(array.data) for record in records for array in record.values())

@@ -122,7 +122,9 @@ class Reported:
         """See Cohort. What was heard in this round already is not asked again."""
         known = self.journal.heard(request.round)
         yield from known
-        answered = {update.client for update in known if update.round == request.round}
+        answered = {
+            update.client for update in known
+        }  # by a late one too: it counts, and one a round is enough
         for reply in self.cohort.ask([client for client in clients if client not in answered], request):
             if (
                 isinstance(reply, Refusal)

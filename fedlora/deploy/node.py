@@ -87,7 +87,7 @@ class DeployedNode:
         debits = self._whole_ledger(echo)
         run, round_, digest = request.run, request.round, request_digest(request)
         if echo is not None:
-            self._outbox.acknowledged(run, round_, echo)
+            self._outbox.forget_acknowledged(run, round_, echo)
         kept = self._outbox.find(run, round_)
         if kept is not None and not kept.frame:
             log.error("round %d of run %.80r is refused: its reply was acknowledged", round_, run)

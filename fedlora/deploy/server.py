@@ -25,7 +25,6 @@ from fedlora.deploy.journal import Journal, Reported
 from fedlora.deploy.soundness import Soundness
 from fedlora.disk import write_durably
 from fedlora.errors import ConfigError
-from fedlora.federation.cohort import FirstFew
 from fedlora.federation.loop import line_zero, rounds
 from fedlora.federation.store import Store
 from fedlora.methods import build
@@ -44,7 +43,7 @@ from fedlora.runs.rundir import (
 from fedlora.runs.summary import run_summary, write_summary
 from fedlora.training.model import load_model, load_tokenizer
 from fedlora.training.tasks import evaluate
-from fedlora.transport.flower_client import Hello
+from fedlora.transport.flower_client import QUOTED, Hello
 from fedlora.transport.flower_cohort import FlowerCohort, Nodes, meet
 from fedlora.values import Adapters, Member, ServerState
 
@@ -97,7 +96,6 @@ def _serve(grid: Grid, config: RunConfig, run_dir: Path) -> None:
         echo=journal.furthest,
         asks=MOST_ATTEMPTS,
     )
-    reported = Reported(cohort, journal, Soundness(federation=federation, max_grad_norm=clip))
     for _, line in rounds(
         state,
         origin=origin(config, roster.run),
@@ -105,7 +103,7 @@ def _serve(grid: Grid, config: RunConfig, run_dir: Path) -> None:
         members=roster.members,
         method=build(config.method, config.lora),
         federation=federation,
-        cohort=reported if federation.enough is None else FirstFew(reported, federation.enough),
+        cohort=Reported(cohort, journal, Soundness(federation=federation, max_grad_norm=clip)),
         store=store,
         score=centre.score,
     ):
@@ -176,7 +174,7 @@ def _fits(hello: Hello, classes: tuple[str, ...], known: Mapping[str, int]) -> b
         log.error(
             "%r has classes %s, this run %s; list the same in its node.yaml",
             hello.client,
-            hello.classes,
+            str(hello.classes)[:QUOTED],
             classes,
         )
         return False

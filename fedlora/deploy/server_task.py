@@ -13,7 +13,7 @@ from flwr.supercore.heartbeat import HeartbeatSender, make_task_heartbeat_fn_htt
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedlora.deploy.endpoint import certificate_fault
-from fedlora.deploy.grid import PatientGrid
+from fedlora.deploy.grid import PromptGrid
 from fedlora.errors import FedLoraError, IncompleteError, without_records
 
 log = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ def server_task(address: str, certificates: bytes | None, token: str) -> Iterato
     Raises:
         IncompleteError: from the block, when a call finds no SuperLink that can answer.
     """
-    grid = PatientGrid(address, certificates is None, certificates, token=token)
+    grid = PromptGrid(address, certificates is None, certificates, token=token)
     client = grid._runtime_client
     heartbeat = HeartbeatSender(make_task_heartbeat_fn_http(client))
     heartbeat.start()

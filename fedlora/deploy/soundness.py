@@ -39,7 +39,7 @@ class Soundness:
 
     def _can_be_spent(self, event: DpEvent) -> bool:
         batch, most = event.expected_batch, event.max_draw
-        cut = batch is not None and most is not None and 0 < batch <= min(most, MOST_RECORDS)
+        cut = batch is not None and most is not None and 1 <= batch <= min(most, MOST_RECORDS)
         return (
             LEAST_NOISE <= event.noise_multiplier <= MOST_NOISE
             and 0 < event.sample_rate <= 1
@@ -59,7 +59,9 @@ class Soundness:
         drawn = event.steps * event.expected_batch
         signal = unit * (drawn + DRAWS * (math.sqrt(drawn) + 1))
         least, most = (1 - SPREAD) * noise, (1 + SPREAD) * noise + signal
-        if not least <= (length := joint_norm(update.delta)) <= most:
+        if not math.isfinite(length := joint_norm(update.delta)):
+            return "it has entries that are not finite"
+        if not least <= length <= most:
             return (
                 f"its length is {length:.3g}, but with noise multiplier {event.noise_multiplier:g} and max_grad_norm "
                 f"{self.max_grad_norm:g} it is from {least:.3g} to {most:.3g}; compare max_grad_norm in its node.yaml "

@@ -125,6 +125,12 @@ class Control:
                 self._control.UnregisterNode(UnregisterNodeRequest(node_id=node.node_id))
         return [node.name for node in others]
 
+    def barred(self, keys: Collection[bytes]) -> list[str]:
+        """The names of SuperNodes whose key (PEM) is among these but was unregistered: Flower takes no key twice."""
+        with self._told():
+            known = self._control.ListNodes(ListNodesRequest()).nodes_info
+        return [node.name for node in known if node.public_key in keys and node.unregistered_at]
+
     def runs(self) -> list[Submitted]:
         """Newest first."""
         with self._told():

@@ -46,9 +46,9 @@ RETRY_S = 20.0
 """How long a task's calls are tried again: a SuperNode that is away for longer has forgotten the task."""
 
 
-WHOLE_S = 15.0
-"""How long the rest of a message is waited for. A SuperNode that lost its SuperLink while it received one keeps half of
-it, and hands that out; Flower's own client waits two hours."""
+WHOLE_S = 120.0
+"""How long the rest of a message is waited for. A SuperNode hands a message out while it is still receiving it, and, if
+its run was stopped meanwhile, keeps half of it for ever; Flower's own client waits two hours for that."""
 
 
 class AwayError(FedLoraError):

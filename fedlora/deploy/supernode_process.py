@@ -17,8 +17,9 @@ def main() -> NoReturn:
     status = 1
     try:
         flower_supernode()
+        status = 0
     except SystemExit as told:
-        status = told.code if isinstance(told.code, int) else 1
+        status = told.code if isinstance(told.code, int) else int(told.code is not None)
     except BaseException:
         traceback.print_exc()
     finally:

@@ -158,6 +158,11 @@ class Supervisor:
             log.info("registered: %s", ", ".join(sorted(new)))
         if gone := control.unregister_others(self.keys.values()):
             log.info("not registered any more: %s", ", ".join(sorted(gone)))
+        if barred := control.barred(self.keys.values()):
+            log.error(
+                "%s: taken off the list once, and a SuperLink takes no key twice; have new keys made under new names",
+                ", ".join(sorted(barred)),
+            )
         self._keys_of = version
 
     def _newest(self, control: Control) -> Submitted | None:

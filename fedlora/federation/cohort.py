@@ -1,10 +1,9 @@
 """Where clients are, seen from the server."""
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
-from fedlora.values import ClientUpdate, Reply, TrainRequest
+from fedlora.values import Reply, TrainRequest
 
 
 class Cohort(Protocol):
@@ -21,24 +20,3 @@ class Cohort(Protocol):
     def close(self) -> None:
         """Workers are gone."""
         ...
-
-
-@dataclass(frozen=True, slots=True)
-class FirstFew:
-    """A Cohort that is listened to until `enough` updates are in; what comes later comes with a later round."""
-
-    cohort: Cohort
-    enough: int
-
-    def ask(self, clients: Sequence[str], request: TrainRequest) -> Iterator[Reply]:
-        """See Cohort."""
-        heard = 0
-        for reply in self.cohort.ask(clients, request):
-            yield reply
-            heard += isinstance(reply, ClientUpdate)
-            if heard >= self.enough:
-                return
-
-    def close(self) -> None:
-        """See Cohort."""
-        self.cohort.close()

@@ -9,9 +9,10 @@ from fedlora.errors import IncompleteError
 from fedlora.federation.absorb import Absorbed, absorb
 from fedlora.federation.cohort import Cohort
 from fedlora.federation.plan import plan
+from fedlora.federation.sift import sift
 from fedlora.federation.store import Store
 from fedlora.methods import Method
-from fedlora.values import Adapters, LocalWork, Member, Origin, RoundPlan, ServerState, TrainRequest
+from fedlora.values import Adapters, LocalWork, Member, Origin, Reply, RoundPlan, ServerState, TrainRequest
 
 Score = Callable[[Adapters], dict[str, Any]]
 """Scores adapters on public test data: {metric, score, loss, epsilon_max}."""
@@ -49,7 +50,7 @@ def rounds(
             adapters=state.adapters,
             work=work(planned.round, federation),
         )
-        replies = list(cohort.ask(planned.cohort, request)) if planned.cohort else []
+        replies = _heard(state, planned, request, cohort, federation.enough) if planned.cohort else []
         heard = {reply.client for reply in replies} if method.mixing.remembers else set()
         remembered = store.remembered(heard, state)
         absorbed = absorb(
@@ -61,6 +62,18 @@ def rounds(
         line = _line(absorbed, score(state.adapters) if due else {}, time.monotonic() - began)
         store.commit(absorbed, line)
         yield state, line
+
+
+def _heard(
+    state: ServerState, planned: RoundPlan, request: TrainRequest, cohort: Cohort, enough: int | None
+) -> list[Reply]:
+    """The replies of a round: all, or, where so many are `enough`, those until so many updates of them count."""
+    replies: list[Reply] = []
+    for reply in cohort.ask(planned.cohort, request):
+        replies.append(reply)
+        if enough is not None and len(sift(state, planned, replies).accepted) >= enough:
+            break
+    return replies
 
 
 def work(number: int, federation: Federation) -> LocalWork:

@@ -63,7 +63,7 @@ class Outbox:
         line = json.dumps(words, sort_keys=True).encode()
         write_durably(self._path(kept.run, kept.round), line + b"\n" + kept.frame)
 
-    def acknowledged(self, run: str, round_: int, heard: Witness) -> None:
+    def forget_acknowledged(self, run: str, round_: int, heard: Witness) -> None:
         """The bytes of replies to earlier rounds of this run are gone, if the server has `heard` them or later ones.
 
         What remains says that there was one, and is a witness of the ledger.

@@ -163,6 +163,8 @@ def nodes_to_register(path: Path) -> dict[str, bytes]:
         raise ConfigError(
             f"{path} is no list of nodes; write it again: fedlora provision DIR --nodes N"
         ) from None
+    if not lines:
+        raise ConfigError(f"{path} lists no node; write it again: fedlora provision DIR --nodes N")
     return {
         require_name(name): _public_key(line.encode(), f"{path}: {name}").public_bytes(
             serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo

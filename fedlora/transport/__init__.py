@@ -1,4 +1,4 @@
 """The bytes that travel, and Flower's messages around them; the same simulated and deployed."""
 
-WIRE = 2
+FRAME_VERSION = 2
 """Version of the frames. Two ends with different ones do not understand each other, and say so at the first hello."""

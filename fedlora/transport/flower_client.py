@@ -13,7 +13,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, 
 from flwr.clientapp import ClientApp
 
 from fedlora.errors import WireError, without_records
-from fedlora.transport import WIRE
+from fedlora.transport import FRAME_VERSION
 from fedlora.values import Witness
 
 log = logging.getLogger(__name__)
@@ -22,6 +22,9 @@ HELLO = "query.hello"
 TRAIN = "train"
 FRAME = "fedlora.frame"
 MOST_RECORDS = 10**9
+MOST_CLASSES = 10_000
+QUOTED = 80
+"""Characters of a stranger's words that are repeated in ours."""
 FAILED = 2
 """Flower's code for a ClientApp that raised."""
 
@@ -89,7 +92,9 @@ def echo_of(content: RecordDict) -> Witness | None:
 def hello_content(hello: Hello) -> RecordDict:
     """A hello as one config record, with what both ends have to have in common."""
     words = {"client": hello.client, "records": hello.records, "classes": list(hello.classes)}
-    return RecordDict({"fedlora": ConfigRecord({**words, "version": version("fedlora"), "wire": WIRE})})
+    return RecordDict(
+        {"fedlora": ConfigRecord({**words, "version": version("fedlora"), "wire": FRAME_VERSION})}
+    )
 
 
 def hello_of(content: RecordDict) -> Hello:
@@ -102,13 +107,24 @@ def hello_of(content: RecordDict) -> Hello:
         and (type(records) is int and 1 <= records <= MOST_RECORDS)
         and isinstance(classes, list)
     ):
-        raise WireError(f"a hello of {client!r} with {records!r} records; run the same fedlora on both ends")
-    if words.get("wire") != WIRE:
         raise WireError(
-            f"a hello of {client!r} from fedlora {words.get('version')} with frames of version {words.get('wire')}, "
-            f"but here is fedlora {version('fedlora')} with version {WIRE}; install the same on both ends"
+            f"a hello of {_quoted(client)} with {_quoted(records)} records; run the same fedlora on both ends"
         )
-    return Hello(client=client, records=records, classes=tuple(str(name) for name in classes))
+    names = tuple(str(name) for name in classes)
+    if len(names) > MOST_CLASSES or sum(map(len, names)) > MOST_CLASSES * QUOTED:
+        raise WireError(f"a hello of {_quoted(client)} with {len(names)} classes, {MOST_CLASSES} is the most")
+    if words.get("wire") != FRAME_VERSION:
+        raise WireError(
+            f"a hello of {_quoted(client)} from fedlora {_quoted(words.get('version'))} with frames of version "
+            f"{_quoted(words.get('wire'))}, "
+            f"but here is fedlora {version('fedlora')} with version {FRAME_VERSION}; install the same on both ends"
+        )
+    return Hello(client=client, records=records, classes=names)
+
+
+def _quoted(word: object) -> str:
+    """A stranger's word, as much of it as goes into one of our lines."""
+    return repr(word if isinstance(word, int) else str(word)[:QUOTED])[: QUOTED + 2]
 
 
 def _reply(

@@ -27,6 +27,9 @@ HELLO_TTL_S = 300.0
 GREET_AGAIN_S = 10.0
 AGAIN_S = 2.0
 """Between a message that was lost and the next try."""
+SILENCE = 0.5
+"""Share of a deadline after which a client that says nothing is asked once more: a SuperLink that dies while it hands
+a message out has booked it as delivered, and nobody hears of it. A client at work answers both with the same bytes."""
 RETURN_S = 60.0
 """How long a client whose message was lost is waited for: as long as Flower refuses a node that died and came back."""
 
@@ -63,7 +66,7 @@ class Nodes:
 
     def _meet(self, node: int, message: Message, online: Mapping[int, str]) -> None:
         if message.has_error():
-            del self._greet_at[node]  # it may have been starting still
+            self._greet_at[node] = time.monotonic() + AGAIN_S  # it may have been starting still
             return
         # Whoever cannot be taken for what it says may be mended and started again.
         self._greet_at[node] = time.monotonic() + GREET_AGAIN_S
@@ -94,13 +97,14 @@ class Nodes:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Asked:
-    """most: bytes of a reply. It has the B of each site and a header of about the same names; a request has A too."""
+    """A request on its way. most: bytes of its reply: no more than the request, which has A too, and a header."""
 
     client: str
     node: int
     run: str
     round: int
     most: int
+    at: float
 
 
 @dataclass(slots=True, kw_only=True)
@@ -113,7 +117,7 @@ class _Turn:
 
 
 class FlowerCohort:
-    """A Cohort of Flower nodes. A client still at work on an earlier round is not asked if that work comes to count."""
+    """A Cohort of Flower nodes. A client still at work on an earlier round is asked only if no update comes of that."""
 
     def __init__(
         self,
@@ -150,13 +154,15 @@ class FlowerCohort:
     def ask(self, clients: Sequence[str], request: TrainRequest) -> Iterator[Reply]:
         """See Cohort."""
         frame = encode_request(request)
-        ends = time.monotonic() + self.deadline_s
+        began = time.monotonic()
+        ends = began + self.deadline_s
         self._forget_moved(self.nodes.online())
         turns = {client: _Turn(left=self.asks) for client in clients}
         unsent = list(clients)
         while True:
             self.watch(None)
-            for client in self._send_due(unsent, turns, frame, request):
+            unsent += [client for client in self._silent(turns, request) if client not in unsent]
+            for client in self._send_due(unsent, turns, frame, request, began):
                 yield self._told(_refused(client, request, RefusalReason.FAILED), request)
             # What is pulled is gone from Flower, and whoever asks may leave after any reply: the rest is kept.
             if not self._pulled:
@@ -168,9 +174,10 @@ class FlowerCohort:
                 turn = turns.get(asked.client) if asked.round == request.round else None
                 if not message.has_error():
                     reply = _received(asked, message.content)
-                    if isinstance(reply, ClientUpdate) and asked.client in unsent:
+                    if isinstance(reply, ClientUpdate):
                         # It counts in this round; another one would be paid for, and counted in its place.
-                        unsent.remove(asked.client)
+                        unsent = [client for client in unsent if client != asked.client]
+                        self._forget_answered(asked)
                     yield self._told(reply, request)
                 elif self._is_lost(asked, message.error, turn):
                     unsent.append(asked.client)
@@ -184,12 +191,31 @@ class FlowerCohort:
     def close(self) -> None:
         """See Cohort: the nodes are not ours to stop."""
 
+    def _silent(self, turns: Mapping[str, _Turn], request: TrainRequest) -> list[str]:
+        """Clients that were asked in this round, may be asked again, and have said nothing for too long."""
+        last: dict[str, float] = {}
+        for asked in self._waiting.values():
+            if asked.round == request.round:
+                last[asked.client] = max(asked.at, last.get(asked.client, -math.inf))
+        limit = time.monotonic() - SILENCE * self.deadline_s
+        return [client for client, at in last.items() if at < limit and turns[client].left > 0]
+
     def _send_due(
-        self, unsent: list[str], turns: Mapping[str, _Turn], frame: bytes, request: TrainRequest
+        self,
+        unsent: list[str],
+        turns: Mapping[str, _Turn],
+        frame: bytes,
+        request: TrainRequest,
+        began: float,
     ) -> Iterator[str]:
         """Whoever of `unsent` is free is asked, and off the list; yields those who cannot be reached."""
         now = time.monotonic()
-        busy = {asked.client for asked in self._waiting.values()}
+        limit = now - SILENCE * self.deadline_s
+        busy = {
+            asked.client
+            for asked in self._waiting.values()
+            if self.asks == 1 or limit <= (asked.at if asked.round == request.round else began)
+        }
         due = [client for client in unsent if client not in busy and turns[client].at <= now]
         online = self.nodes.online() if due else {}
         for client in due:
@@ -220,13 +246,26 @@ class FlowerCohort:
         if not identifier:
             return False
         self._waiting[identifier] = _Asked(
-            client=client, node=node, run=request.run, round=request.round, most=len(frame) + HEADER_ROOM
+            client=client,
+            node=node,
+            run=request.run,
+            round=request.round,
+            most=len(frame) + HEADER_ROOM,
+            at=time.monotonic(),
         )
         return True
 
     def _told(self, reply: Reply, request: TrainRequest) -> Reply:
         self.listener(ClientDone(round=request.round, client=reply.client, outcome=outcome(reply)))
         return reply
+
+    def _forget_answered(self, answered: _Asked) -> None:
+        """What else the client was asked for that round or before would be the same bytes, or of no use."""
+        self._waiting = {
+            identifier: asked
+            for identifier, asked in self._waiting.items()
+            if asked.client != answered.client or asked.round > answered.round
+        }
 
     def _forget_moved(self, online: dict[str, int]) -> None:
         """A node that came back under a new id never answers what its old id was asked."""

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fedlora.algebra.digest import named_tensors
 from fedlora.errors import ShapeError, WireError
-from fedlora.transport import WIRE
+from fedlora.transport import FRAME_VERSION
 from fedlora.values import (
     Adapters,
     ClientUpdate,
@@ -34,7 +34,7 @@ from fedlora.values import (
     Witness,
 )
 
-MAGIC = b"fedlora" + bytes([WIRE])
+MAGIC = b"fedlora" + bytes([FRAME_VERSION])
 DIGEST_BYTES = 32
 MAX_HEADER_BYTES = 1 << 19
 """Room for some thousand tensors; as JSON it takes forty times as much memory to read."""

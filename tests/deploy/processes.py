@@ -1,5 +1,6 @@
 """Commands as processes on loopback, with their logs; and what a node among them is told."""
 
+import contextlib
 import os
 import signal
 import socket
@@ -8,6 +9,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 
 import yaml
@@ -76,11 +78,15 @@ def node_yaml(folder: Path, client: str, run: dict, train: Path, participations:
     return folder / "node.yaml"
 
 
+_PORTS = count(10_000 + os.getpid() % 200 * 100)
+
+
 def free_port() -> int:
-    """On loopback, free a moment ago."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+    """On loopback, free a moment ago, and below those that the kernel gives to whoever connects."""
+    while True:
+        with socket.socket() as listener, contextlib.suppress(OSError):
+            listener.bind(("127.0.0.1", port := next(_PORTS)))
+            return port
 
 
 def healthy(port: int) -> bool:

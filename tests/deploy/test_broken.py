@@ -274,7 +274,7 @@ def _tight(fields: dict[str, Any]) -> bytes:
     return json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()
 
 
-NODE, FORMAT, WIRE, CLIENT = (
+NODE, FORMAT, FRAME_VERSION, CLIENT = (
     "fedlora.deploy.node",
     "fedlora.privacy.ledger_format",
     "fedlora.transport.wire",
@@ -304,8 +304,8 @@ BROKEN: list[tuple[str, str, Any, Callable[[Case], None]]] = [
     ("no name is looked at", f"{NODE}.DeployedNode._fault", nothing, a_name_with_control_characters_is_refused),
     ("accuracy is free", f"{CLIENT}.participation", _without_accuracy, accuracy_is_paid_for),
     ("accuracy is exact", f"{CLIENT}.private_mean", _mean, accuracy_is_noised),
-    ("headers are not filled up", f"{WIRE}._header", _tight, an_update_has_one_length),
-    ("frames may hold more", f"{WIRE}._require_the_one_way", nothing, an_update_holds_nothing_else),
+    ("headers are not filled up", f"{FRAME_VERSION}._header", _tight, an_update_has_one_length),
+    ("frames may hold more", f"{FRAME_VERSION}._require_the_one_way", nothing, an_update_holds_nothing_else),
     ("errors are logged as they are", f"{NODE}.without_records", str, an_exceptions_words_stay_inside),
 ]  # fmt: skip
 

@@ -35,12 +35,15 @@ class Running:
     """All processes, with a proxy before the SuperLink for one node and another for the rest."""
 
     def __init__(self, folder: Path, model: Path, files: tuple[Path, Path], **federation: Any) -> None:
-        """Everything is started, and the first round is done."""
+        """Nothing is started yet."""
         run_yaml(folder, model, files)
         given = {"rounds": ROUNDS, "deadline_s": DEADLINE_S, "keep_gauges": 3, **federation}
         self.federation = Federation(folder, files[0], **given)
         self.fleet, self.control = FaultProxy(self.federation.link), FaultProxy(self.federation.link)
         self.federation.links = [self.fleet.port, self.control.port]
+
+    def start(self) -> None:
+        """Everything is started, and the first round is done."""
         self.federation.start_link()
         self.serve("server")
         self.federation.start_nodes()
@@ -171,9 +174,12 @@ class Running:
     def end(self) -> None:
         """Nothing runs any more; directory and ledgers stay."""
         self.fleet.heal()
-        if self.server.poll() is None:
-            self.server.send_signal(signal.SIGTERM)
-            self.server.wait(30)
+        for name in ("server", "again"):
+            if (
+                process := self.federation.processes.started.get(name)
+            ) is not None and process.poll() is None:
+                process.send_signal(signal.SIGTERM)
+                process.wait(30)
         self.federation.stop()
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
             until_gone(self.federation.worker())
@@ -202,9 +208,9 @@ def until_gone(pid: int) -> None:
 
 def started(folder: Path, model: Path, files: tuple[Path, Path], **federation: Any) -> Iterator[Running]:
     """For a fixture: one that runs, gone afterwards."""
-    running = Running.__new__(Running)
+    running = Running(folder, model, files, **federation)
     try:
-        running.__init__(folder, model, files, **federation)
+        running.start()
         yield running
     finally:
         running.close()

@@ -87,6 +87,9 @@ def test_kills_of_every_kind_of_process_lose_no_update_count_none_twice_and_do_n
         assert any(words in found for found in violations(damage(run_dir), ledgers(federation), config)), (
             words
         )
+    for words, wrong in WRONG_LEDGERS.items():
+        seen = {client: wrong(held) for client, held in ledgers(federation).items()}
+        assert any(words in found for found in violations(run_dir, seen, config)), words
 
 
 def told(federation: Federation, tended: Tended) -> str:

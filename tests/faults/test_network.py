@@ -152,7 +152,7 @@ def test_an_answer_whose_receipts_are_lost_keeps_nobody_waiting_and_counts_once_
 
 
 @pytest.mark.fault("F14", "F15", "F16", "F17", "F18", "F19", "F20", "F52")
-def test_after_all_of_it_the_journal_gives_the_same_model_bit_for_bit(federation):
+def test_after_all_bad_links_the_journal_gives_the_same_model_bit_for_bit(federation):
     federation.end()
     assert federation.violations() == []
     assert federation.replays()

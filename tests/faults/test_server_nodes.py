@@ -207,3 +207,33 @@ def test_a_reply_that_is_not_what_was_asked_for_is_refused_and_the_run_goes_on_w
     numbers = {node.config.client: number for number, node in run.nodes.items()}
     counted = {(numbers[c], number) for number in (1, 2, 3) for c in line(run, number)["answered"]}
     assert run.undisturbed(absent=run.updates().keys() - counted) == run.state()
+
+
+@pytest.mark.fault("F16")
+def test_a_round_ends_with_the_first_few_that_count_and_what_the_rest_said_counts_later(served):
+    run = served(federation__enough=1)
+    life = run.live()
+    assert life.status == 0, life.error
+    assert run.violations() == []
+    lines = [line for line in whole_lines(run.run_dir / "rounds.jsonl") if line["round"]]
+    assert {len(line["answered"]) for line in lines} == {1}
+    heard = whole_lines(run.run_dir / SPENT)
+    assert len(heard) == len(lines) and {line["client"] for line in heard} == {"site-0", "site-1"}
+
+
+@pytest.mark.fault("F16")
+def test_what_does_not_count_is_not_enough_also_after_a_restart(served):
+    """A reply that is rejected must not end a round, or the same one would end it again at every start."""
+    run = served(federation__enough=1)
+    run.wire.fates[1, 2] = stale_first
+    life = run.live()
+    assert life.status == 0, life.error
+    assert run.violations() == []
+
+
+def stale_first(asked: Message, reply: Message) -> list[Message]:
+    """In the reply's place one that says it is of a basis that never was, though all else of it is right."""
+    told = decode_reply(frame_of(reply.content))
+    assert isinstance(told, ClientUpdate)
+    never = replace(told, delta=replace(told.delta, basis=40))
+    return [Message(frame_content(encode_reply(never)), reply_to=asked)]

@@ -37,6 +37,7 @@ from fedlora.runs.rundir import (
 from fedlora.runs.summary import run_status, run_summary, summary_so_far
 from fedlora.runtime.simulate import simulate
 from fedlora.values import ClientUpdate, Delta, DpEvent, Member, Reply, TrainRequest, Witness
+from tests.deploy.test_journal import SOUNDNESS
 
 CONTRACT = {
     *KEYS,
@@ -91,7 +92,7 @@ def served(copied: Path) -> Path:
     save_roster(copied, Roster(run="r", members=members))
     state, _ = Store(copied).load()
     request = TrainRequest(run="r", base_model="m", code="c", round=1, adapters=state.adapters, work=None)  # type: ignore[arg-type]
-    list(Reported(Heard(), Journal(copied / SPENT)).ask(asked, request))
+    list(Reported(Heard(), Journal(copied / SPENT), SOUNDNESS).ask(asked, request))
     return copied
 
 

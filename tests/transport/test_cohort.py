@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Callable, Mapping
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,7 @@ import torch
 from flwr.app import ConfigRecord, RecordDict
 
 from fedlora.errors import WireError
-from fedlora.federation.cohort import FirstFew
-from fedlora.transport import WIRE, flower_cohort
+from fedlora.transport import FRAME_VERSION, flower_cohort
 from fedlora.transport.flower_client import Hello, client_app, hello_content, hello_of
 from fedlora.transport.flower_cohort import FlowerCohort, Nodes, meet
 from fedlora.transport.wire import decode_request, encode_reply
@@ -102,53 +102,49 @@ def test_a_client_whose_every_message_is_lost_is_asked_so_often_and_no_more(wire
 
 
 def test_a_client_that_was_lost_is_waited_for_until_it_is_back(wire):
-    gone: list[float] = []
-    grid = wire("a", awake=lambda node: not gone or time.monotonic() > gone[0] + 0.4)
+    looks: list[bool] = []
+    grid = wire("a", awake=lambda node: not looks or looks.append(True) or len(looks) > 5)
 
     def dies(asked, reply):
-        if gone:
+        if looks:
             return [reply]
-        gone.append(time.monotonic())
+        looks.append(True)
         return fails(NODE_UNAVAILABLE)(asked, reply)
 
     grid.fates[1, 1] = dies
     assert outcomes(cohort_of(grid, 1), "a") == {"a": "answered"}
 
 
-def test_a_client_that_stays_away_is_waited_for_no_longer_than_it_takes_to_come_back(wire):
+def test_a_client_that_stays_away_is_waited_for_no_longer_than_it_takes_to_come_back(wire, monkeypatch):
     gone: list[bool] = []
     grid = wire("a", "b", awake=lambda node: node != 1 or not gone)
     grid.fates[1, 1] = lambda asked, reply: (gone.append(True), fails(NODE_UNAVAILABLE)(asked, reply))[1]
     cohort = cohort_of(grid, 2)
     assert outcomes(cohort, "a", "b") == {"a": "failed", "b": "answered"}
     # Whoever is away when a round begins is not waited for at all.
+    monkeypatch.setattr(flower_cohort, "RETURN_S", 60.0)
     began = time.monotonic()
     assert [reply.client for reply in cohort.ask(["a"], request(2))] == ["a"]
-    assert time.monotonic() - began < 0.5
+    assert time.monotonic() - began < 30
 
 
-def test_a_lost_client_is_not_asked_again_after_the_deadline(wire):
+def test_a_lost_client_is_not_asked_again_after_the_deadline(wire, monkeypatch):
+    monkeypatch.setattr(flower_cohort, "AGAIN_S", 60.0)
     grid = wire("a")
     grid.fates[1, 1] = fails(APP_CRASHED)
-    grid.holds[1, 1] = lambda: time.monotonic() > held
-    cohort = cohort_of(grid, 1, deadline_s=0.2)
-    held = time.monotonic() + 0.15
-    list(cohort.ask(["a"], request(1)))
+    list(cohort_of(grid, 1, deadline_s=0.5).ask(["a"], request(1)))
     assert len([heard for heard in grid.tape.read("asked") if heard.round == 1]) == 1
 
 
-def test_whoever_has_heard_enough_leaves_and_what_was_pulled_with_it_comes_with_the_next_round(wire):
+def test_whoever_leaves_after_a_reply_gets_what_was_pulled_with_it_in_the_next_round(wire):
     grid = wire("a", "b", "c")
-    inner = cohort_of(grid, 3)
-    few = FirstFew(inner, 1)
+    cohort = cohort_of(grid, 3)
     grid.holds[3, 1] = lambda: len(grid.tape.read("said")) > 6  # not before round 2 is under way
-    first = [(reply.client, reply.round) for reply in few.ask(["a", "b", "c"], request(1))]
-    assert first == [("a", 1)]
-    second = [(reply.client, reply.round) for reply in inner.ask(["a", "b", "c"], request(2))]
+    first = next(iter(cohort.ask(["a", "b", "c"], request(1))))
+    assert first.client == "a"
+    second = [(reply.client, reply.round) for reply in cohort.ask(["a", "b", "c"], request(2))]
     # b's came with a's and was kept; c's was under way: neither is asked again for as long as that is to count.
     assert sorted(second) == [("a", 2), ("b", 1), ("c", 1)]
-    third = [(reply.client, reply.round) for reply in few.ask(["a", "b", "c"], request(3))]
-    assert len(third) == 1
 
 
 @pytest.mark.parametrize("frame", [b"", b"\x00" * 100])
@@ -166,6 +162,29 @@ def test_a_message_that_never_arrives_is_waited_for_until_the_deadline(wire):
     assert outcomes(cohort_of(grid, 2, deadline_s=0.5), "a", "b") == {"b": "answered"}
 
 
+@pytest.mark.fault("F1", "F17")
+def test_a_client_whose_message_was_lost_without_a_word_is_asked_once_more_before_the_deadline(wire):
+    grid = wire("a", "b")
+    grid.fates[1, 1] = lambda asked, reply: [] if first(grid) else [reply]
+    assert outcomes(cohort_of(grid, 2, deadline_s=4.0), "a", "b") == {"a": "answered", "b": "answered"}
+    assert [heard.node for heard in grid.tape.read("asked") if heard.round == 1].count(1) == 2
+
+
+def test_a_client_that_was_silent_in_one_round_is_asked_in_the_next_all_the_same(wire):
+    grid = wire("a")
+    grid.fates[1, 1] = is_lost
+    cohort = cohort_of(grid, 1, deadline_s=0.6)
+    assert list(cohort.ask(["a"], request(1))) == []
+    cohort.deadline_s = 4.0
+    assert [(reply.client, reply.round) for reply in cohort.ask(["a"], request(2))] == [("a", 2)]
+
+
+def test_two_answers_of_one_client_are_heard_once(wire):
+    grid = wire("a", "b")
+    grid.holds[1, 1] = lambda: len([h for h in grid.tape.read("asked") if (h.node, h.round) == (1, 1)]) == 2
+    assert outcomes(cohort_of(grid, 2, deadline_s=4.0), "a", "b") == {"a": "answered", "b": "answered"}
+
+
 @pytest.mark.fault("F43")
 def test_a_node_is_the_client_that_its_registered_key_is_named_after_or_nobody(wire, caplog):
     caplog.set_level(logging.WARNING)
@@ -177,11 +196,9 @@ def test_a_node_is_the_client_that_its_registered_key_is_named_after_or_nobody(w
 
 
 def test_a_node_that_was_refused_is_greeted_again_since_it_may_have_been_mended(wire):
-    grid = wire("a")
-    mended = time.monotonic() + 0.3
-    nodes = Nodes(grid, lambda hello: time.monotonic() > mended)
-    meet(nodes, lambda hellos: "a" in hellos)
-    assert 2 <= len(grid.tape.read("asked")) < 10
+    grid, seen = wire("a"), count()
+    meet(Nodes(grid, lambda hello: next(seen) >= 2), lambda hellos: "a" in hellos)
+    assert len(grid.tape.read("asked")) == 3
 
 
 def test_a_hello_survives_the_journey():
@@ -190,13 +207,13 @@ def test_a_hello_survives_the_journey():
 
 
 @pytest.mark.fault("F47")
-@pytest.mark.parametrize("wire_version", [WIRE - 1, WIRE + 1, None, "2"])
+@pytest.mark.parametrize("wire_version", [FRAME_VERSION - 1, FRAME_VERSION + 1, None, "2"])
 def test_a_hello_of_another_version_is_refused_with_both_named(wire_version):
     words = dict(hello_content(Hello(client="a", records=3, classes=("x",)))["fedlora"])
     words |= {"version": "9.9", "wire": wire_version}
     if wire_version is None:
         del words["wire"]
     with pytest.raises(
-        WireError, match=rf"fedlora 9.9 with frames.*but here is fedlora .* with version {WIRE}"
+        WireError, match=rf"fedlora '9.9' with frames.*but here is fedlora .* with version {FRAME_VERSION}"
     ):
         hello_of(RecordDict({"fedlora": ConfigRecord(words)}))
