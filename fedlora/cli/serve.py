@@ -163,6 +163,8 @@ def _checked(config: "RunConfig") -> Path:
     run_dir = Path(config.output)
     held = run_dir / "config.yaml"
     if held.exists():
+        if not (run_dir / "roster.json").exists():
+            raise ConfigError(f"output: {run_dir} holds a simulation; choose another output")
         require_same(load_config(held, []), config, run_dir)
     return run_dir
 

@@ -68,7 +68,9 @@ def require_same(held: RunConfig, given: RunConfig, run_dir: FilePath) -> None:
     theirs, ours = _leaves(_computed(held)), _leaves(_computed(given))
     keys = sorted(key for key in theirs.keys() | ours.keys() if theirs.get(key) != ours.get(key))
     if keys:
-        words = ", ".join(f"{key} is {theirs.get(key)!r} there, {ours.get(key)!r} here" for key in keys[:3])
+        words = ", ".join(
+            f"{key} is {shown(theirs.get(key))} there, {shown(ours.get(key))} here" for key in keys[:3]
+        )
         more = f", and {len(keys) - 3} more" if len(keys) > 3 else ""
         raise ConfigError(f"{run_dir} holds the run of another config ({words}{more}); choose another output")
 

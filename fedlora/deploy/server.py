@@ -64,9 +64,9 @@ def serve(grid: Grid, config: RunConfig) -> Path:
     """
     run_dir = Path(config.output)
     if (run_dir / "config.yaml").exists():
-        require_same(run_config(run_dir), config, run_dir)
         if load_roster(run_dir) is None:
             raise ConfigError(f"{run_dir} holds a simulation; choose another output")
+        require_same(run_config(run_dir), config, run_dir)
     if finished_summary(run_dir) is not None:
         return run_dir
     run_dir.mkdir(parents=True, exist_ok=True)

@@ -185,7 +185,9 @@ class Control:
         except httpx.TransportError as error:
             if (certificate := certificate_fault(error)) is not None:
                 raise ConfigError(f"the SuperLink's certificate is not trusted: {certificate}") from error
-            raise SuperLinkAwayError(str(error) or type(error).__name__) from error
+            hint = "; if it speaks TLS, give --root-certificates"
+            hint = hint if isinstance(error, httpx.RemoteProtocolError) else ""
+            raise SuperLinkAwayError(f"{str(error) or type(error).__name__}{hint}") from error
         except httpx.HTTPStatusError as error:
             status = error.response.status_code
             if status >= 500:
@@ -224,7 +226,7 @@ def bundle(app: Path, name: str) -> bytes:
         ) from None
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"--app {app}: {error}; name the directory with fedlora's own pyproject.toml, server/ and clients/"
+            f"--app {app}: {error}; give the command in fedlora's checkout, or name that as --app"
         ) from None
 
 

@@ -179,6 +179,8 @@ _ANOTHER = "make one on the node: fedlora provision DIR --node NAME (or ssh-keyg
 def _bytes_of(path: Path) -> bytes:
     try:
         return path.read_bytes()
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file; fedlora provision DIR --nodes N writes it") from None
     except OSError as error:
         raise ConfigError(f"{path} cannot be read ({error.strerror}); run as its owner") from None
 

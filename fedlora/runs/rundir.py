@@ -66,7 +66,7 @@ def require_simulation(run_dir: Path) -> None:
 def going_on(run_dir: Path) -> str:
     """What to do so that an interrupted run goes on."""
     if load_roster(run_dir) is not None:
-        return "submit the server app again"
+        return "give the same `fedlora serve` command again"
     return f"go on with: fedlora resume {run_dir}"
 
 

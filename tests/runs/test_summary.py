@@ -154,7 +154,7 @@ def test_status_and_budget_read_what_the_nodes_report(served, capsys):
     assert main(["status", str(served), "--format", "json"]) == 0
     assert json.loads(capsys.readouterr().out)["epsilon_max"] == epsilon([EVENT, TOLD], 1e-5)
     assert main(["status", str(served)]) == 0
-    assert "submit the server app again" in capsys.readouterr().out
+    assert "give the same `fedlora serve` command again" in capsys.readouterr().out
     assert main(["budget", str(served)]) == 0
     told = capsys.readouterr().out
     assert "NOT PRIVATE" not in told and "each node's own ledger is the authority" in told
@@ -166,12 +166,12 @@ def test_status_and_budget_read_what_the_nodes_report(served, capsys):
 
 def test_nobody_is_simulated_inside_a_servers_run(served, capsys, tmp_path):
     before = sorted(path for path in served.rglob("*"))
-    with pytest.raises(ConfigError, match="a server's run: submit the server app again"):
+    with pytest.raises(ConfigError, match="a server's run: give the same `fedlora serve` command again"):
         require_simulation(served)
     config = str(served / "config.yaml")
     for command in (["resume", str(served)], ["simulate", config, "--run-dir", str(served)]):
         assert main(command) == 2
-        assert "a server's run: submit the server app again" in capsys.readouterr().err
+        assert "a server's run: give the same `fedlora serve` command again" in capsys.readouterr().err
     assert sorted(path for path in served.rglob("*")) == before
 
 
