@@ -5,7 +5,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fedlora.disk import make_directory, write_durably
@@ -46,10 +46,7 @@ class Outbox:
     def find(self, run: str, round_: int) -> Kept | None:
         """The answer of this round."""
         path = self._path(run, round_)
-        if not path.exists():
-            return None
-        line, _, frame = path.read_bytes().partition(b"\n")
-        return _kept(path, line, frame)
+        return _read(path) if path.exists() else None
 
     def furthest(self) -> Witness | None:
         """The last line of the ledger that paid for a reply here."""
@@ -69,11 +66,9 @@ class Outbox:
         What remains says that there was one, and is a witness of the ledger.
         """
         for path in self.directory.glob(f"{_of(run)}-*.reply"):
-            kept = _head(path)
-            if kept.round < round_ and kept.paid.seq <= heard.seq:
-                line = path.read_bytes().partition(b"\n")[0] + b"\n"
-                if path.stat().st_size > len(line):
-                    write_durably(path, line)
+            kept = _read(path)
+            if kept.frame and kept.round < round_ and kept.paid.seq <= heard.seq:
+                self.keep(replace(kept, frame=b""))
 
     def _path(self, run: str, round_: int) -> Path:
         return self.directory / f"{_of(run)}-{round_:06d}.reply"
@@ -82,6 +77,11 @@ class Outbox:
 def _of(run: str) -> str:
     # The run's name is the server's choice, so it is no file name of ours.
     return hashlib.sha256(run.encode()).hexdigest()[:32]
+
+
+def _read(path: Path) -> Kept:
+    line, _, frame = path.read_bytes().partition(b"\n")
+    return _kept(path, line, frame)
 
 
 def _head(path: Path) -> Kept:

@@ -68,6 +68,14 @@ def test_what_was_acknowledged_is_refused_and_not_made_again(config, request_one
     assert debits(told) == 2
 
 
+@pytest.mark.parametrize("lie", [Witness(seq=1, head="0" * 64), Witness(seq=99, head="0" * 64)])
+def test_a_server_that_says_what_the_ledger_does_not_hold_empties_nothing(config, request_one, lie):
+    frames = [encode_request(replace(request_one, round=n)) for n in (1, 2)]
+    first = DeployedNode(config).answer(frames[0])
+    assert reason(DeployedNode(config).answer(frames[1], lie)) == RefusalReason.LEDGER
+    assert outbox(config) == [1] and DeployedNode(config).answer(frames[0]) == first
+
+
 def test_what_is_asked_for_now_is_sent_again_whatever_the_server_says_it_has(config, request_one):
     frame = encode_request(request_one)
     first = DeployedNode(config).answer(frame)
