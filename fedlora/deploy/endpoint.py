@@ -16,11 +16,6 @@ from fedlora.errors import ConfigError
 FLWR = "1.41.0"
 """The only flwr whose runtime API this room knows."""
 
-GONE = 3
-"""Flower's code for a message that is not there any more: whoever sent it asks again."""
-AHEAD_S, BEHIND_S = 5, 305
-"""Flower refuses a node whose clock is further ahead of the server's than this, or further behind."""
-
 CALL_S = 10.0
 """One call's time; Flower's own is 30 s, within which a stop could not be prompt."""
 

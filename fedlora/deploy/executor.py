@@ -15,9 +15,10 @@ from types import FrameType
 
 from flwr.app import Context, Error, Message
 from flwr.clientapp import ClientApp
+from flwr.common.constant import ErrorCode
 
 from fedlora.config.node import NodeConfig
-from fedlora.deploy.endpoint import GONE, UnwantedError
+from fedlora.deploy.endpoint import UnwantedError
 from fedlora.deploy.supernode import (
     AwayError,
     HalfMessageError,
@@ -28,7 +29,7 @@ from fedlora.deploy.supernode import (
 )
 from fedlora.disk import make_directory
 from fedlora.errors import ConfigError, without_records
-from fedlora.transport.flower_client import FAILED, Hello, client_app
+from fedlora.transport.flower_client import Hello, client_app
 
 log = logging.getLogger(__name__)
 
@@ -188,9 +189,8 @@ def _serve(app: ClientApp, supernode: SuperNode, token: str, stop: Stop) -> None
                     message, context = task.pull()
             except HalfMessageError as error:
                 log.warning("a message is given back: %s", error)
-                reply = Message(
-                    Error(code=GONE, reason="half of the message arrived"), reply_to=error.message
-                )
+                gone = Error(code=ErrorCode.MESSAGE_UNAVAILABLE, reason="half of the message arrived")
+                reply = Message(gone, reply_to=error.message)
                 task.push(reply, error.context)
             else:
                 task.push(_answered(app, message, context, stop), context)
@@ -217,7 +217,12 @@ def _answered(
         return reply
     except Interrupted:
         log.warning("a %.40r message dropped: told to stop", kind)
-        return Message(Error(code=FAILED, reason="the node is stopping"), reply_to=message)
+        return Message(
+            Error(code=ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason="the node is stopping"), reply_to=message
+        )
     except Exception as error:
         log.error("a %.40r message could not be answered: %s", kind, without_records(error))
-        return Message(Error(code=FAILED, reason="the node's own log says why"), reply_to=message)
+        return Message(
+            Error(code=ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason="the node's own log says why"),
+            reply_to=message,
+        )

@@ -11,6 +11,7 @@ from typing import Any, cast
 
 from flwr.app import Error, Message, Metadata
 from flwr.app.message import make_message
+from flwr.common.constant import ErrorCode
 from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest
 from flwr.proto.runtime_pb2 import PullAppMessagesRequest
 from flwr.supercore.constant import SYSTEM_MESSAGE_TYPE
@@ -23,9 +24,6 @@ from flwr.supercore.inflatable.inflatable_utils import (
     inflate_object_from_contents,
 )
 from flwr.superlink.grid import HttpGrid
-
-from fedlora.deploy.endpoint import GONE
-from fedlora.transport.flower_client import FAILED
 
 log = logging.getLogger(__name__)
 
@@ -76,11 +74,13 @@ class PromptGrid(HttpGrid):
         reply, run_id = self._arriving[identifier], self.run.run_id
         try:
             if not self._pull_parts(reply):
-                return self._error(identifier, FAILED, "it is larger than any reply")
+                return self._error(
+                    identifier, ErrorCode.CLIENT_APP_RAISED_EXCEPTION, "it is larger than any reply"
+                )
         except ObjectUnavailableError:
             return None
         except ObjectPullError:
-            return self._error(identifier, GONE, "its upload broke off")
+            return self._error(identifier, ErrorCode.MESSAGE_UNAVAILABLE, "its upload broke off")
         self._runtime_client.ConfirmMessageReceived(
             ConfirmMessageReceivedRequest(node=self.node, run_id=run_id, message_object_id=reply.message_id)
         )
@@ -91,7 +91,7 @@ class PromptGrid(HttpGrid):
         except Exception as error:
             # Flower looks at the hash of an object and not at what is in it: a node can put anything there.
             log.warning("a reply is no message: %s", type(error).__name__)
-            return self._error(identifier, FAILED, "it is no message")
+            return self._error(identifier, ErrorCode.CLIENT_APP_RAISED_EXCEPTION, "it is no message")
         del self._arriving[identifier]
         message.metadata.__dict__["_message_id"] = reply.message_id
         return message

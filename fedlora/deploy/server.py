@@ -43,7 +43,8 @@ from fedlora.runs.rundir import (
 from fedlora.runs.summary import run_summary, write_summary
 from fedlora.training.model import load_model, load_tokenizer
 from fedlora.training.tasks import evaluate
-from fedlora.transport.flower_client import QUOTED, Hello
+from fedlora.transport import QUOTED
+from fedlora.transport.flower_client import Hello
 from fedlora.transport.flower_cohort import FlowerCohort, Nodes, meet
 from fedlora.values import Adapters, Member, ServerState
 

@@ -12,8 +12,8 @@ from socket import create_connection, gaierror
 from urllib.parse import urlsplit
 
 from cryptography import x509
+from flwr.common.constant import SYSTEM_TIME_TOLERANCE, TIMESTAMP_TOLERANCE
 
-from fedlora.deploy.endpoint import AHEAD_S, BEHIND_S
 from fedlora.doctor.line import LIMIT_S, Line, fail, looked, ok, warn, within
 from fedlora.errors import ConfigError
 from fedlora.monitor.address import is_loopback
@@ -32,6 +32,8 @@ from fedlora.provision.provision import REGISTER, SECRET
 
 CLOCK_S = 3.0
 """A difference worth mending."""
+AHEAD_S, BEHIND_S = SYSTEM_TIME_TOLERANCE, TIMESTAMP_TOLERANCE + SYSTEM_TIME_TOLERANCE
+"""Flower refuses a node whose clock is further ahead of the server's than this, or further behind."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

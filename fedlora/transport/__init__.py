@@ -2,3 +2,5 @@
 
 FRAME_VERSION = 2
 """Version of the frames. Two ends with different ones do not understand each other, and say so at the first hello."""
+QUOTED = 80
+"""Characters of a stranger's words that are repeated in ours."""

@@ -11,9 +11,10 @@ from importlib.metadata import version
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
+from flwr.common.constant import ErrorCode
 
 from fedlora.errors import WireError, without_records
-from fedlora.transport import FRAME_VERSION
+from fedlora.transport import FRAME_VERSION, QUOTED
 from fedlora.values import Witness
 
 log = logging.getLogger(__name__)
@@ -23,10 +24,6 @@ TRAIN = "train"
 FRAME = "fedlora.frame"
 MOST_RECORDS = 10**9
 MOST_CLASSES = 10_000
-QUOTED = 80
-"""Characters of a stranger's words that are repeated in ours."""
-FAILED = 2
-"""Flower's code for a ClientApp that raised."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,4 +132,7 @@ def _reply(
     except Exception as error:
         kind, words = message.metadata.message_type, without_records(error)
         log.error("a %s message could not be answered: %s", kind, words)
-        return Message(Error(code=FAILED, reason="the node's own log says why"), reply_to=message)
+        return Message(
+            Error(code=ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason="the node's own log says why"),
+            reply_to=message,
+        )

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fedlora.algebra.digest import named_tensors
 from fedlora.errors import ShapeError, WireError
-from fedlora.transport import FRAME_VERSION
+from fedlora.transport import FRAME_VERSION, QUOTED
 from fedlora.values import (
     Adapters,
     ClientUpdate,
@@ -38,8 +38,6 @@ MAGIC = b"fedlora" + bytes([FRAME_VERSION])
 DIGEST_BYTES = 32
 MAX_HEADER_BYTES = 1 << 19
 """Room for some thousand tensors; as JSON it takes forty times as much memory to read."""
-QUOTED = 80
-"""Characters of a stranger's words that are repeated in ours."""
 MAX_DIMENSIONS = 8
 HEADER_ROOM = 1024
 """Bytes of a header for all but names and shapes. What numbers leave of it is blank, so that they do not show in a

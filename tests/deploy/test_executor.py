@@ -15,6 +15,7 @@ import pytest
 from fedlora.transport.flower_client import Hello, client_app, frame_of  # isort: skip
 import uvicorn
 from flwr.app import Context, Message
+from flwr.common.constant import ErrorCode
 
 from fedlora.deploy import executor, supernode
 from fedlora.deploy.endpoint import UnwantedError
@@ -95,7 +96,7 @@ def test_half_a_message_is_given_back_for_its_sender_to_ask_again_and_the_next_o
     monkeypatch.setattr(supernode, "WHOLE_S", 0.5)
     with attending(app_of(), site.node()):
         site.send_half(b"one")
-        assert site.reply().error.code == 3
+        assert site.reply().error.code == ErrorCode.MESSAGE_UNAVAILABLE
         site.send(b"two")
         assert frame_of(site.reply().content) == b"answer to two"
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from flwr.app import ConfigRecord, RecordDict
+from flwr.common.constant import ErrorCode
 
 from fedlora.errors import WireError
 from fedlora.transport import FRAME_VERSION, flower_cohort
@@ -28,7 +29,8 @@ from fedlora.values import (
 )
 from tests.faults.grid import App, Wire, fails, instead, is_lost
 
-NODE_UNAVAILABLE, APP_CRASHED, MESSAGE_GONE = 5, 8, 3
+NODE_UNAVAILABLE, APP_CRASHED = ErrorCode.NODE_UNAVAILABLE, ErrorCode.CLIENT_APP_CRASHED
+MESSAGE_GONE = ErrorCode.MESSAGE_UNAVAILABLE
 
 
 def app_of(client: str) -> App:
