@@ -239,7 +239,7 @@ def _node(prepared: Prepared, noise: OsEntropyNoise) -> Node:
     config = prepared.config
     assert config.privacy != "none"
     client, examples = next(iter(prepared.clients.examples.items()))
-    terms = prepared.clients.terms[client]
+    terms = prepared.clients.terms[len(examples)]
     return Node(
         client=client, model=prepared.model, examples=examples, declared_records=len(examples),
         sampling=terms.sampling, optimizer=config.federation.optimizer, mechanism=terms.mechanism,

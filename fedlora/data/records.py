@@ -98,6 +98,17 @@ class Examples:
         """Tokens of each record, (n,)."""
         return np.diff(self.offsets)
 
+    def between(self, start: int, stop: int) -> "Examples":
+        """Records `start` to `stop`, as views."""
+        first, last = int(self.offsets[start]), int(self.offsets[stop])
+        types = self.token_type_ids
+        return Examples(
+            input_ids=self.input_ids[first:last],
+            offsets=self.offsets[start : stop + 1] - first,
+            labels=None if self.labels is None else self.labels[start:stop],
+            token_type_ids=None if types is None else types[first:last],
+        )
+
     def select(self, indices: NDArray[np.int64]) -> "Examples":
         """The records at `indices`, in that order, in arrays of their own."""
         indices = np.asarray(indices, dtype=np.int64)

@@ -12,18 +12,17 @@ import logging
 import os
 import shutil
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
 from queue import Empty, Queue
 from typing import Any
 
-import numpy as np
 from flwr.app import Context, Error
 from flwr.serverapp import Grid, ServerApp
 
 from fedlora.config.schema import RunConfig
-from fedlora.data.records import Examples
+from fedlora.data.holdings import open_holdings
 from fedlora.errors import ConfigError, IncompleteError, LedgerError
 from fedlora.federation.cohort import Cohort
 from fedlora.federation.events import Listener
@@ -39,29 +38,29 @@ STOP_S = 10.0
 """Seconds that a worker gets to finish its client when the run stops; to stop it under way is safe, too."""
 
 
-def simulated_cohort(setup: HostSetup, examples: Mapping[str, Examples], listener: Listener) -> Cohort:
+def simulated_cohort(setup: HostSetup, listener: Listener) -> Cohort:
     """A Cohort on Flower's simulation engine, started here.
 
     Raises:
         ConfigError: the engine does not start.
     """
-    return SimulatedCohort(setup, examples, listener)
+    return SimulatedCohort(setup, listener)
 
 
 class SimulatedCohort:
     """The engine and the cohort that speaks to it, started and stopped together."""
 
-    def __init__(self, setup: HostSetup, examples: Mapping[str, Examples], listener: Listener) -> None:
+    def __init__(self, setup: HostSetup, listener: Listener) -> None:
         self._scene = setup.run_dir / ".flower"
         self._engine: Queue[Grid | BaseException] = Queue()
         self._stop = threading.Event()
-        write_scene(self._scene, setup, examples)
+        write_scene(self._scene, setup)
         self._before = _quiet(self._scene)
-        workers = _workers(setup.config, len(examples))
-        self._thread = threading.Thread(target=self._run, args=(len(examples), *workers), daemon=True)
+        sizes = {client: len(held) for client, held in open_holdings(setup.holdings).items()}
+        workers = _workers(setup.config, len(sizes))
+        self._thread = threading.Thread(target=self._run, args=(len(sizes), *workers), daemon=True)
         self._thread.start()
         try:
-            sizes = {client: len(held) for client, held in examples.items()}
             nodes = Nodes(self._grid(), lambda hello: sizes.get(hello.client) == hello.records)
             meet(nodes, lambda hellos: hellos.keys() == sizes.keys(), self._watch)
         except BaseException:
@@ -156,43 +155,32 @@ def _quiet(home: Path) -> int:
     return before
 
 
-def write_scene(directory: Path, setup: HostSetup, examples: Mapping[str, Examples]) -> None:
-    """`directory`, readable by its owner only, holds all that a worker process needs to play any client."""
+def write_scene(directory: Path, setup: HostSetup) -> None:
+    """`directory`, readable by its owner only, holds all that a worker process needs to be a host."""
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(mode=0o700)
     words = {
         "config": setup.config.model_dump(mode="json"),
         "run": setup.run,
         "run_dir": str(setup.run_dir),
+        "holdings": str(setup.holdings),
         "classes": setup.classes,
-        "clients": sorted(examples),
-        "terms": {client: dataclasses.asdict(terms) for client, terms in setup.terms.items()},
+        "terms": {records: dataclasses.asdict(terms) for records, terms in setup.terms.items()},
     }
     (directory / "setup.json").write_text(json.dumps(words))
-    for number, client in enumerate(sorted(examples)):
-        held = {field.name: getattr(examples[client], field.name) for field in dataclasses.fields(Examples)}
-        arrays = {name: array for name, array in held.items() if array is not None}
-        np.savez(directory / f"{number}.npz", **arrays)
 
 
-@lru_cache(maxsize=1)
-def read_setup(directory: str) -> tuple[HostSetup, tuple[str, ...]]:
-    """What `write_scene` was given, and the clients by number; kept by the process."""
+def read_setup(directory: str) -> HostSetup:
+    """What `write_scene` was given."""
     words = json.loads((Path(directory) / "setup.json").read_text())
-    setup = HostSetup(
+    return HostSetup(
         config=RunConfig.model_validate_json(json.dumps(words["config"])),
         run=words["run"],
         run_dir=Path(words["run_dir"]),
+        holdings=Path(words["holdings"]),
         classes=tuple(words["classes"]),
-        terms={client: _terms(terms) for client, terms in words["terms"].items()},
+        terms={int(records): _terms(terms) for records, terms in words["terms"].items()},
     )
-    return setup, tuple(words["clients"])
-
-
-def read_examples(directory: str, number: int) -> Examples:
-    """The records of one client."""
-    with np.load(Path(directory) / f"{number}.npz", allow_pickle=False) as arrays:
-        return Examples(**dict(arrays.items()))
 
 
 def _terms(words: dict[str, Any]) -> Terms:
@@ -203,20 +191,23 @@ def _terms(words: dict[str, Any]) -> Terms:
 @lru_cache(maxsize=1)
 def _host(directory: str) -> Host:
     """The one host of this process."""
-    return Host(read_setup(directory)[0])
+    return Host(read_setup(directory))
+
+
+def _client(host: Host, context: Context) -> str:
+    return host.holdings.clients[int(context.node_config["partition-id"])]
 
 
 def _greet(directory: str, context: Context) -> Hello:
-    setup, clients = read_setup(directory)
-    number = int(context.node_config["partition-id"])
-    return Hello(client=clients[number], records=len(read_examples(directory, number)), classes=setup.classes)
+    host = _host(directory)
+    client = _client(host, context)
+    return Hello(client=client, records=len(host.holdings[client]), classes=host.setup.classes)
 
 
 def _answer(directory: str, context: Context, frame: bytes, echo: Witness | None) -> bytes:
-    _, clients = read_setup(directory)
-    number = int(context.node_config["partition-id"])
+    host = _host(directory)
     try:
-        return _host(directory).answer(clients[number], read_examples(directory, number), frame)
+        return host.answer_frame(_client(host, context), frame)
     except LedgerError as error:
         (Path(directory) / "fault").write_text(str(error))
         raise

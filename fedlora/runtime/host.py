@@ -1,13 +1,14 @@
 """One process that plays simulated clients: the base model is loaded once, clients come and go."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from fedlora.config.schema import Privacy, RunConfig, Runtime
+from fedlora.data.holdings import open_holdings
 from fedlora.data.records import Examples
 from fedlora.data.tokenise import fingerprint
 from fedlora.errors import LedgerError, WireError, without_records
@@ -20,7 +21,7 @@ from fedlora.seeds import seed_for
 from fedlora.training.client import Node, train
 from fedlora.training.model import load_model
 from fedlora.transport.wire import decode_request, encode_reply
-from fedlora.values import Mechanism, Refusal, RefusalReason, Reply, Sampling
+from fedlora.values import Mechanism, Refusal, RefusalReason, Reply, Sampling, TrainRequest
 
 log = logging.getLogger(__name__)
 
@@ -35,31 +36,40 @@ class Terms:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HostSetup:
-    """All that a host needs to play any client of a run, small enough to send."""
+    """All that a host needs to play any client of a run, small enough to send.
+
+    holdings: the directory of the clients' records. terms: by number of records.
+    """
 
     config: RunConfig
     run: str
     run_dir: Path
+    holdings: Path
     classes: tuple[str, ...]
-    terms: Mapping[str, Terms]
+    terms: Mapping[int, Terms]
 
 
 class Host:
-    """Plays one client at a time. Simulated noise is seeded: whoever knows the seed can remove it."""
+    """Plays any client of the run. Simulated noise is seeded: whoever knows the seed can remove it."""
 
     def __init__(self, setup: HostSetup) -> None:
         config = setup.config
         torch.set_num_threads(config.runtime.threads)
         self.setup = setup
+        self.holdings = open_holdings(setup.holdings)
         self.model = load_model(config.model, config.task, config.lora, setup.classes, config.seed)
         self.noise = SeededNoise(seed_for(config.seed, "client randomness"))
 
-    def answer(self, client: str, examples: Examples, frame: bytes) -> bytes:
-        """The reply's frame. Whatever goes wrong is a refusal with a code and no words, which could carry a record.
+    def answer(self, clients: Sequence[str], request: TrainRequest) -> list[Reply]:
+        """Their replies, in the order of `clients`. Whatever goes wrong with one is its refusal, with a code only.
 
         Raises:
-            LedgerError: the ledger on this machine cannot be trusted; its owner has to look before anything goes on.
+            LedgerError: a ledger on this machine cannot be trusted; its owner has to look before anything goes on.
         """
+        return [self._answer(client, request) for client in clients]
+
+    def answer_frame(self, client: str, frame: bytes) -> bytes:
+        """The reply's frame to a request's, for runtimes that carry bytes; raises as `answer` does."""
         try:
             request = decode_request(frame)
         except WireError as error:
@@ -67,18 +77,20 @@ class Host:
             return encode_reply(
                 Refusal(client=client, run=self.setup.run, round=0, reason=RefusalReason.BAD_REQUEST)
             )
-        reply: Reply
+        return encode_reply(self._answer(client, request))
+
+    def _answer(self, client: str, request: TrainRequest) -> Reply:
+        examples = self.holdings[client]
         try:
-            reply = train(self._node(client, examples), request, self._ledger(client, examples))
+            return train(self._node(client, examples), request, self._ledger(client, examples))
         except LedgerError:
             raise
-        except Exception as error:
+        except Exception as error:  # words of a failure could carry a record
             log.error("%s failed in round %d: %s", client, request.round, without_records(error))
-            reply = Refusal(client=client, run=request.run, round=request.round, reason=RefusalReason.FAILED)
-        return encode_reply(reply)
+            return Refusal(client=client, run=request.run, round=request.round, reason=RefusalReason.FAILED)
 
     def _node(self, client: str, examples: Examples) -> Node:
-        config, terms = self.setup.config, self.setup.terms[client]
+        config, terms = self.setup.config, self.setup.terms[len(examples)]
         privacy = None if config.privacy == "none" else config.privacy
         return Node(
             client=client,

@@ -1,13 +1,16 @@
 """Everything a run needs before its first round, worked out without writing a byte."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
+import numpy as np
 import torch
 
 from fedlora.config.load import config_digest
 from fedlora.config.schema import RunConfig
 from fedlora.data import load_corpus
+from fedlora.data.holdings import Holdings
 from fedlora.data.partition import partition
 from fedlora.data.records import Examples
 from fedlora.data.tokenise import tokenise
@@ -17,21 +20,24 @@ from fedlora.methods import Method, build
 from fedlora.privacy.budget import Budget
 from fedlora.privacy.sampling import poisson
 from fedlora.runs.beginning import first_state, origin
-from fedlora.runtime.host import Terms
+from fedlora.runtime.host import HostSetup, Terms
 from fedlora.training.client import calibrated
 from fedlora.training.model import AdaptedModel, load_model, load_tokenizer
 from fedlora.values import Mechanism, Member, Origin, ServerState
 
+HOLDINGS = ".holdings"
+"""The clients' tokenised records, in the run's directory while it is at work."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Clients:
-    """The simulated data owners: their records, the public test data, and what each is held to."""
+    """The simulated data owners: their records, the public test data, and by record count what each is held to."""
 
-    examples: Mapping[str, Examples]
+    examples: Holdings
     test: Examples
     classes: tuple[str, ...]
     members: tuple[Member, ...]
-    terms: Mapping[str, Terms]
+    terms: Mapping[int, Terms]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +53,24 @@ class Prepared:
     def first_state(self) -> ServerState:
         """The zero-step state."""
         return first_state(self.config, self.model, self.method)
+
+    def host_setup(self, run_dir: Path) -> HostSetup:
+        """What hosts are told; the clients' records lie under `run_dir`, readable by its owner, from here on."""
+        clients, directory = self.clients, run_dir.absolute() / HOLDINGS
+        clients.examples.save(directory)
+        return HostSetup(
+            config=self.config,
+            run=self.origin.run,
+            run_dir=run_dir.absolute(),
+            holdings=directory,
+            classes=clients.classes,
+            terms=clients.terms,
+        )
+
+    def without_records(self) -> "Prepared":
+        """The same run for a server's eyes: members and what they are held to, but nobody's records."""
+        nothing = Holdings.of(self.clients.test.select(np.arange(0)), {})
+        return replace(self, clients=replace(self.clients, examples=nothing))
 
 
 def prepare(config: RunConfig, listener: Listener) -> Prepared:
@@ -74,29 +98,33 @@ def gather_clients(config: RunConfig, listener: Listener) -> Clients:
     listener(Stage(name=f"tokenising {len(corpus.train.texts):,} records for {len(parts)} clients"))
     train = tokenise(corpus.train, tokenizer, config.data.max_length)
     test = tokenise(corpus.test, tokenizer, config.data.max_length)
-    examples = {client: train.select(parts[client]) for client in sorted(parts)}
-    members = tuple(Member(client=client, examples=len(held)) for client, held in examples.items())
+    examples = Holdings.of(train, parts)
+    members = tuple(
+        Member(client=client, examples=int(records))
+        for client, records in zip(examples, np.diff(examples.bounds), strict=True)
+    )
     require_plannable(members, config.federation)
     if config.privacy != "none":
         listener(Stage(name="calibrating noise"))
-    terms = {member.client: client_terms(config, member) for member in members}
+    sizes = sorted({member.examples for member in members})
+    terms = {records: client_terms(config, records) for records in sizes}
     return Clients(examples=examples, test=test, classes=corpus.classes, members=members, terms=terms)
 
 
-def client_terms(config: RunConfig, member: Member) -> Terms:
-    """The sampling rate of a client of this declared size, and the noise its whole budget is calibrated for.
+def client_terms(config: RunConfig, records: int) -> Terms:
+    """The sampling rate of a client of so many declared records, and the noise its whole budget is calibrated for.
 
     Raises:
         PrivacyError: delta is too large for the size, or no noise meets the budget.
     """
     federation, privacy = config.federation, config.privacy
-    sampling = poisson(federation.batch_size, member.examples)
+    sampling = poisson(federation.batch_size, records)
     if privacy == "none":
         return Terms(sampling=sampling, mechanism=None)
     sigma = calibrated(
         Budget.of(privacy),
         sampling,
-        records=member.examples,
+        records=records,
         local_steps=federation.local_steps,
         evaluation_noise=privacy.evaluation_noise,
     )

@@ -10,11 +10,12 @@ import torch
 from fedlora.config.schema import IndependentCohort, RunConfig
 from fedlora.federation.events import Listener
 from fedlora.privacy.accountants import epsilon
-from fedlora.runtime.host import Terms, worker_count
+from fedlora.runtime.host import worker_count
 from fedlora.runtime.prepare import Prepared, prepare
 from fedlora.runtime.summarise import frame_sizes
 from fedlora.training.client import participation
 from fedlora.training.tasks import evaluate
+from fedlora.values import Member
 
 PROBE_EXAMPLES = 64
 BACKWARD_COST = 2.5
@@ -56,7 +57,7 @@ def preview(config: RunConfig, listener: Listener) -> Preview:
     model_bytes = sum(p.numel() * p.element_size() for p in parameters)
     processes = 1 if config.runtime.kind == "local" else 1 + worker_count(config.runtime, os.cpu_count() or 1)
     return Preview(
-        clients=tuple(_client(prepared, name, terms) for name, terms in prepared.clients.terms.items()),
+        clients=tuple(_client(prepared, member) for member in prepared.clients.members),
         trained_parameters=sum(p.numel() for p in prepared.model.trained.values()),
         steps_per_participation=config.federation.local_steps,
         bytes_up=up,
@@ -67,7 +68,8 @@ def preview(config: RunConfig, listener: Listener) -> Preview:
     )
 
 
-def _client(prepared: Prepared, client: str, terms: Terms) -> ClientPreview:
+def _client(prepared: Prepared, member: Member) -> ClientPreview:
+    terms = prepared.clients.terms[member.examples]
     privacy, mechanism = prepared.config.privacy, terms.mechanism
     worst = None
     if privacy != "none" and mechanism is not None:
@@ -75,8 +77,8 @@ def _client(prepared: Prepared, client: str, terms: Terms) -> ClientPreview:
         once = participation(mechanism, terms.sampling, privacy.evaluation_noise, steps)
         worst = epsilon(once * privacy.max_participations, privacy.target_delta, privacy.accountant)
     return ClientPreview(
-        client=client,
-        records=len(prepared.clients.examples[client]),
+        client=member.client,
+        records=member.examples,
         sample_rate=terms.sampling.rate,
         noise_multiplier=mechanism and mechanism.noise_multiplier,
         epsilon=worst,

@@ -5,18 +5,16 @@ An actor that dies is replaced and its client asked again; the request is idempo
 
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import ray
 from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
 
 from fedlora.config.schema import Runtime
-from fedlora.data.records import Examples
 from fedlora.errors import ConfigError, FedLoraError
 from fedlora.federation.events import ClientDone, Listener, outcome
 from fedlora.runtime.host import Host, HostSetup, worker_count
-from fedlora.transport.wire import decode_reply, encode_request
 from fedlora.values import Refusal, RefusalReason, Reply, TrainRequest
 
 ATTEMPTS = 3
@@ -29,7 +27,7 @@ class RayCohort:
     On a cluster of several machines the run directory, which holds the ledgers, must be on a file system they share.
     """
 
-    def __init__(self, setup: HostSetup, examples: Mapping[str, Examples], listener: Listener) -> None:
+    def __init__(self, setup: HostSetup, listener: Listener) -> None:
         runtime = setup.config.runtime
         self.started_here = not ray.is_initialized()
         if self.started_here:
@@ -38,24 +36,23 @@ class RayCohort:
         self.listener = listener
         self.run = setup.run
         self.setup = ray.put(setup)
-        self.examples = {client: ray.put(held) for client, held in examples.items()}
         self.actor = ray.remote(num_cpus=runtime.threads)(Host)
-        self.idle: list[Any] = [self._worker() for _ in range(min(workers, len(examples)))]
+        self.idle: list[Any] = [self._worker() for _ in range(workers)]
 
     def ask(self, clients: Sequence[str], request: TrainRequest) -> Iterator[Reply]:
         """See Cohort."""
-        frame = ray.put(encode_request(request))
+        asked = ray.put(request)
         waiting = [(client, 1) for client in reversed(clients)]
         busy: dict[Any, tuple[Any, str, int]] = {}
         while waiting or busy:
             while waiting and self.idle:
                 client, attempt = waiting.pop()
                 worker = self.idle.pop()
-                busy[worker.answer.remote(client, self.examples[client], frame)] = (worker, client, attempt)
+                busy[worker.answer.remote([client], asked)] = (worker, client, attempt)
             (done,), _ = ray.wait(list(busy), num_returns=1)
             worker, client, attempt = busy.pop(done)
             try:
-                reply = decode_reply(ray.get(done))
+                (reply,) = ray.get(done)
                 self.idle.append(worker)
             except (RayActorError, OutOfMemoryError):
                 self.idle.append(self._worker())

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -72,11 +73,16 @@ def _drive(prepared: Prepared, run_dir: Path, listener: Listener) -> None:
         store.begin(state, line_zero(score(state.adapters)))
     state = store.recover()
     require_debits(prepared.config, run_dir)
-    cohort = _cohort(prepared, run_dir, listener)
+    setup = prepared.host_setup(run_dir)
+    prepared = prepared.without_records()
     try:
-        _run_rounds(prepared, state, cohort, store, score, listener, run_dir)
+        cohort = _cohort(setup, listener)
+        try:
+            _run_rounds(prepared, state, cohort, store, score, listener, run_dir)
+        finally:
+            cohort.close()
     finally:
-        cohort.close()
+        shutil.rmtree(setup.holdings, ignore_errors=True)
     listener(Stage(name="writing the summary"))
     summary = summarise(prepared, run_dir)
     write_summary(run_dir, summary)
@@ -133,27 +139,20 @@ def _scorer(prepared: Prepared, run_dir: Path) -> Score:
     return score
 
 
-def _cohort(prepared: Prepared, run_dir: Path, listener: Listener) -> Cohort:
+def _cohort(setup: HostSetup, listener: Listener) -> Cohort:
     """Where the clients of this run live. Each runtime is imported only by the run that uses it."""
-    config = prepared.config
-    setup = HostSetup(
-        config=config,
-        run=prepared.origin.run,
-        run_dir=run_dir.absolute(),
-        classes=prepared.clients.classes,
-        terms=prepared.clients.terms,
-    )
-    listener(Stage(name=f"starting the {config.runtime.kind} runtime"))
-    match config.runtime.kind:
+    kind = setup.config.runtime.kind
+    listener(Stage(name=f"starting the {kind} runtime"))
+    match kind:
         case "local":
             from fedlora.runtime.local import LocalCohort
 
-            return LocalCohort(setup, prepared.clients.examples, listener)
+            return LocalCohort(setup, listener)
         case "ray":
             from fedlora.runtime.ray import RayCohort
 
-            return RayCohort(setup, prepared.clients.examples, listener)
+            return RayCohort(setup, listener)
         case "flower":
             from fedlora.runtime.flower import simulated_cohort
 
-            return simulated_cohort(setup, prepared.clients.examples, listener)
+            return simulated_cohort(setup, listener)

@@ -35,12 +35,12 @@ def frame_sizes(prepared: Prepared, state: ServerState) -> tuple[int, int]:
     delta = Delta(
         basis=adapters.basis, sites={site: f.b for site, f in adapters.sites.items()}, head=adapters.head
     )
-    client = prepared.clients.members[0].client
-    terms = prepared.clients.terms[client]
+    member = prepared.clients.members[0]
+    terms = prepared.clients.terms[member.examples]
     evaluation_noise = None if config.privacy == "none" else config.privacy.evaluation_noise
     spent = participation(terms.mechanism, terms.sampling, evaluation_noise, asked.steps)
     update = ClientUpdate(
-        client=client, run=origin.run, round=state.round, delta=delta, spent=spent,
+        client=member.client, run=origin.run, round=state.round, delta=delta, spent=spent,
         ledger=Witness(seq=1, head="0" * 64) if spent else None,
     )  # fmt: skip
     return len(encode_request(request)), len(encode_reply(update))

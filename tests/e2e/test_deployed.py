@@ -13,7 +13,7 @@ from fedlora.data.own import own_records
 from fedlora.data.tokenise import fingerprint, tokenise
 from fedlora.deploy.node import DeployedNode, own_terms
 from fedlora.privacy.noise import OS_ENTROPY
-from fedlora.runtime.host import Host, HostSetup
+from fedlora.runtime.host import Host
 from fedlora.runtime.prepare import prepare
 from fedlora.runtime.simulate import simulate
 from fedlora.training.model import load_tokenizer
@@ -59,15 +59,13 @@ def test_a_node_told_of_one_clients_part_has_its_records_terms_and_randomness(fe
     tokenizer = load_tokenizer(config.model.name)
     assert nodes.keys() == clients.examples.keys()
     assert len({len(held) for held in clients.examples.values()}) > 1
-    setup = HostSetup(
-        config=config, run=prepared.origin.run, run_dir=tmp_path, classes=clients.classes, terms=clients.terms
-    )
-    host = Host(setup)
+    host = Host(prepared.host_setup(tmp_path))
     for client, node in nodes.items():
         held = clients.examples[client]
         assert fingerprint(tokenise(own_records(node), tokenizer, node.data.max_length)) == fingerprint(held)
         sampling, mechanism = own_terms(node)
-        assert (sampling, mechanism) == (clients.terms[client].sampling, clients.terms[client].mechanism)
+        terms = clients.terms[len(held)]
+        assert (sampling, mechanism) == (terms.sampling, terms.mechanism)
         deployed, client_of_host = DeployedNode(node)._node, host._node(client, held)
         assert deployed.noise.kind == OS_ENTROPY and deployed.alone
         theirs = simulated(deployed, node.seed)
@@ -76,7 +74,10 @@ def test_a_node_told_of_one_clients_part_has_its_records_terms_and_randomness(fe
         for named in ("draw", "noise", "accuracy"):
             streams = [
                 source.uniform(3, purpose=(named, run, client, 1, 0)).tolist()
-                for source, run in ((theirs.noise, f"{setup.run}-0123abcd"), (host.noise, setup.run))
+                for source, run in (
+                    (theirs.noise, f"{host.setup.run}-0123abcd"),
+                    (host.noise, host.setup.run),
+                )
             ]
             assert streams[0] == streams[1]
 

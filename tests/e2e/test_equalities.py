@@ -11,9 +11,8 @@ from fedlora.federation.loop import work
 from fedlora.federation.plan import plan
 from fedlora.privacy import gaussian
 from fedlora.privacy.noise import SeededNoise
-from fedlora.runtime.host import Host, HostSetup
+from fedlora.runtime.host import Host
 from fedlora.runtime.prepare import prepare
-from fedlora.transport.wire import decode_reply, encode_request
 from fedlora.values import ClientUpdate, TrainRequest
 
 
@@ -40,8 +39,7 @@ def products_after_five_rounds(config, run_dir, *, turn: bool = True) -> dict[st
     """b @ a of every site, and the head."""
     prepared = prepare(config, lambda event: None)
     clients, state = prepared.clients, prepared.first_state()
-    setup = HostSetup(config=config, run="r", run_dir=run_dir, classes=clients.classes, terms=clients.terms)
-    host = Host(setup)
+    host = Host(prepared.host_setup(run_dir))
     host.noise = noise = TurnedNoise(3)
     for number in range(1, 6):
         noise.rotations = dict(state.gauges[-1].sites) if turn else {}
@@ -50,8 +48,7 @@ def products_after_five_rounds(config, run_dir, *, turn: bool = True) -> dict[st
             run="r", base_model="", code="", round=number, adapters=state.adapters,
             work=work(number, config.federation),
         )  # fmt: skip
-        frame = encode_request(request)
-        replies = [decode_reply(host.answer(c, clients.examples[c], frame)) for c in planned.cohort]
+        replies = host.answer(planned.cohort, request)
         assert all(isinstance(reply, ClientUpdate) for reply in replies)
         state = absorb(
             state,

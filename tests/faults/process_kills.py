@@ -22,7 +22,6 @@ from fedlora.federation.store import Store, state_digest
 from fedlora.privacy.accountants import agreed_epsilon
 from fedlora.privacy.ledger_format import Contents, events_of
 from fedlora.runs.rundir import SPENT, load_roster
-from fedlora.runtime.host import HostSetup
 from fedlora.runtime.local import LocalCohort
 from fedlora.runtime.prepare import prepare
 from fedlora.values import Reply, TrainRequest
@@ -242,14 +241,7 @@ def undisturbed(config: RunConfig, run_dir: Path, scratch: Path) -> str:
     for line in whole_lines(run_dir / SPENT):
         heard[line["heard"]].append((line["client"], line["round"]))
     prepared = prepare(config, lambda event: None)
-    clients = prepared.clients
-    setup = HostSetup(
-        config=config,
-        run=prepared.origin.run,
-        run_dir=scratch,
-        classes=clients.classes,
-        terms=clients.terms,
-    )
+    clients, setup = prepared.clients, prepared.host_setup(scratch)
     store, state = Store(scratch), prepared.first_state()
     store.begin(state, line_zero({}))
     played = rounds(
@@ -259,7 +251,7 @@ def undisturbed(config: RunConfig, run_dir: Path, scratch: Path) -> str:
         members=clients.members,
         method=prepared.method,
         federation=config.federation,
-        cohort=Present(LocalCohort(setup, clients.examples, lambda event: None), heard),
+        cohort=Present(LocalCohort(setup, lambda event: None), heard),
         store=store,
         score=lambda adapters: {},
     )

@@ -2,7 +2,7 @@
 
 import pytest
 
-from fedlora.runtime.host import Host, HostSetup
+from fedlora.runtime.host import Host
 from fedlora.runtime.prepare import prepare
 
 
@@ -18,9 +18,5 @@ def test_records_of_a_narrow_model_run_alone_since_its_kernels_round_by_one_perc
     tiny_config, tmp_path, changes, alone
 ):
     prepared = prepare(tiny_config(**changes), lambda event: None)
-    clients = prepared.clients
-    setup = HostSetup(
-        config=prepared.config, run="r", run_dir=tmp_path, classes=clients.classes, terms=clients.terms
-    )
-    client, examples = next(iter(clients.examples.items()))
-    assert Host(setup)._node(client, examples).alone is alone
+    client, examples = next(iter(prepared.clients.examples.items()))
+    assert Host(prepared.host_setup(tmp_path))._node(client, examples).alone is alone

@@ -19,7 +19,7 @@ from fedlora.errors import ConfigError, IncompleteError
 from fedlora.federation.absorb import start
 from fedlora.federation.store import state_digest
 from fedlora.methods import build
-from fedlora.runtime.host import Host, HostSetup
+from fedlora.runtime.host import Host
 from fedlora.runtime.prepare import Prepared, prepare
 from fedlora.runtime.simulate import simulate
 from fedlora.transport.flower_client import frame_of
@@ -37,18 +37,11 @@ WORK = Federation(
 @contextmanager
 def hosted(prepared: Prepared, run_dir: Path) -> Iterator[tuple[Grid, Nodes]]:
     """The simulated clients of a run, each a node of Flower's engine."""
-    setup = HostSetup(
-        config=prepared.config,
-        run=prepared.origin.run,
-        run_dir=run_dir,
-        classes=prepared.clients.classes,
-        terms=prepared.clients.terms,
-    )
-    host, alone = Host(setup), threading.Lock()
+    host, alone = Host(prepared.host_setup(run_dir)), threading.Lock()
 
     def answer(client: str, frame: bytes) -> bytes:
         with alone:  # one model, and the engine asks from threads
-            return host.answer(client, prepared.clients.examples[client], frame)
+            return host.answer_frame(client, frame)
 
     clients = sorted(prepared.clients.examples)
     with federation([partial(answer, client) for client in clients], names=clients) as grid:

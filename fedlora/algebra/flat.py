@@ -1,0 +1,84 @@
+"""Deltas as flat vectors: one row of numbers each, in an order that only names and shapes decide.
+
+Sums over clients then cost one pass over one array instead of a call a tensor, and a group of updates is one matrix.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fedlora.errors import ShapeError
+from fedlora.values import Adapters, Delta, Site
+
+Shapes = tuple[tuple[str, tuple[int, ...]], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where each tensor of a delta stands in its flat vector: sites in sorted order, then head tensors in theirs."""
+
+    sites: Shapes
+    head: Shapes
+
+    @classmethod
+    def of(cls, like: Adapters | Delta) -> "Layout":
+        """The layout of every delta shaped like this one, or of what adds to these adapters."""
+        sites = like.sites
+        b: Mapping[Site, Tensor] = {
+            site: value if isinstance(value, Tensor) else value.b for site, value in sites.items()
+        }
+        return cls(sites=_shapes(b), head=_shapes(like.head))
+
+    @property
+    def numbers(self) -> int:
+        """Length of the flat vector."""
+        return sum(torch.Size(shape).numel() for _, shape in (*self.sites, *self.head))
+
+    def flat(self, delta: Delta) -> Tensor:
+        """The delta's numbers (numbers,); its own storage, not a copy, if it came from `delta_of`.
+
+        Raises:
+            ShapeError: other names or shapes.
+        """
+        if Layout.of(delta) != self:
+            raise ShapeError(f"a delta of {_told(Layout.of(delta))} where {_told(self)} is needed")
+        parts = [delta.sites[name] for name, _ in self.sites] + [delta.head[name] for name, _ in self.head]
+        if not parts:
+            return torch.zeros(0)
+        if _lie_in_one_row(parts):
+            return torch.as_strided(parts[0], (self.numbers,), (1,))
+        return torch.cat([part.flatten() for part in parts])
+
+    def delta_of(self, flat: Tensor, basis: int) -> Delta:
+        """The delta whose numbers these are, (numbers,); its tensors are views."""
+        if flat.shape != (self.numbers,):
+            raise ShapeError(
+                f"{tuple(flat.shape)} numbers where ({self.numbers},) make a delta of {_told(self)}"
+            )
+        ends = iter(flat.split([torch.Size(shape).numel() for _, shape in (*self.sites, *self.head)]))
+        sites = {name: next(ends).view(shape) for name, shape in self.sites}
+        return Delta(
+            basis=basis, sites=sites, head={name: next(ends).view(shape) for name, shape in self.head}
+        )
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> Shapes:
+    return tuple((name, tuple(tensors[name].shape)) for name in sorted(tensors))
+
+
+def _told(layout: Layout) -> str:
+    return f"{len(layout.sites)} sites and {len(layout.head)} head tensors, {layout.numbers} numbers"
+
+
+def _lie_in_one_row(parts: list[Tensor]) -> bool:
+    first, place = parts[0], parts[0].storage_offset()
+    for part in parts:
+        same = part.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        if not (
+            same and part.dtype == first.dtype and part.is_contiguous() and part.storage_offset() == place
+        ):
+            return False
+        place += part.numel()
+    return True

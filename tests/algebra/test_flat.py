@@ -1,0 +1,56 @@
+"""A delta and its flat vector are the same numbers."""
+
+import pytest
+import torch
+
+from fedlora.algebra.flat import Layout
+from fedlora.errors import ShapeError
+from fedlora.values import Adapters, Delta, Factors
+
+
+def delta() -> Delta:
+    return Delta(
+        basis=3,
+        sites={"y": torch.randn(4, 2), "x": torch.randn(3, 2)},
+        head={"head.weight": torch.randn(2, 5), "head.bias": torch.randn(2)},
+    )
+
+
+def test_there_and_back_is_the_same_delta_in_whatever_order_its_tensors_were_listed():
+    one = delta()
+    turned = Delta(basis=3, sites=dict(reversed(one.sites.items())), head=dict(reversed(one.head.items())))
+    layout = Layout.of(one)
+    assert layout == Layout.of(turned) and layout.numbers == 26
+    assert torch.equal(layout.flat(one), layout.flat(turned))
+    back = layout.delta_of(layout.flat(one), basis=3)
+    assert back.basis == 3
+    assert all(torch.equal(back.sites[site], one.sites[site]) for site in one.sites)
+    assert all(torch.equal(back.head[name], one.head[name]) for name in one.head)
+
+
+def test_adapters_have_the_layout_of_what_adds_to_them():
+    one = delta()
+    sites = {site: Factors(a=torch.randn(2, 7), b=b) for site, b in one.sites.items()}
+    assert Layout.of(Adapters(basis=0, scale=1.0, sites=sites, head=one.head)) == Layout.of(one)
+
+
+def test_what_lies_in_one_row_is_not_copied_and_what_does_not_is():
+    one = delta()
+    layout = Layout.of(one)
+    row = layout.flat(one)
+    assert layout.flat(layout.delta_of(row, 3)).data_ptr() == row.data_ptr()
+    matrix = torch.randn(2, layout.numbers)
+    assert torch.equal(layout.flat(layout.delta_of(matrix[1], 3)), matrix[1])
+    views = layout.delta_of(row, 3)
+    swapped = Delta(basis=3, sites=views.sites, head={**views.head, "head.bias": torch.ones(2)})
+    assert layout.flat(swapped).tolist() != row.tolist()
+    assert layout.flat(swapped)[layout.numbers - 12 :][:2].tolist() == [1.0, 1.0]
+
+
+def test_another_shape_is_refused():
+    layout = Layout.of(delta())
+    with pytest.raises(ShapeError, match="25"):
+        layout.delta_of(torch.zeros(25), 3)
+    other = Delta(basis=3, sites={"x": torch.zeros(3, 2)})
+    with pytest.raises(ShapeError, match="1 sites"):
+        layout.flat(other)
