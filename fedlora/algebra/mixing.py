@@ -1,64 +1,84 @@
 """Many updates become one: fresh ones of a round, remembered ones of the absent (FedStale, arXiv 2405.04171).
 
-With memory = sum over all clients of weight * stale, the mix touches the participants only, however many
-clients there are. Sums run in sorted order of the clients, so a result never depends on who answered first.
+With memory = sum over all clients of weight * stale, a round touches its participants only, however many clients
+there are; and each participant is one pass over one flat vector, after which it can be forgotten.
 """
 
 from collections.abc import Mapping
 
-from fedlora.algebra.deltas import add, scale
-from fedlora.values import Delta
+from torch import Tensor
+
+from fedlora.algebra.deltas import add, from_frame, into_frame, scale
+from fedlora.algebra.flat import Layout
+from fedlora.values import FRAME, Delta, Gauges
 
 
-def mix(
-    fresh: Mapping[str, Delta],
-    stale: Mapping[str, Delta],
-    memory: Delta,
-    shares: Mapping[str, float],
-    beta: float,
-) -> Delta:
-    """sum over participants of shares * (fresh - beta * stale), plus beta * memory.
+class RunningMix:
+    """sum over participants of factor * (fresh - beta * stale), and what it makes of the memory; one at a time.
 
-    beta 0 is FedAvg, beta 1 is FedVARP (arXiv 2207.14130), between is FedStale. With shares weight /
-    probability it is unbiased for every beta, whatever is remembered, as long as memory is the weighted sum
-    of the same stale updates.
-
-    Args:
-        fresh: this round's update of each participant, in the basis of memory.
-        stale: its update of the last time it took part; absent means zero.
-        memory: the weighted sum of the stale updates of all clients, participants included.
-        shares: factor of each participant; covers `fresh`.
-        beta: trust in the remembered updates, 0 to 1.
-
-    Raises:
-        BasisError: an update is not in the basis of memory.
-        ShapeError: names or shapes differ.
+    beta 0 is FedAvg, beta 1 is FedVARP (arXiv 2207.14130), between is FedStale. With factors weight / probability
+    it is unbiased for every beta, whatever is remembered, as long as memory is the weighted sum of the same stale
+    updates. Equal calls in equal order give equal bits; float sums in another order do not.
     """
-    mixed = scale(memory, beta)
-    for client in sorted(fresh):
-        mixed = add(mixed, fresh[client], shares[client])
-        if beta and client in stale:
-            mixed = add(mixed, stale[client], -beta * shares[client])
-    return mixed
+
+    def __init__(self, memory: Delta, gauges: Mapping[int, Gauges]) -> None:
+        """Nobody has taken part yet.
+
+        Args:
+            memory: the weighted sum of the stale updates of all clients, participants included, in the frame.
+            gauges: of every basis that an update may come in.
+        """
+        memory.require_basis(FRAME)
+        self.layout = Layout.of(memory)
+        self._memory = memory
+        self._gauges = gauges
+        self._fresh: dict[int, Tensor] = {}
+        self._stale: Tensor | None = None
+        self._change: Tensor | None = None
+
+    def add(self, fresh: Delta, factor: float) -> None:
+        """The update takes part, in whatever basis it came; the sum turns at the end, once for all of a basis."""
+        self._fresh[fresh.basis] = _plus(self._fresh.get(fresh.basis), self.layout.flat(fresh), factor)
+
+    def replace(self, kept: Delta, stale: Delta | None, *, factor: float, weight: float) -> None:
+        """From now on `kept` is remembered of this participant, in the place of `stale`; both in the frame.
+
+        Args:
+            kept: exactly what will be recalled of it, which a narrow memory has rounded.
+            stale: what was recalled of it until now; None: nothing.
+            factor: as in `add`. weight: its share of the whole, by which it counts in the memory.
+
+        Raises:
+            BasisError: one of the two is not in the frame.
+            ShapeError: names or shapes differ from the memory's.
+        """
+        kept.require_basis(FRAME)
+        self._change = _plus(self._change, self.layout.flat(kept), weight)
+        if stale is not None:
+            stale.require_basis(FRAME)
+            row = self.layout.flat(stale)
+            self._change = _plus(self._change, row, -weight)
+            self._stale = _plus(self._stale, row, factor)
+
+    def mixed(self, basis: int, beta: float, divisor: float) -> Delta:
+        """One update, in coordinates of `basis`: the sum over participants / divisor, plus beta * memory."""
+        framed = scale(self._memory, beta)
+        if self._stale is not None and beta:
+            framed = add(framed, self.layout.delta_of(self._stale, FRAME), -beta / divisor)
+        for other in sorted(self._fresh.keys() - {basis}):
+            turned = into_frame(self.layout.delta_of(self._fresh[other], other), self._gauges[other])
+            framed = add(framed, turned, 1 / divisor)
+        mixed = from_frame(framed, self._gauges[basis])
+        if basis in self._fresh:  # at home already: most of a round never has to turn
+            mixed = add(mixed, self.layout.delta_of(self._fresh[basis], basis), 1 / divisor)
+        return mixed
+
+    def memory(self) -> Delta:
+        """The memory once every participant's kept update has taken the place of its stale one."""
+        if self._change is None:
+            return self._memory
+        return add(self._memory, self.layout.delta_of(self._change, FRAME))
 
 
-def remember(
-    memory: Delta, fresh: Mapping[str, Delta], stale: Mapping[str, Delta], weight: Mapping[str, float]
-) -> Delta:
-    """The memory once each participant's fresh update has taken the place of its stale one.
-
-    Args:
-        memory: sum over all clients of weight * stale.
-        fresh: what is to be remembered, in the basis of memory.
-        stale: what was remembered of the same clients; absent means zero.
-        weight: share of each participant in the whole.
-
-    Raises:
-        BasisError: an update is not in the basis of memory.
-        ShapeError: names or shapes differ.
-    """
-    for client in sorted(fresh):
-        memory = add(memory, fresh[client], weight[client])
-        if client in stale:
-            memory = add(memory, stale[client], -weight[client])
-    return memory
+def _plus(total: Tensor | None, row: Tensor, factor: float) -> Tensor:
+    return row * factor if total is None else total.add_(row, alpha=factor)

@@ -40,6 +40,7 @@ from fedlora.algebra.digest import named_tensors
 from fedlora.config.schema import Federation
 from fedlora.errors import ConfigError, IncompleteError, WireError
 from fedlora.federation.absorb import absorb
+from fedlora.federation.gather import Remembered, gather
 from fedlora.federation.loop import work
 from fedlora.federation.plan import plan, require_plannable
 from fedlora.methods import Method
@@ -47,7 +48,6 @@ from fedlora.transport.flower_cohort import Nodes
 from fedlora.transport.wire import decode_reply, encode_request
 from fedlora.values import (
     ClientUpdate,
-    Delta,
     Member,
     Origin,
     Refusal,
@@ -102,7 +102,7 @@ class FedLoraStrategy(Strategy):
         require_plannable(self.members, federation)
         self._plan: RoundPlan | None = None
         self._asked: dict[int, str] = {}
-        self._remembered: dict[str, Delta] = {}
+        self._memory = Remembered()
         self._ledgers: dict[str, Witness] = {}
 
     def arrays(self) -> ArrayRecord:
@@ -163,18 +163,18 @@ class FedLoraStrategy(Strategy):
             raise IncompleteError(
                 f"round {server_round} was not begun; call configure_train({server_round}, ...) first"
             )
-        heard = self._heard(self._plan, replies)
-        absorbed = absorb(
+        memory = Remembered(self._memory.updates)  # a copy: the round may yet be found incomplete
+        gathered = gather(
             self.state,
             self._plan,
-            heard,
-            remembered=self._remembered,
+            self._heard(self._plan, replies),
+            memory=memory,
             method=self.method,
             federation=self.federation,
         )
-        self._require_enough(absorbed.report)
-        self.state, self._plan = absorbed.state, None
-        self._remembered |= absorbed.fresh
+        self._require_enough(gathered.report)
+        absorbed = absorb(self.state, gathered, method=self.method, keep_gauges=self.federation.keep_gauges)
+        self.state, self._plan, self._memory = absorbed.state, None, memory
         self.reports.append(absorbed.report)
         return self.arrays(), _figures(absorbed.report)
 

@@ -1,21 +1,19 @@
 """The server's states: the first one, the next one after a round, and those around a change of the roster.
 
-Pure: state in, state out. Nothing a client sends can raise here; whatever does not fit is rejected whole,
-with a reason.
+Pure: state in, state out. What the replies of a round amount to, `gather` says.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from fedlora.algebra.deltas import add, applied, from_frame, into_frame, scale, zeros_like
+from fedlora.algebra.deltas import add, applied, scale, zeros_like
 from fedlora.algebra.factors import orthonormalise
-from fedlora.algebra.mixing import remember
 from fedlora.config import schema
 from fedlora.errors import ConfigError, IncompleteError
-from fedlora.federation.sift import Heard, sift
+from fedlora.federation.gather import Gathered
 from fedlora.methods import Method
 from fedlora.values import (
     FRAME,
@@ -23,8 +21,6 @@ from fedlora.values import (
     Delta,
     Factors,
     Gauges,
-    Reply,
-    RoundPlan,
     RoundReport,
     ServerState,
     Site,
@@ -33,11 +29,10 @@ from fedlora.values import (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Absorbed:
-    """A round's outcome. `fresh`: updates by client, in the frame, to be remembered; none if beta is 0."""
+    """A round's outcome."""
 
     state: ServerState
     report: RoundReport
-    fresh: Mapping[str, Delta]
 
 
 def start(
@@ -86,63 +81,22 @@ def start(
     )
 
 
-def absorb(
-    state: ServerState,
-    plan: RoundPlan,
-    replies: Sequence[Reply],
-    *,
-    remembered: Mapping[str, Delta],
-    method: Method,
-    federation: schema.Federation,
-) -> Absorbed:
-    """The state after `plan.round`, the same in whatever order the replies came.
+def absorb(state: ServerState, gathered: Gathered, *, method: Method, keep_gauges: int) -> Absorbed:
+    """The state after the round whose replies were gathered: the step is taken, then the subspace moves.
 
-    Every accepted update, late ones included, is carried into the frame, mixed there with what is remembered,
-    carried back and added; then the subspace moves. Without any answer B still moves by beta * memory, and
-    stays if beta is 0.
-
-    Args:
-        state: after round `plan.round - 1`.
-        plan: of the round that ends.
-        replies: all that arrived, from anyone, of this round or earlier ones.
-        remembered: in the frame, the last update of each client that replies and was heard before; others are
-            ignored.
-        method: mixing and subspace.
-        federation: `participation` and `keep_gauges` are read.
-
-    Raises:
-        IncompleteError: the plan is not of the next round, or a remembered update is missing.
+    Without any answer B still moves by beta * memory, and stays if beta is 0.
     """
-    if plan.round != state.round + 1:
-        raise IncompleteError(
-            f"the plan is of round {plan.round}, but the state has completed {state.round}; plan the next one"
-        )
-    heard = sift(state, plan, replies)
-    gauges = {known.basis: known for known in state.gauges}
-    fresh = {
-        client: into_frame(update.delta, gauges[update.delta.basis])
-        for client, update in heard.accepted.items()
-    }
-    stale = _stale(state, fresh, remembered) if method.mixing.remembers else {}
-    shares = method.mixing.shares(fresh.keys(), plan, federation.participation)
-    step = from_frame(method.mixing.mixed(fresh, stale, state.memory, shares), gauges[state.adapters.basis])
-    adapters = method.subspace.move(applied(state.adapters, step), plan.round)
-    kept = fresh if method.mixing.remembers else {}
-    return Absorbed(
-        state=ServerState(
-            round=plan.round,
-            adapters=adapters,
-            frame=state.frame,
-            gauges=_extended(state, adapters, federation.keep_gauges),
-            memory=remember(state.memory, kept, stale, plan.weight),
-            remembered={
-                **state.remembered,
-                **{client: update.round for client, update in heard.accepted.items()},
-            },
-        ),
-        report=_report(plan, heard),
-        fresh=kept,
+    number = gathered.report.round
+    adapters = method.subspace.move(applied(state.adapters, gathered.step), number)
+    after = ServerState(
+        round=number,
+        adapters=adapters,
+        frame=state.frame,
+        gauges=_extended(state, adapters, keep_gauges),
+        memory=gathered.memory,
+        remembered={**state.remembered, **gathered.heard},
     )
+    return Absorbed(state=after, report=gathered.report)
 
 
 def forget(state: ServerState, client: str, remembered: Delta | None, weight: float) -> ServerState:
@@ -162,7 +116,10 @@ def forget(state: ServerState, client: str, remembered: Delta | None, weight: fl
             is in use.
     """
     if remembered is None and client in state.remembered and _holds_anything(state.memory):
-        raise _missing({client: state.remembered[client]})
+        # Taking it for zero would count its share of the memory for ever.
+        raise IncompleteError(
+            f"the update of {client!r} remembered from round {state.remembered[client]} is missing; restore it"
+        )
     memory = state.memory if remembered is None else add(state.memory, remembered, -weight)
     # The last member leaves only what rounding left.
     memory = scale(memory, 1 / (1 - weight) if weight < 1 else 0.0)
@@ -173,26 +130,6 @@ def forget(state: ServerState, client: str, remembered: Delta | None, weight: fl
 def admit(state: ServerState, weight: float) -> ServerState:
     """The state once a new client holds a share of `weight`: other shares, and so the memory, shrink."""
     return replace(state, memory=scale(state.memory, 1 - weight))
-
-
-def _stale(
-    state: ServerState, fresh: Mapping[str, Delta], remembered: Mapping[str, Delta]
-) -> dict[str, Delta]:
-    lost = {
-        client: state.remembered[client]
-        for client in fresh
-        if client in state.remembered and client not in remembered
-    }
-    if lost:
-        raise _missing(lost)
-    return {client: remembered[client] for client in sorted(fresh) if client in state.remembered}
-
-
-def _missing(rounds: Mapping[str, int]) -> IncompleteError:
-    # Taking it for zero would count its share of the memory for ever.
-    return IncompleteError(
-        f"remembered updates of {dict(rounds)} (client: round) are missing; restore them, then resume"
-    )
 
 
 def _holds_anything(delta: Delta) -> bool:
@@ -212,14 +149,3 @@ def _extended(state: ServerState, adapters: Adapters, keep_gauges: int) -> tuple
         return state.gauges
     # keep_gauges bases back, and the current one.
     return (*state.gauges, _gauges(adapters, state.frame))[-keep_gauges - 1 :]
-
-
-def _report(plan: RoundPlan, heard: Heard) -> RoundReport:
-    return RoundReport(
-        round=plan.round,
-        asked=plan.cohort,
-        answered=tuple(heard.accepted),
-        refused=heard.refused,
-        rejected=heard.rejected,
-        accuracy={c: u.accuracy for c, u in heard.accepted.items() if u.accuracy is not None},
-    )

@@ -1,4 +1,4 @@
-"""The round loop: plan, ask, absorb, score, commit. The same one in every runtime."""
+"""The round loop: plan, ask, gather, absorb, score, commit. The same one in every runtime."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -8,11 +8,11 @@ from fedlora.config.schema import Federation
 from fedlora.errors import IncompleteError
 from fedlora.federation.absorb import Absorbed, absorb
 from fedlora.federation.cohort import Cohort
+from fedlora.federation.gather import gather
 from fedlora.federation.plan import plan
-from fedlora.federation.sift import sift
 from fedlora.federation.store import Store
 from fedlora.methods import Method
-from fedlora.values import Adapters, LocalWork, Member, Origin, Reply, RoundPlan, ServerState, TrainRequest
+from fedlora.values import Adapters, LocalWork, Member, Origin, RoundPlan, ServerState, TrainRequest
 
 Score = Callable[[Adapters], dict[str, Any]]
 """Scores adapters on public test data: {metric, score, loss, epsilon_max}."""
@@ -50,30 +50,18 @@ def rounds(
             adapters=state.adapters,
             work=work(planned.round, federation),
         )
-        replies = _heard(state, planned, request, cohort, federation.enough) if planned.cohort else []
-        heard = {reply.client for reply in replies} if method.mixing.remembers else set()
-        remembered = store.remembered(heard, state)
-        absorbed = absorb(
-            state, planned, replies, remembered=remembered, method=method, federation=federation
-        )
+        replies = cohort.ask(planned.cohort, request) if planned.cohort else ()
+        gathered = gather(
+            state, planned, replies,
+            memory=store, method=method, federation=federation, enough=federation.enough,
+        )  # fmt: skip
+        absorbed = absorb(state, gathered, method=method, keep_gauges=federation.keep_gauges)
         _require_enough(planned, absorbed, federation)
         state = absorbed.state
         due = state.round % federation.evaluate_every == 0 or state.round == federation.rounds
         line = _line(absorbed, score(state.adapters) if due else {}, time.monotonic() - began)
         store.commit(absorbed, line)
         yield state, line
-
-
-def _heard(
-    state: ServerState, planned: RoundPlan, request: TrainRequest, cohort: Cohort, enough: int | None
-) -> list[Reply]:
-    """The replies of a round: all, or, where so many are `enough`, those until so many updates of them count."""
-    replies: list[Reply] = []
-    for reply in cohort.ask(planned.cohort, request):
-        replies.append(reply)
-        if enough is not None and len(sift(state, planned, replies).accepted) >= enough:
-            break
-    return replies
 
 
 def work(number: int, federation: Federation) -> LocalWork:

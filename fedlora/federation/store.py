@@ -10,7 +10,7 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -69,19 +69,11 @@ class Store:
             self.directory / "plans" / f"{_round(plan.round)}.json", _json({**asdict(plan), **shares})
         )
 
-    def remembered(self, clients: Iterable[str], state: ServerState) -> dict[str, Delta]:
-        """What `state` remembers of `clients`, in the frame; clients never heard are absent."""
-        found = {client: state.remembered[client] for client in sorted(clients) if client in state.remembered}
-        return {client: self._load_memory(client, at) for client, at in found.items()}
-
     def commit(self, absorbed: Absorbed, line: dict[str, Any]) -> None:
-        """The round is durable as a whole: memory first, then the checkpoint that refers to it, then the log."""
-        state = absorbed.state
-        for client, delta in absorbed.fresh.items():
-            self._save_memory(client, state.remembered[client], delta)
-        self._write_checkpoint(state, line)
+        """The round is durable as a whole: what was kept is, then the checkpoint that refers to it, then the log."""
+        self._write_checkpoint(absorbed.state, line)
         append_durably(self.log, _json(line))
-        self._prune(state, absorbed.fresh)
+        self._prune(absorbed)
 
     def load(self) -> tuple[ServerState, dict[str, Any]]:
         """The newest whole checkpoint and its round's line. Reads only.
@@ -165,14 +157,17 @@ class Store:
             name = hashlib.sha256(client.encode()).hexdigest()
         return self.memory / name
 
-    def _save_memory(self, client: str, at: int, delta: Delta) -> None:
+    def keep(self, client: str, at: int, update: Delta) -> Delta:
+        """See Memory."""
         path = self._memory_of(client) / f"{_round(at)}.safetensors"
         make_directory(path.parent)
-        save_file(_delta_tensors(delta), path)
+        save_file(_delta_tensors(update), path)
         fsync(path)
         fsync(path.parent)
+        return update
 
-    def _load_memory(self, client: str, at: int) -> Delta:
+    def recall(self, client: str, at: int) -> Delta:
+        """See Memory."""
         path = self._memory_of(client) / f"{_round(at)}.safetensors"
         if not path.exists():
             raise IncompleteError(
@@ -180,12 +175,12 @@ class Store:
             )
         return _delta(load_file(path), "")
 
-    def _prune(self, state: ServerState, fresh: Mapping[str, Delta]) -> None:
+    def _prune(self, absorbed: Absorbed) -> None:
         for path in sorted(self.checkpoints.glob("round-*"))[:-KEPT_CHECKPOINTS]:
             shutil.rmtree(path)
-        for client in fresh:
-            newest = f"{_round(state.remembered[client])}.safetensors"
-            older = [path for path in sorted(self._memory_of(client).iterdir()) if path.name < newest]
+        for client in absorbed.report.answered:
+            newest = f"{_round(absorbed.state.remembered[client])}.safetensors"
+            older = [path for path in sorted(self._memory_of(client).glob("*")) if path.name < newest]
             for path in older[: -(KEPT_CHECKPOINTS - 1) or None]:
                 path.unlink()
 

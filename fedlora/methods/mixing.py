@@ -1,11 +1,9 @@
 """How updates become one: FedStale with its limits, under either correction for who took part."""
 
-from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from fedlora.algebra.mixing import mix
-from fedlora.values import Delta, RoundPlan
+from fedlora.values import RoundPlan
 
 Participation = Literal["normalised", "importance"]
 
@@ -21,34 +19,22 @@ class Mixing:
         """Whether the last update of a client is ever used again."""
         return self.beta > 0
 
-    def shares(
-        self, participants: Collection[str], plan: RoundPlan, participation: Participation
-    ) -> dict[str, float]:
-        """The factor of each participant's update.
+    def factor(self, client: str, plan: RoundPlan, participation: Participation) -> float:
+        """What a participant's update is multiplied by, before `divisor` divides the sum.
 
         Args:
-            participants: whoever answered; all have a weight and a probability in the plan.
-            plan: of the round in which they count.
-            participation: normalised divides by the participants' total weight, so the factors sum to 1 and a
-                round in which one client answers moves as far as a full one (FedSVD); importance divides by
-                the probability of being asked, so the mean over all possible cohorts is the whole
-                federation's update (FedStale).
+            client: one that has a weight and a probability in the plan.
+            plan: of the round in which it counts.
+            participation: importance divides by the probability of being asked, so the mean over all possible
+                cohorts is the whole federation's update (FedStale).
         """
-        match participation:
-            case "normalised":
-                total = sum(plan.weight[client] for client in sorted(participants))
-                return {client: plan.weight[client] / total for client in sorted(participants)}
-            case "importance":
-                return {
-                    client: plan.weight[client] / plan.probability[client] for client in sorted(participants)
-                }
+        weight = plan.weight[client]
+        return weight if participation == "normalised" else weight / plan.probability[client]
 
-    def mixed(
-        self,
-        fresh: Mapping[str, Delta],
-        stale: Mapping[str, Delta],
-        memory: Delta,
-        shares: Mapping[str, float],
-    ) -> Delta:
-        """One update out of many, in the basis of memory; see `algebra.mixing.mix`."""
-        return mix(fresh, stale, memory, shares, self.beta)
+    def divisor(self, factors: float, participation: Participation) -> float:
+        """What divides the sum, from the participants' summed factors.
+
+        normalised divides by them, so that the shares sum to 1 and a round in which one client answers moves as far
+        as a full one (FedSVD); importance has divided already.
+        """
+        return factors if participation == "normalised" and factors else 1.0

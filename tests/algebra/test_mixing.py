@@ -1,6 +1,7 @@
 """Mixing: FedStale, with FedAvg and FedVARP written as in the papers at its ends."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,12 +10,28 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from fedlora.algebra.deltas import add, scale
-from fedlora.algebra.mixing import mix, remember
+from fedlora.algebra.mixing import RunningMix
 from fedlora.errors import BasisError
-from fedlora.values import FRAME, Delta
+from fedlora.values import FRAME, Delta, Gauges
 
 LAWS = settings(derandomize=True, max_examples=40, deadline=None)
 CLIENTS = ("a", "b", "c", "d", "e")
+
+
+def running(fresh, stale, memory, factors, weights=None):
+    """Everybody of `fresh`, one after the other by name."""
+    turn = torch.eye(2, dtype=torch.float64)
+    gauges = {basis: Gauges(basis=basis, sites={"x": turn.flip(0) if basis else turn}) for basis in (0, 1)}
+    sums = RunningMix(memory, gauges)
+    for client in sorted(fresh):
+        factor = factors[client]
+        sums.replace(fresh[client], stale.get(client), factor=factor, weight=(weights or factors)[client])
+        sums.add(replace(fresh[client], basis=0), factor)
+    return sums
+
+
+def mix(fresh, stale, memory, shares, beta):
+    return replace(running(fresh, stale, memory, shares).mixed(0, beta, 1.0), basis=FRAME)
 
 
 def vector(generator):
@@ -108,9 +125,8 @@ def test_between_lies_fedstale(case, beta):
 def test_the_running_sum_stays_the_sum_of_what_is_remembered(case):
     alpha, _, updates, stale, participants = case
     fresh = {client: updates[client] for client in participants}
-    assert_same(
-        remember(weighted_sum(alpha, stale), fresh, stale, alpha), weighted_sum(alpha, {**stale, **fresh})
-    )
+    sums = running(fresh, stale, weighted_sum(alpha, stale), dict.fromkeys(CLIENTS, 0.7), alpha)
+    assert_same(sums.memory(), weighted_sum(alpha, {**stale, **fresh}))
 
 
 def every_participation(p):
@@ -148,20 +164,32 @@ def test_a_memory_that_is_not_the_sum_biases_the_mean():
         assert_same(mean, weighted_sum(alpha, updates))
 
 
-def test_the_order_of_clients_changes_no_bit():
+def test_updates_of_several_bases_meet_in_the_one_that_is_asked_for():
     generator = torch.Generator().manual_seed(1)
-    fresh, stale = ({client: vector(generator) for client in CLIENTS} for _ in range(2))
-    memory, shares = vector(generator), dict.fromkeys(CLIENTS, 0.3)
-    backwards = [dict(reversed(mapping.items())) for mapping in (fresh, stale)]
-    one, other = mix(fresh, stale, memory, shares, 0.4), mix(*backwards, memory, shares, 0.4)
-    assert torch.equal(one.sites["x"], other.sites["x"])
-    one, other = remember(memory, fresh, stale, shares), remember(memory, *backwards, shares)
-    assert torch.equal(one.sites["x"], other.sites["x"])
+    here, there, memory = vector(generator), vector(generator), vector(generator)
+    sums = running({}, {}, memory, {})
+    sums.add(replace(here, basis=0), 0.3)
+    sums.add(replace(there, basis=1), 0.5)
+    turned = replace(there, sites={"x": there.sites["x"].flip(1)})
+    expected = add(scale(memory, 0.4), weighted_sum({"a": 0.15, "b": 0.25}, {"a": here, "b": turned}))
+    assert_same(sums.mixed(0, 0.4, 2.0), replace(expected, basis=0))
+    back = replace(expected, basis=1, sites={"x": expected.sites["x"].flip(1)})
+    assert_same(sums.mixed(1, 0.4, 2.0), back)
 
 
-def test_an_update_of_another_basis_does_not_mix():
+def test_nobody_moves_by_beta_times_the_memory_which_stays():
+    memory = vector(torch.Generator().manual_seed(1))
+    sums = running({}, {}, memory, {})
+    assert_same(sums.mixed(0, 0.4, 1.0), replace(scale(memory, 0.4), basis=0))
+    assert sums.memory() is memory
+
+
+def test_an_update_that_is_not_in_the_frame_is_not_remembered():
     generator = torch.Generator().manual_seed(2)
-    memory, fresh = vector(generator), vector(generator)
-    fresh = Delta(basis=3, sites=fresh.sites, head=fresh.head)
-    with pytest.raises(BasisError, match="3"):
-        mix({"a": fresh}, {}, memory, {"a": 1.0}, 0.0)
+    memory, fresh = vector(generator), replace(vector(generator), basis=0)
+    with pytest.raises(BasisError, match="0"):
+        running({}, {}, memory, {}).replace(fresh, None, factor=1.0, weight=1.0)
+    with pytest.raises(BasisError, match="0"):
+        running({}, {}, memory, {}).replace(memory, fresh, factor=1.0, weight=1.0)
+    with pytest.raises(BasisError, match="0"):
+        RunningMix(fresh, {})

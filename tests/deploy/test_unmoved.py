@@ -22,9 +22,11 @@ class Witnessed:
     def __init__(self, config, run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.run_dir = run_dir
         self.steps: list[tuple[str, set[str], Ledgers, Ledgers]] = []
-        self._real = loop.absorb
+        self._gathered, self._absorbed = loop.gather, loop.absorb
+        self._answered: Ledgers = {}
         self._began: Ledgers = {}
         self.meddle: Callable[[], None] = lambda: None
+        monkeypatch.setattr(loop, "gather", self._gather)
         monkeypatch.setattr(loop, "absorb", self._absorb)
         self.config = config
 
@@ -35,16 +37,21 @@ class Witnessed:
     def ledgers(self) -> Ledgers:
         return {path.stem: path.read_bytes() for path in sorted((self.run_dir / "ledgers").glob("*.jsonl"))}
 
-    def _absorb(self, state, plan, replies, **how):
-        asked, answered = set(plan.cohort), self.ledgers()
-        self.steps.append(("asked", asked, self._began, answered))
-        result = self._real(state, plan, replies, **how)
+    def _gather(self, state, plan, replies, **how):
+        replies = list(replies)
+        self._answered = self.ledgers()
+        self.steps.append(("asked", set(plan.cohort), self._began, self._answered))
         for _ in range(3):  # the same stored updates again, as often as one likes
-            self._real(state, plan, replies, **how)
+            self._gathered(state, plan, replies, **how)
+        return self._gathered(state, plan, replies, **how)
+
+    def _absorb(self, state, gathered, **how):
+        for _ in range(3):
+            self._absorbed(state, gathered, **how)
         self.meddle()
         self._began = self.ledgers()
-        self.steps.append(("absorbed", asked, answered, self._began))
-        return result
+        self.steps.append(("absorbed", set(gathered.report.asked), self._answered, self._began))
+        return self._absorbed(state, gathered, **how)
 
 
 @pytest.fixture

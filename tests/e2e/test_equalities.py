@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from fedlora.federation.absorb import absorb
+from fedlora.federation.gather import Remembered, gather
 from fedlora.federation.loop import work
 from fedlora.federation.plan import plan
 from fedlora.privacy import gaussian
@@ -50,14 +51,11 @@ def products_after_five_rounds(config, run_dir, *, turn: bool = True) -> dict[st
         )  # fmt: skip
         replies = host.answer(planned.cohort, request)
         assert all(isinstance(reply, ClientUpdate) for reply in replies)
-        state = absorb(
-            state,
-            planned,
-            replies,
-            remembered={},
-            method=prepared.method,
-            federation=config.federation,
-        ).state
+        heard = gather(
+            state, planned, replies,
+            memory=Remembered(), method=prepared.method, federation=config.federation,
+        )  # fmt: skip
+        state = absorb(state, heard, method=prepared.method, keep_gauges=config.federation.keep_gauges).state
     return {s: f.b @ f.a for s, f in state.adapters.sites.items()} | dict(state.adapters.head)
 
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from fedlora.config import schema
-from fedlora.federation.absorb import start
+from fedlora.federation.absorb import Absorbed, absorb, start
+from fedlora.federation.gather import Memory, Remembered, gather
 from fedlora.methods import Method, build
 from fedlora.values import ClientUpdate, Delta, DpEvent, Member, ServerState
 
@@ -59,6 +60,13 @@ class Lab:
     def update(self, client, plan, delta) -> ClientUpdate:
         spent = DpEvent(noise_multiplier=1.0, sample_rate=0.1, steps=1)
         return ClientUpdate(client=client, run=plan.run, round=plan.round, delta=delta, spent=(spent,))
+
+    def absorb(self, state, plan, replies, *, method, federation, memory: Memory | None = None) -> Absorbed:
+        """The round, from its replies to the next state; nothing is remembered but in `memory`."""
+        heard = gather(
+            state, plan, replies, memory=memory or Remembered(), method=method, federation=federation
+        )
+        return absorb(state, heard, method=method, keep_gauges=federation.keep_gauges)
 
     def products(self, state) -> dict[str, torch.Tensor]:
         """The model's change, dense: b @ a of every site, and the head."""

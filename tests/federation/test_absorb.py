@@ -1,6 +1,7 @@
 """Absorbing a round: what counts, what does not, and that the order of arrival is nothing."""
 
 import itertools
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -8,7 +9,8 @@ import torch
 from torch.testing import assert_close
 
 from fedlora.errors import ConfigError, IncompleteError
-from fedlora.federation.absorb import absorb, start
+from fedlora.federation.absorb import start
+from fedlora.federation.gather import Gathering, Remembered, gather
 from fedlora.federation.plan import plan
 from fedlora.values import FRAME, Refusal, RefusalReason
 
@@ -23,7 +25,7 @@ def rounds(lab, method, federation, count, generator, state=None):
     for _ in range(count):
         planned = a_round(lab, state, federation)
         replies = [lab.update(client, planned, lab.delta(state, generator)) for client in planned.cohort]
-        state = absorb(state, planned, replies, remembered={}, method=method, federation=federation).state
+        state = lab.absorb(state, planned, replies, method=method, federation=federation).state
     return state
 
 
@@ -59,7 +61,7 @@ def test_a_full_round_moves_the_model_by_the_mean_update(lab, generator, name, i
     planned = a_round(lab, state, federation)
     deltas = {client: lab.delta(state, generator) for client in planned.cohort}
     replies = [lab.update(client, planned, delta) for client, delta in deltas.items()]
-    absorbed = absorb(state, planned, replies, remembered={}, method=method, federation=federation)
+    absorbed = lab.absorb(state, planned, replies, method=method, federation=federation)
     for site, before in lab.products(state).items():
         mean = sum(lab.dense(delta, state)[site] for delta in deltas.values()) / 3
         assert_close(lab.products(absorbed.state)[site], before + mean)
@@ -75,8 +77,9 @@ def test_without_beta_nothing_is_remembered(lab, generator):
     state = lab.start(method)
     planned = a_round(lab, state, federation)
     replies = [lab.update(client, planned, lab.delta(state, generator)) for client in planned.cohort]
-    absorbed = absorb(state, planned, replies, remembered={}, method=method, federation=federation)
-    assert absorbed.fresh == {}
+    memory = Remembered()
+    absorbed = lab.absorb(state, planned, replies, memory=memory, method=method, federation=federation)
+    assert memory.updates == {}
     assert not bool(absorbed.state.memory.sites["x"].any())
 
 
@@ -85,12 +88,10 @@ def test_the_order_of_replies_changes_no_bit(lab, generator):
     state = lab.start(method, dtype=torch.float32)
     planned = a_round(lab, state, federation)
     replies = [lab.update(client, planned, lab.delta(state, generator)) for client in planned.cohort]
-    replies += [replies[0], Refusal(client="client-1", run="run", round=1, reason=RefusalReason.FAILED)]
     replies += [replace(replies[1], client="stranger"), replace(replies[1], round=9)]
     outcomes = [
-        absorb(state, planned, order, remembered={}, method=method, federation=federation)
+        lab.absorb(state, planned, order, method=method, federation=federation)
         for order in itertools.permutations(replies)
-        if order[0].client == "client-2" or order[-1].client == "client-2"
     ]
     first = outcomes[0]
     for other in outcomes[1:]:
@@ -156,29 +157,28 @@ def test_what_does_not_fit_is_rejected_whole_and_harms_nobody(lab, generator, ca
     planned = replace(planned, weight={**planned.weight, "spare": 0.0})
     good = lab.update("client-0", planned, lab.delta(state, generator))
     bad = spoil(lab.update("client-1", planned, lab.delta(state, generator)))
+    memory = Remembered()
     alone, beside = (
-        absorb(state, planned, replies, remembered={}, method=method, federation=federation)
+        lab.absorb(state, planned, replies, memory=memory, method=method, federation=federation)
         for replies in ([good], [good, bad])
     )
     assert beside.report.answered == ("client-0",)
     assert list(beside.report.rejected) == [bad.client]
     assert all(value in beside.report.rejected[bad.client] for value in values), beside.report.rejected
-    assert set(beside.fresh) == {"client-0"}
+    assert set(memory.updates) == {"client-0"}
     for site in lab.shapes:
         assert torch.equal(beside.state.adapters.sites[site].b, alone.state.adapters.sites[site].b)
 
 
-def test_two_updates_of_one_client_for_one_round_both_fall(lab, generator):
+def test_of_two_updates_of_one_client_for_one_round_one_counts(lab, generator):
     method, federation = lab.method(), lab.federation(cohort=3)
     state = lab.start(method)
     planned = a_round(lab, state, federation)
     twice = [lab.update("client-0", planned, lab.delta(state, generator)) for _ in range(2)]
     good = lab.update("client-1", planned, lab.delta(state, generator))
-    report = absorb(
-        state, planned, [*twice, good], remembered={}, method=method, federation=federation
-    ).report
-    assert report.answered == ("client-1",)
-    assert report.rejected == {"client-0": "2 updates for round 1; only one counts"}
+    report = lab.absorb(state, planned, [*twice, good], method=method, federation=federation).report
+    assert report.answered == ("client-0", "client-1")
+    assert report.rejected == {"client-0": "another update for round 1 came first; only one counts"}
 
 
 def test_a_refusal_is_noted_with_its_reason(lab, generator):
@@ -190,7 +190,7 @@ def test_a_refusal_is_noted_with_its_reason(lab, generator):
         Refusal(client="client-1", run="else", round=1, reason=RefusalReason.BUDGET),
         lab.update("client-2", planned, lab.delta(state, generator)),
     ]
-    report = absorb(state, planned, replies, remembered={}, method=method, federation=federation).report
+    report = lab.absorb(state, planned, replies, method=method, federation=federation).report
     assert report.refused == {"client-0": "budget"}
     assert list(report.rejected) == ["client-1"]
     assert report.answered == ("client-2",)
@@ -205,18 +205,17 @@ def test_a_late_update_counts_as_what_it_did_to_the_model_it_was_given(lab, gene
     late = lab.update("client-0", sent, lab.delta(old, generator))
     state = replace(rounds(lab, method, federation, 4, generator, state=old), remembered={"client-0": 2})
     planned = a_round(lab, state, federation)
-    absorbed = absorb(state, planned, [late], remembered={}, method=method, federation=federation)
+    absorbed = lab.absorb(state, planned, [late], method=method, federation=federation)
     share = 1.0 if participation == "normalised" else 1 / 3
     for site, before in lab.products(state).items():
         after = lab.products(absorbed.state)[site]
         assert_close(after, before + share * lab.dense(late.delta, old)[site])
     assert absorbed.report.round == 7
     assert absorbed.report.answered == ("client-0",)
-    again = absorb(
+    again = lab.absorb(
         absorbed.state,
         a_round(lab, absorbed.state, federation),
         [late],
-        remembered={},
         method=method,
         federation=federation,
     )
@@ -227,12 +226,10 @@ def test_of_a_late_and_a_timely_update_the_timely_counts(lab, generator):
     method, federation = lab.method(), lab.federation(cohort=3)
     old = lab.start(method)
     late = lab.update("client-0", a_round(lab, old, federation), lab.delta(old, generator))
-    state = absorb(
-        old, a_round(lab, old, federation), [], remembered={}, method=method, federation=federation
-    ).state
+    state = lab.absorb(old, a_round(lab, old, federation), [], method=method, federation=federation).state
     planned = a_round(lab, state, federation)
     timely = lab.update("client-0", planned, lab.delta(state, generator))
-    both = absorb(state, planned, [timely, late], remembered={}, method=method, federation=federation)
+    both = lab.absorb(state, planned, [timely, late], method=method, federation=federation)
     assert both.report.answered == ("client-0",)
     assert both.report.rejected == {"client-0": "update of round 1 came with one of round 2"}
     assert_close(lab.products(both.state)["x"], lab.dense(timely.delta, state)["x"])
@@ -255,14 +252,12 @@ def test_gauges_reach_keep_gauges_bases_back(lab, generator):
 def test_a_round_without_answers_moves_by_the_memory_alone(lab, generator, beta):
     method, federation = lab.method(beta=beta), lab.federation(cohort=3)
     state = rounds(lab, method, federation, 1, generator)
-    absorbed = absorb(
-        state, a_round(lab, state, federation), [], remembered={}, method=method, federation=federation
-    )
+    absorbed = lab.absorb(state, a_round(lab, state, federation), [], method=method, federation=federation)
     memory = lab.dense_in_frame(state.memory, state)
     for site, before in lab.products(state).items():
         assert_close(lab.products(absorbed.state)[site], before + beta * memory[site])
     assert absorbed.state.round == 2
-    assert (absorbed.report.answered, absorbed.fresh) == ((), {})
+    assert absorbed.report.answered == ()
     assert absorbed.state.remembered == state.remembered
 
 
@@ -271,7 +266,7 @@ def test_a_plan_of_another_round_is_not_absorbed(lab):
     state = lab.start(method)
     planned = replace(a_round(lab, state, federation), round=3)
     with pytest.raises(IncompleteError, match="round 3"):
-        absorb(state, planned, [], remembered={}, method=method, federation=federation)
+        lab.absorb(state, planned, [], method=method, federation=federation)
 
 
 def test_a_lost_memory_is_not_taken_for_zero(lab, generator):
@@ -279,5 +274,54 @@ def test_a_lost_memory_is_not_taken_for_zero(lab, generator):
     state = rounds(lab, method, federation, 1, generator)
     planned = a_round(lab, state, federation)
     reply = lab.update("client-0", planned, lab.delta(state, generator))
-    with pytest.raises(IncompleteError, match="'client-0': 1"):
-        absorb(state, planned, [reply], remembered={}, method=method, federation=federation)
+    with pytest.raises(IncompleteError, match="'client-0' remembered from round 1"):
+        lab.absorb(state, planned, [reply], method=method, federation=federation)
+
+
+def test_replies_in_the_order_of_the_plan_are_let_go_one_by_one(lab, generator):
+    method, federation = lab.method(beta=0.5), lab.federation(cohort=3)
+    state = lab.start(method)
+    planned = a_round(lab, state, federation)
+    dropped = []
+
+    def answers():
+        for client in planned.cohort:
+            update = lab.update(client, planned, lab.delta(state, generator))
+            weakref.finalize(update.delta.sites["x"], dropped.append, client)
+            yield update
+            del update
+            assert dropped == list(planned.cohort[: planned.cohort.index(client)])
+
+    gather(state, planned, answers(), memory=Remembered(), method=method, federation=federation)
+
+
+def test_whoever_comes_before_its_turn_waits_and_counts_all_the_same(lab, generator):
+    method, federation = lab.method(beta=0.5), lab.federation(cohort=3)
+    state = lab.start(method)
+    planned = a_round(lab, state, federation)
+    first, second, third = (
+        lab.update(client, planned, lab.delta(state, generator)) for client in planned.cohort
+    )
+    memory = Remembered()
+    gathering = Gathering(state, planned, memory=memory, method=method, federation=federation)
+    kept = []
+    for reply in (third, second, first):
+        gathering.take(reply)
+        kept.append(list(memory.updates))
+    assert kept == [[], [], list(planned.cohort)]
+    assert gathering.counting == 3 and gathering.close().heard == dict.fromkeys(planned.cohort, 1)
+
+
+def test_enough_clients_end_a_round_and_refusals_are_none(lab, generator):
+    method, federation = lab.method(), lab.federation(cohort=3)
+    state = lab.start(method)
+    planned = a_round(lab, state, federation)
+    refusal = Refusal(client="client-0", run="run", round=1, reason=RefusalReason.BUDGET)
+    replies = iter(
+        [refusal, *(lab.update(c, planned, lab.delta(state, generator)) for c in planned.cohort[1:])]
+    )
+    heard = gather(
+        state, planned, replies, memory=Remembered(), method=method, federation=federation, enough=1
+    )
+    assert heard.report.answered == ("client-1",)
+    assert [left.client for left in replies] == ["client-2"]

@@ -4,7 +4,6 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from fedlora.federation.absorb import absorb
 from fedlora.federation.plan import plan
 from fedlora.values import Delta
 
@@ -51,7 +50,7 @@ def final_model(lab, method, optimizer):
             head = {"weight": torch.zeros(2, 4, dtype=torch.float64)}
             delta = Delta(basis=state.adapters.basis, sites=sites, head=head)
             replies.append(lab.update(client, planned, delta))
-        absorbed = absorb(state, planned, replies, remembered={}, method=method, federation=federation)
+        absorbed = lab.absorb(state, planned, replies, method=method, federation=federation)
         state = absorbed.state
     return lab.products(state)[SITE]
 

@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fedlora.federation.absorb import absorb, admit, forget
+from fedlora.federation.absorb import admit, forget
+from fedlora.federation.gather import Remembered
 from fedlora.federation.plan import plan
 from fedlora.values import Gauges, Member
 
@@ -53,7 +54,7 @@ class Federation:
         self.state = lab.start(method)
         self.reference = Reference(beta, federation.participation, lab.products(self.state))
         self.members = {member.client: member for member in lab.members(6)}
-        self.remembered, self.late = {}, []
+        self.memory, self.late = Remembered(), []
         self.generator = torch.Generator().manual_seed(3)
         self.worst = 0.0
 
@@ -68,9 +69,10 @@ class Federation:
         if round_ in LEAVES:
             gone = LEAVES[round_]
             if self.faithful_roster:
-                self.state = forget(self.state, gone, self.remembered.get(gone), self.weight(gone))
+                _, update = self.memory.updates.get(gone, (0, None))
+                self.state = forget(self.state, gone, update, self.weight(gone))
             del self.members[gone]
-            self.remembered.pop(gone, None)
+            self.memory.updates.pop(gone, None)
             self.reference.memory.pop(gone, None)
         if round_ in JOINS:
             new = JOINS[round_]
@@ -89,11 +91,11 @@ class Federation:
         # Every third round its first client answers late: with the next round's replies, in an older basis.
         here, later = (replies[1:], replies[:1]) if planned.round % 3 == 0 else (replies, [])
         arrived, self.late = [*here, *self.late], later
-        absorbed = absorb(
+        absorbed = self.lab.absorb(
             self.spoil(state),
             planned,
             [reply for reply, _ in arrived],
-            remembered=self.remembered,
+            memory=self.memory,
             method=self.method,
             federation=self.federation,
         )
@@ -102,7 +104,6 @@ class Federation:
         }
         assert set(counted) == set(absorbed.report.answered)
         self.reference.step(planned, counted)
-        self.remembered |= absorbed.fresh
         self.state = absorbed.state
         self.compare(planned.weight)
 
@@ -147,7 +148,7 @@ def test_the_memory_equals_dense_matrices_over_fifty_rounds(lab, case):
     assert pair.state.round == ROUNDS
     # float64: about 50 rounds of sums, each off by a few eps, against 1e4 eps.
     assert pair.worst < 1e-11
-    assert all(reply in pair.state.remembered for reply in pair.remembered)
+    assert all(reply in pair.state.remembered for reply in pair.memory.updates)
 
 
 def shifted_gauge(state):
@@ -184,21 +185,22 @@ def test_forgetting_leaves_the_memory_as_if_the_client_had_never_been(lab):
     def after_a_round(members):
         planned = plan(state, members, run="run", federation=federation, seed=7)
         replies = [lab.update(client, planned, deltas[client]) for client in planned.cohort]
-        return absorb(state, planned, replies, remembered={}, method=method, federation=federation)
+        memory = Remembered()
+        after = lab.absorb(state, planned, replies, memory=memory, method=method, federation=federation)
+        return after, memory.updates
 
-    everyone, others = after_a_round(lab.members(3)), after_a_round(lab.members(2))
-    left = forget(everyone.state, "client-2", everyone.fresh["client-2"], 1 / 3)
+    (everyone, kept), (others, _) = after_a_round(lab.members(3)), after_a_round(lab.members(2))
+    left = forget(everyone.state, "client-2", kept["client-2"][1], 1 / 3)
     for site in lab.shapes:
         torch.testing.assert_close(left.memory.sites[site], others.state.memory.sites[site])
         assert torch.equal(left.adapters.sites[site].b, everyone.state.adapters.sites[site].b)
     assert left.remembered == others.state.remembered
     back = admit(left, 1 / 3)
     planned = plan(back, lab.members(3), run="run", federation=federation, seed=7)
-    again = absorb(
+    again = lab.absorb(
         back,
         planned,
         [lab.update("client-2", planned, deltas["client-2"])],
-        remembered={},
         method=method,
         federation=federation,
     )
@@ -211,14 +213,15 @@ def test_the_last_member_leaves_nothing(lab):
     state = lab.start(method)
     planned = plan(state, lab.members(1), run="run", federation=federation, seed=7)
     delta = lab.delta(state, torch.Generator().manual_seed(0))
-    absorbed = absorb(
+    memory = Remembered()
+    absorbed = lab.absorb(
         state,
         planned,
         [lab.update("client-0", planned, delta)],
-        remembered={},
+        memory=memory,
         method=method,
         federation=federation,
     )
-    left = forget(absorbed.state, "client-0", absorbed.fresh["client-0"], 1.0)
+    left = forget(absorbed.state, "client-0", memory.updates["client-0"][1], 1.0)
     assert left.remembered == {}
     assert not any(bool(tensor.any()) for tensor in left.memory.sites.values())

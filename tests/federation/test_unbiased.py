@@ -8,7 +8,7 @@ import torch
 from torch.testing import assert_close
 
 from fedlora.algebra.deltas import add, scale
-from fedlora.federation.absorb import absorb
+from fedlora.federation.gather import Remembered
 from fedlora.values import RoundPlan
 
 PROBABILITY = {"a": 0.15, "b": 0.5, "c": 0.8, "d": 1.0}
@@ -23,9 +23,9 @@ def a_state(lab, method, generator):
         for site, factors in state.adapters.sites.items()
     }
     state = replace(state, adapters=replace(state.adapters, sites=sites))
-    remembered = {client: lab.delta(state, generator, basis=-1) for client in ("a", "b", "d")}
+    remembered = {client: (0, lab.delta(state, generator, basis=-1)) for client in ("a", "b", "d")}
     memory = scale(state.memory, 0.0)
-    for client, delta in remembered.items():
+    for client, (_, delta) in remembered.items():
         memory = add(memory, delta, WEIGHT[client])
     return replace(state, memory=memory, remembered=dict.fromkeys(remembered, 0)), remembered
 
@@ -40,8 +40,8 @@ def mean_step(lab, method, federation, state, remembered, deltas):
             chance *= p if client in cohort else 1 - p
         plan = RoundPlan(run="run", round=1, cohort=cohort, probability=PROBABILITY, weight=WEIGHT)
         replies = [lab.update(client, plan, deltas[client]) for client in cohort]
-        after = absorb(
-            state, plan, replies, remembered=remembered, method=method, federation=federation
+        after = lab.absorb(
+            state, plan, replies, memory=Remembered(remembered), method=method, federation=federation
         ).state
         for name, before in lab.products(state).items():
             mean[name] += chance * (lab.products(after)[name] - before)

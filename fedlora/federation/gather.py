@@ -1,0 +1,218 @@
+"""A round's replies, as they come: each one that counts goes into the sums and is let go.
+
+Sums run in the order of the plan, late updates after it, so that a result never depends on who answered first: an
+update that comes before its turn waits. A cohort that answers in that order needs room for one update at a time.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from fedlora.algebra.deltas import into_frame
+from fedlora.algebra.mixing import RunningMix
+from fedlora.config import schema
+from fedlora.errors import IncompleteError
+from fedlora.federation.sift import fault_of
+from fedlora.methods import Method
+from fedlora.values import ClientUpdate, Delta, Refusal, Reply, RoundPlan, RoundReport, ServerState
+
+
+class Memory(Protocol):
+    """Where remembered updates lie, in the frame. Laws: what `keep` returned is what `recall` returns."""
+
+    def recall(self, client: str, at: int) -> Delta:
+        """What was kept of the client's update of round `at`; IncompleteError if it is gone."""
+        ...
+
+    def keep(self, client: str, at: int, update: Delta) -> Delta:
+        """Durable once the round is; the round's crash leaves what was kept before it."""
+        ...
+
+
+class Remembered:
+    """A Memory in this process, for federations of a few clients."""
+
+    def __init__(self, updates: Mapping[str, tuple[int, Delta]] | None = None) -> None:
+        """It begins with `updates`, by client with their rounds, which it does not change."""
+        self.updates = dict(updates or {})
+
+    def recall(self, client: str, at: int) -> Delta:
+        """See Memory."""
+        kept, update = self.updates.get(client, (None, None))
+        if update is None or kept != at:  # taking it for zero would count its share of the memory for ever
+            raise IncompleteError(
+                f"the update of {client!r} remembered from round {at} is missing; restore it"
+            )
+        return update
+
+    def keep(self, client: str, at: int, update: Delta) -> Delta:
+        """See Memory."""
+        self.updates[client] = at, update
+        return update
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gathered:
+    """What the replies of a round amount to. heard: the round of each update that counted, by client."""
+
+    step: Delta
+    memory: Delta
+    heard: Mapping[str, int]
+    report: RoundReport
+
+
+def gather(
+    state: ServerState,
+    plan: RoundPlan,
+    replies: Iterable[Reply],
+    *,
+    memory: Memory,
+    method: Method,
+    federation: schema.Federation,
+    enough: int | None = None,
+) -> Gathered:
+    """What the replies of a round amount to: all, or, where so many are `enough`, until so many clients' count.
+
+    Args:
+        state: what the last round left.
+        plan: of the round that the replies end.
+        replies: from anyone, of this round or earlier ones; none is held longer than until its turn.
+        memory: recalls what the state remembers, and keeps what it will.
+        method: its mixing. federation: its `participation`.
+        enough: see `Federation.enough`.
+
+    Raises:
+        IncompleteError: the plan is not of the next round, or a remembered update is missing.
+    """
+    gathering = Gathering(state, plan, memory=memory, method=method, federation=federation)
+    for reply in replies:
+        gathering.take(reply)
+        if enough is not None and gathering.counting >= enough:
+            break
+    return gathering.close()
+
+
+class Gathering:
+    """Takes replies one by one; `close` says what they amount to. Whatever a client sent, nothing raises."""
+
+    def __init__(
+        self,
+        state: ServerState,
+        plan: RoundPlan,
+        *,
+        memory: Memory,
+        method: Method,
+        federation: schema.Federation,
+    ) -> None:
+        """See `gather`."""
+        if plan.round != state.round + 1:
+            raise IncompleteError(
+                f"the plan is of round {plan.round}, but the state has completed {state.round}; plan the next one"
+            )
+        self._state, self._plan, self._memory = state, plan, memory
+        self._mixing, self._federation = method.mixing, federation
+        self._gauges = {known.basis: known for known in state.gauges}
+        self._mix = RunningMix(state.memory, self._gauges)
+        self._factors = 0.0
+        self._turn = 0
+        self._spoken: set[str] = set()
+        self._waiting: dict[str, ClientUpdate] = {}
+        self._late: dict[str, ClientUpdate] = {}
+        self._heard: dict[str, int] = {}
+        self._accuracy: dict[str, float] = {}
+        self._refused: dict[str, set[str]] = {}
+        self._rejected: dict[str, set[str]] = {}
+
+    @property
+    def counting(self) -> int:
+        """Clients of whom an update counts so far."""
+        return len(self._heard.keys() | self._waiting.keys() | self._late.keys())
+
+    def take(self, reply: Reply) -> None:
+        """The reply is counted, or noted as refused or rejected, or waits for its turn.
+
+        Raises:
+            IncompleteError: what is remembered of its client is missing.
+        """
+        fault = fault_of(reply, self._state, self._plan)
+        if fault is not None:
+            self._reject(reply.client, fault)
+        elif isinstance(reply, Refusal):
+            self._refused.setdefault(reply.client, set()).add(reply.reason.value)
+        elif reply.round < self._plan.round:
+            self._take_late(reply)
+        elif reply.client in self._heard or reply.client in self._waiting:
+            self._reject(reply.client, f"another update for round {reply.round} came first; only one counts")
+        else:
+            self._waiting[reply.client] = reply
+        if reply.round == self._plan.round:
+            self._spoken.add(reply.client)
+            self._fold_whose_turn_it_is()
+
+    def close(self) -> Gathered:
+        """All who waited are counted, the newest late update of each client that sent none in time included."""
+        for client in self._plan.cohort:
+            if client in self._waiting:
+                self._fold(self._waiting.pop(client))
+        for client in sorted(self._late):
+            late = self._late[client]
+            if client in self._heard:
+                self._reject(
+                    client, f"update of round {late.round} came with one of round {self._plan.round}"
+                )
+            else:
+                self._fold(late)
+        divisor = self._mixing.divisor(self._factors, self._federation.participation)
+        return Gathered(
+            step=self._mix.mixed(self._state.adapters.basis, self._mixing.beta, divisor),
+            memory=self._mix.memory(),
+            heard=self._heard,
+            report=self._report(),
+        )
+
+    def _take_late(self, update: ClientUpdate) -> None:
+        known = self._late.get(update.client)
+        newer = update if known is None or update.round > known.round else known
+        if known is not None:
+            older = known if newer is update else update
+            self._reject(update.client, f"update of round {older.round} came with one of round {newer.round}")
+        self._late[update.client] = newer
+
+    def _fold_whose_turn_it_is(self) -> None:
+        cohort = self._plan.cohort
+        while self._turn < len(cohort) and cohort[self._turn] in self._spoken:
+            update = self._waiting.pop(cohort[self._turn], None)
+            if update is not None:
+                self._fold(update)
+            self._turn += 1
+
+    def _fold(self, update: ClientUpdate) -> None:
+        client, delta = update.client, update.delta
+        factor = self._mixing.factor(client, self._plan, self._federation.participation)
+        if self._mixing.remembers:
+            last = self._state.remembered.get(client)
+            stale = None if last is None else self._memory.recall(client, last)
+            kept = self._memory.keep(client, update.round, into_frame(delta, self._gauges[delta.basis]))
+            self._mix.replace(kept, stale, factor=factor, weight=self._plan.weight[client])
+        self._mix.add(delta, factor)
+        self._factors += factor
+        self._heard[client] = update.round
+        if update.accuracy is not None:
+            self._accuracy[client] = update.accuracy
+
+    def _reject(self, client: str, fault: str) -> None:
+        self._rejected.setdefault(client, set()).add(fault)
+
+    def _report(self) -> RoundReport:
+        return RoundReport(
+            round=self._plan.round,
+            asked=self._plan.cohort,
+            answered=tuple(sorted(self._heard)),
+            refused=_joined(self._refused),
+            rejected=_joined(self._rejected),
+            accuracy={client: self._accuracy[client] for client in sorted(self._accuracy)},
+        )
+
+
+def _joined(reasons: Mapping[str, set[str]]) -> dict[str, str]:
+    return {client: "; ".join(sorted(reasons[client])) for client in sorted(reasons)}
