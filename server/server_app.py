@@ -1,6 +1,7 @@
 """The Flower ServerApp of the centre: a config, a grid, a run.
 
-FEDLORA_CONFIG is the path of the run's YAML; FEDLORA_CONFIG_SET may hold `key=value` overrides.
+FEDLORA_CONFIG is the path of the run's YAML; FEDLORA_CONFIG_SET may hold `key=value` overrides. Without FEDLORA_CONFIG
+the run is a simulation, of the config that Flower's run config names.
 """
 
 import logging
@@ -15,24 +16,24 @@ from fedlora.deploy.server import serve
 from fedlora.export.deliver import deliver
 from fedlora.runs.rundir import adapters_of, run_rounds
 from fedlora.runs.summary import summary_so_far
+from fedlora.runtime.flwr_run import named, simulate_on
 
 app = ServerApp()
 
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """The run of FEDLORA_CONFIG is finished, its adapter and report written."""
+    """The run is finished, its adapter and report written."""
     logging.basicConfig(format="%(asctime)s %(name)s %(message)s")
     logging.getLogger("fedlora").setLevel(logging.INFO)
-    path, overrides = os.environ["FEDLORA_CONFIG"], os.environ.get("FEDLORA_CONFIG_SET", "").split()
+    path, overrides = os.environ.get("FEDLORA_CONFIG"), os.environ.get("FEDLORA_CONFIG_SET", "").split()
+    if simulated := path is None:
+        path, overrides = named(context.run_config)
     config = load_config(path, overrides)
     with located(path, overrides):
-        run_dir = serve(grid, config)
+        run_dir = simulate_on(grid, config) if simulated else serve(grid, config)
+    found, rounds = summary_so_far(run_dir), run_rounds(run_dir)
+    say = logging.getLogger("fedlora").info
     deliver(
-        run_dir,
-        config=config,
-        summary=summary_so_far(run_dir),
-        rounds=run_rounds(run_dir),
-        trained=lambda: adapters_of(run_dir),
-        say=logging.getLogger("fedlora").info,
+        run_dir, config=config, summary=found, rounds=rounds, trained=lambda: adapters_of(run_dir), say=say
     )

@@ -28,11 +28,14 @@ from fedlora.federation.cohort import Cohort
 from fedlora.federation.events import Listener
 from fedlora.runtime.host import Host, HostSetup, Terms, worker_count
 from fedlora.transport.flower_client import Hello, client_app
-from fedlora.transport.flower_cohort import FlowerCohort, Nodes, meet
+from fedlora.transport.flower_cohort import FlowerCohort, Nodes, Watch, meet
 from fedlora.values import Mechanism, Reply, Sampling, TrainRequest, Witness
 
 ENGINE_ERROR = 0
 """Flower's code for what no ClientApp and no node did: in simulation, a worker process died."""
+
+SCENE = ".flower"
+"""In the run directory, while the engine runs."""
 
 STOP_S = 10.0
 """Seconds that a worker gets to finish its client when the run stops; to stop it under way is safe, too."""
@@ -51,29 +54,20 @@ class SimulatedCohort:
     """The engine and the cohort that speaks to it, started and stopped together."""
 
     def __init__(self, setup: HostSetup, listener: Listener) -> None:
-        self._scene = setup.run_dir / ".flower"
+        self._scene = setup.run_dir / SCENE
         self._engine: Queue[Grid | BaseException] = Queue()
         self._stop = threading.Event()
         write_scene(self._scene, setup)
         self._before = _quiet(self._scene)
-        sizes = {client: len(held) for client, held in open_holdings(setup.holdings).items()}
-        workers = _workers(setup.config, len(sizes))
-        self._thread = threading.Thread(target=self._run, args=(len(sizes), *workers), daemon=True)
+        clients = len(open_holdings(setup.holdings))
+        workers = _workers(setup.config, clients)
+        self._thread = threading.Thread(target=self._run, args=(clients, *workers), daemon=True)
         self._thread.start()
         try:
-            nodes = Nodes(self._grid(), lambda hello: sizes.get(hello.client) == hello.records)
-            meet(nodes, lambda hellos: hellos.keys() == sizes.keys(), self._watch)
+            self._cohort = cohort_on(self._grid(), setup, listener, self._watch)
         except BaseException:
             self.close()
             raise
-        federation = setup.config.federation
-        self._cohort = FlowerCohort(
-            nodes,
-            deadline_s=federation.deadline_s,
-            ttl_s=federation.deadline_s * (1 + federation.keep_gauges),
-            listener=listener,
-            watch=self._watch,
-        )
 
     def ask(self, clients: Sequence[str], request: TrainRequest) -> Iterator[Reply]:
         """See Cohort."""
@@ -102,7 +96,7 @@ class SimulatedCohort:
             self._stop.wait()
 
         scene = str(self._scene)
-        app = client_app(partial(_greet, scene), partial(_answer, scene))
+        app = client_app(partial(greet, scene), partial(answer, scene))
         resources = {"num_cpus": threads, "num_gpus": 0.0}
         quiet = {"include_dashboard": False, "log_to_driver": False, "logging_level": "error"}
         backend = {"init_args": {"num_cpus": workers * threads, **quiet}, "client_resources": resources}
@@ -121,22 +115,59 @@ class SimulatedCohort:
 
     def _watch(self, error: Error | None) -> None:
         """Raises what a worker may not answer for a client, and when there is nobody left to answer."""
-        fault = self._scene / "fault"
-        if fault.exists():
-            raise LedgerError(fault.read_text())
-        died = self._died()
-        if died is None and error is not None and error.code == ENGINE_ERROR:
-            died = "a worker process died, and Flower's engine does not replace it"
-        if died is not None and not self._stop.is_set():
-            raise IncompleteError(
-                f"Flower's simulation engine stopped: {died}; go on with: fedlora resume {self._scene.parent}"
-            )
+        watch_workers(self._scene, error)
+        if (died := self._died()) is not None and not self._stop.is_set():
+            raise _stopped(self._scene, died)
 
     def _died(self) -> str | None:
         try:
             return repr(self._engine.get_nowait())
         except Empty:
             return None if self._thread.is_alive() else "it ended by itself"
+
+
+def cohort_on(grid: Grid, setup: HostSetup, listener: Listener, watch: Watch) -> FlowerCohort:
+    """A cohort of the engine's nodes, once every client of the run has said hello from one of them.
+
+    Raises:
+        ConfigError: the engine has more nodes than the run has clients, or fewer.
+    """
+    sizes = {client: len(held) for client, held in open_holdings(setup.holdings).items()}
+    nodes = Nodes(grid, lambda hello: sizes.get(hello.client) == hello.records)
+
+    def ready(hellos: dict[str, Hello]) -> bool:
+        # The engine registers all of its nodes before the first of them can answer.
+        if hellos and (count := len(list(grid.get_nodes()))) != len(sizes):
+            raise ConfigError(
+                f"Flower simulates {count} SuperNodes, but the run has {len(sizes)} clients; "
+                f"give --federation-config 'num-supernodes={len(sizes)}', or change data.partition"
+            )
+        return hellos.keys() == sizes.keys()
+
+    meet(nodes, ready, watch)
+    federation = setup.config.federation
+    return FlowerCohort(
+        nodes,
+        deadline_s=federation.deadline_s,
+        ttl_s=federation.deadline_s * (1 + federation.keep_gauges),
+        listener=listener,
+        watch=watch,
+    )
+
+
+def watch_workers(scene: Path, error: Error | None) -> None:
+    """Raises what a worker may not answer for a client, and when `error` says that a worker is gone."""
+    fault = scene / "fault"
+    if fault.exists():
+        raise LedgerError(fault.read_text())
+    if error is not None and error.code == ENGINE_ERROR:
+        raise _stopped(scene, "a worker process died, and Flower's engine does not replace it")
+
+
+def _stopped(scene: Path, why: str) -> IncompleteError:
+    return IncompleteError(
+        f"Flower's simulation engine stopped: {why}; go on with: fedlora resume {scene.parent}"
+    )
 
 
 def _workers(config: RunConfig, clients: int) -> tuple[int, int]:
@@ -198,13 +229,19 @@ def _client(host: Host, context: Context) -> str:
     return host.holdings.clients[int(context.node_config["partition-id"])]
 
 
-def _greet(directory: str, context: Context) -> Hello:
+def greet(directory: str, context: Context) -> Hello:
+    """The hello of the client that this node plays, by its partition-id."""
     host = _host(directory)
     client = _client(host, context)
     return Hello(client=client, records=len(host.holdings[client]), classes=host.setup.classes)
 
 
-def _answer(directory: str, context: Context, frame: bytes, echo: Witness | None) -> bytes:
+def answer(directory: str, context: Context, frame: bytes, echo: Witness | None) -> bytes:
+    """The reply's frame of the client that this node plays.
+
+    Raises:
+        LedgerError: its ledger cannot be trusted; `watch_workers` raises it in the driver, too.
+    """
     host = _host(directory)
     try:
         return host.answer_frame(_client(host, context), frame)

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,18 @@ from fedlora.runtime.summarise import summarise
 from fedlora.training.tasks import evaluate
 from fedlora.values import Adapters, ServerState
 
+Start = Callable[[HostSetup, Listener], Cohort]
+"""Starts a runtime for the clients of a run."""
 
-def simulate(config: RunConfig, run_dir: Path, listener: Listener) -> Path:
+
+def simulate(config: RunConfig, run_dir: Path, listener: Listener, start: Start | None = None) -> Path:
     """`run_dir` holds the finished run of `config`. Nothing is written before all that can be checked is right.
+
+    Args:
+        config: the run.
+        run_dir: is made where it is missing.
+        listener: told of what happens.
+        start: None starts the runtime that the config names.
 
     Raises:
         ConfigError: the directory holds another run, or an unfinished one; neither is touched.
@@ -42,17 +52,17 @@ def simulate(config: RunConfig, run_dir: Path, listener: Listener) -> Path:
     with locked(run_dir):
         write_durably(run_dir / "classes.json", json.dumps(prepared.clients.classes) + "\n")
         write_durably(run_dir / "config.yaml", dump_config(config))  # last: it makes this a run
-        _drive(prepared, run_dir, listener)
+        _drive(prepared, run_dir, listener, start)
     return run_dir
 
 
-def resume(run_dir: Path, listener: Listener) -> Path:
-    """`run_dir` holds the finished run it was meant to; a finished one is left alone."""
+def resume(run_dir: Path, listener: Listener, start: Start | None = None) -> Path:
+    """`run_dir` holds the finished run it was meant to; a finished one is left alone. start: see `simulate`."""
     config = run_config(run_dir)
     if finished_summary(run_dir) is not None:
         return run_dir
     with locked(run_dir):
-        _drive(prepare(config, listener), run_dir, listener)
+        _drive(prepare(config, listener), run_dir, listener, start)
     return run_dir
 
 
@@ -62,7 +72,7 @@ def _refuse_existing(config: RunConfig, run_dir: Path) -> None:
         raise ConfigError(f"{run_dir} holds this run, unfinished; go on with: fedlora resume {run_dir}")
 
 
-def _drive(prepared: Prepared, run_dir: Path, listener: Listener) -> None:
+def _drive(prepared: Prepared, run_dir: Path, listener: Listener, start: Start | None) -> None:
     """Rounds from the newest checkpoint, or from none, to the last; then the summary."""
     noise = None if prepared.config.privacy == "none" else SEEDED
     store = Store(run_dir, prepared.origin.run, noise)
@@ -76,7 +86,7 @@ def _drive(prepared: Prepared, run_dir: Path, listener: Listener) -> None:
     setup = prepared.host_setup(run_dir)
     prepared = prepared.without_records()
     try:
-        cohort = _cohort(setup, listener)
+        cohort = _cohort(setup, listener, start)
         try:
             _run_rounds(prepared, state, cohort, store, score, listener, run_dir)
         finally:
@@ -139,10 +149,12 @@ def _scorer(prepared: Prepared, run_dir: Path) -> Score:
     return score
 
 
-def _cohort(setup: HostSetup, listener: Listener) -> Cohort:
+def _cohort(setup: HostSetup, listener: Listener, start: Start | None) -> Cohort:
     """Where the clients of this run live. Each runtime is imported only by the run that uses it."""
     kind = setup.config.runtime.kind
     listener(Stage(name=f"starting the {kind} runtime"))
+    if start is not None:
+        return start(setup, listener)
     match kind:
         case "local":
             from fedlora.runtime.local import LocalCohort
