@@ -23,6 +23,8 @@ from fedlora.runs.summary import ledger_events, write_summary
 from fedlora.runtime.host import HostSetup
 from fedlora.runtime.prepare import Prepared, prepare
 from fedlora.runtime.summarise import summarise
+from fedlora.runtime.world.cohort import VirtualCohort
+from fedlora.runtime.world.forecast import world_of
 from fedlora.training.tasks import evaluate
 from fedlora.values import Adapters, ServerState
 
@@ -37,6 +39,7 @@ def simulate(config: RunConfig, run_dir: Path, listener: Listener) -> Path:
         _refuse_existing(config, run_dir)
         return run_dir
     prepared = prepare(config, listener)
+    world_of(prepared)
     run_dir.mkdir(parents=True, exist_ok=True)
     with locked(run_dir):
         write_durably(run_dir / "classes.json", json.dumps(prepared.clients.classes) + "\n")
@@ -72,7 +75,7 @@ def _drive(prepared: Prepared, run_dir: Path, listener: Listener) -> None:
         store.begin(state, line_zero(score(state.adapters)))
     state = store.recover()
     require_debits(prepared.config, run_dir)
-    cohort = _cohort(prepared, run_dir, listener)
+    cohort = _in_world(_cohort(prepared, run_dir, listener), prepared, run_dir, state.round)
     try:
         _run_rounds(prepared, state, cohort, store, score, listener, run_dir)
     finally:
@@ -157,3 +160,17 @@ def _cohort(prepared: Prepared, run_dir: Path, listener: Listener) -> Cohort:
             from fedlora.runtime.flower import simulated_cohort
 
             return simulated_cohort(setup, prepared.clients.examples, listener)
+
+
+def _in_world(inner: Cohort, prepared: Prepared, run_dir: Path, completed: int) -> Cohort:
+    """The clients as the config's world lets them take part; as they are where it has none."""
+    try:
+        world = world_of(prepared)
+        if world is None:
+            return inner
+        return VirtualCohort(
+            inner, world=world, federation=prepared.config.federation, run_dir=run_dir, completed=completed
+        )
+    except BaseException:
+        inner.close()
+        raise
