@@ -99,7 +99,7 @@ def test_who_is_away_is_not_asked_and_not_waited_for():
 def test_who_goes_away_at_work_is_waited_for_to_the_deadline_and_never_heard_of():
     play = Play(world({"a": 30.0, "b": 10.0}, {"a": [(0.0, 20.0), (150.0, LONG)]}))
     first = play.round("ab")
-    assert (play.asked, first.lost, names(first.fresh)) == (["ab"], ("a",), "b")
+    assert (play.asked, names(first.lost), names(first.fresh)) == (["ab"], "a", "b")
     assert (play.moment.began_s, play.moment.pending) == (100.0, ())
     assert play.round("ab").away == ("a",)  # at 100
     for _ in range(4):
@@ -193,7 +193,7 @@ def test_every_reply_is_heard_once_or_lost_or_still_on_its_way(seconds, cuts, co
         over = play.round("".join(sorted(cohort)))
         asked |= {(client, play.number) for client in play.asked[-1]}
         heard += [(errand.client, errand.round) for errand in (*over.fresh, *over.late)]
-        lost |= {(client, play.number) for client in over.lost}
+        lost |= {(errand.client, play.number) for errand in over.lost}
         assert {*over.away, *over.busy, *play.asked[-1]} == cohort
         assert all(errand.until_s <= play.moment.began_s for errand in (*over.fresh, *over.late))
         assert len(over.fresh) + len(over.late) >= 1 and play.moment.began_s >= before

@@ -137,7 +137,8 @@ def told(run_dir: Path, round_: int) -> dict[str, Any]:
     """What became of a round by the virtual clock; empty where nobody was asked, or there is no world.
 
     virtual_seconds: how long it took; virtual_s: the time at its end; late: by client, how stale each reply to an
-    earlier round is by then, in rounds and in virtual seconds since it was asked; away, busy, lost: see Window.
+    earlier round is by then, in rounds and in virtual seconds since it was asked; away, busy, lost: clients,
+    see Window.
     """
     path = _file(run_dir / "world", round_ + 1)
     return json.loads(path.read_text())["before"] if path.exists() else {}
@@ -154,7 +155,7 @@ def _told(round_: int, began: Moment, window: Window) -> dict[str, Any]:
         },
         "away": list(window.away),
         "busy": list(window.busy),
-        "lost": list(window.lost),
+        "lost": [errand.client for errand in window.lost],
     }
 
 

@@ -38,6 +38,8 @@ class VirtualCohort:
         began = self.clock.moment(request.round)
         over = self._over(began, clients, request)
         self.clock.advance(request.round, began, over)
+        for errand in over.lost:
+            self.clock.forget(errand)
         for errand in over.fresh:
             reply = self.clock.reply(errand)
             self.clock.forget(errand)

@@ -55,7 +55,8 @@ class Window:
     """A round that is over.
 
     fresh: replies of this round to it, in the order of the cohort. late: replies to earlier rounds that arrived in
-    it, as they came. away, busy, lost: of its cohort, who was never there, was at work still, went away at work.
+    it, as they came. away, busy: of its cohort, who was never there, who was at work still. lost: those of its errands
+    that nothing comes of.
     after: where the next round begins.
     """
 
@@ -63,7 +64,7 @@ class Window:
     late: tuple[Errand, ...]
     away: tuple[str, ...]
     busy: tuple[str, ...]
-    lost: tuple[str, ...]
+    lost: tuple[Errand, ...]
     after: Moment
 
 
@@ -163,7 +164,7 @@ def _window(
         late=tuple(errand for errand in taken if errand.round < round_),
         away=tuple(client for client in clients if client not in asked | busy),
         busy=tuple(client for client in clients if client in busy),
-        lost=tuple(errand.client for errand in errands if not errand.arrives),
+        lost=tuple(errand for errand in errands if not errand.arrives),
         after=Moment(
             began_s=ends_s,
             pending=tuple(
