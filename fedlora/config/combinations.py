@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 def conflicts(config: "RunConfig") -> list[str]:
     """Every impossible combination, as `key: what is wrong; what to write instead`."""
-    return [*_labels(config), *_cohort(config), *_method(config), *_runtime(config)]
+    return [*_labels(config), *_cohort(config), *_method(config), *_runtime(config), *_world(config)]
 
 
 def _labels(config: "RunConfig") -> Iterator[str]:
@@ -35,9 +35,10 @@ def _cohort(config: "RunConfig") -> Iterator[str]:
             yield f"federation.enough: {enough} answers, but min_clients is {least}; write {least} or more"
         if isinstance(cohort, int) and enough > cohort:
             yield f"federation.enough: {enough} answers, but {cohort} are asked; write {cohort} or less, or null"
-        if config.runtime.kind != "flower":
+        if config.runtime.kind != "flower" and config.world is None:
             kind = config.runtime.kind
-            yield f"federation.enough: runtime.kind is {kind}, which waits for all; write null, or kind: flower"
+            waits = f"runtime.kind is {kind}, which waits for all"
+            yield f"federation.enough: {waits}; write null, kind: flower, or a world with its own clock"
     if not isinstance(cohort, int) and clients is not None and least > clients:
         yield f"federation.min_clients: {least} answers needed of {clients} clients; write {clients} or less"
 
@@ -51,3 +52,8 @@ def _runtime(config: "RunConfig") -> Iterator[str]:
     if config.runtime.address is not None and config.runtime.kind != "ray":
         kind = config.runtime.kind
         yield f"runtime.address: only Ray has one, but runtime.kind is {kind}; write null, or kind: ray"
+
+
+def _world(config: "RunConfig") -> Iterator[str]:
+    if config.world is not None and config.runtime.kind == "flower":
+        yield "world: runtime.kind is flower, whose seconds are real; write null, or kind: local or ray"

@@ -10,7 +10,8 @@ from pydantic import ValidationError
 
 from fedlora.config.explain import Problem, problems, shown
 from fedlora.config.node import NodeConfig
-from fedlora.config.schema import RunConfig, Section
+from fedlora.config.schema import RunConfig
+from fedlora.config.section import Section
 from fedlora.config.yaml_text import Path, parse, render
 from fedlora.errors import ConfigError
 
@@ -82,6 +83,8 @@ def _computed(config: RunConfig) -> dict[str, Any]:
         del values["privacy"]["tuned_on"]  # a declaration; it decides nothing
     if values["federation"]["enough"] is None:
         del values["federation"]["enough"]  # a run of before there was such a key stays the same
+    if values["world"] is None:
+        del values["world"]  # likewise
     return values
 
 

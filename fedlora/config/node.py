@@ -5,7 +5,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from fedlora.config.schema import Docstrings, Lora, Model, Optimizer, Section, Task
+from fedlora.config.schema import Docstrings, Lora, Model, Optimizer, Task
+from fedlora.config.section import Section
 
 CLIENT_NAME = r"(?!\.+\Z)[A-Za-z0-9._~-]{1,96}\Z"
 """What a server takes as a node's name (re.match): it may become a file's name there."""

@@ -6,19 +6,13 @@ Unknown keys and wrong types are errors; `load.py` gives them file, line and the
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from fedlora.config.combinations import conflicts
+from fedlora.config.section import Section
+from fedlora.config.world import World
 
 Probability = Annotated[float, Field(gt=0, le=1)]
-
-
-class Section(BaseModel):
-    """A part of the YAML: frozen, strict, closed."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
-    )
 
 
 class Model(Section):
@@ -207,10 +201,12 @@ class Federation(Section):
     """Fewer answers in a round stop the run, which can be resumed."""
     enough: Annotated[int, Field(ge=1)] | None = None
     """A server's round ends once so many updates are in, and later ones count in a later round; null: with the last,
-    or at the deadline. The fast are heard more often then, which no weighting corrects. A simulation waits for all."""
+    or at the deadline. The fast are heard more often then, which no weighting corrects. A simulation needs a `world`
+    for it, else it waits for all."""
     deadline_s: Annotated[float, Field(gt=0)] = 600.0
     """Seconds a round waits for Flower nodes; later replies count in a later round. A simulation on `local` or `ray`
-    waits for everybody, so that its result does not depend on the machine's speed."""
+    waits for everybody, so that its result does not depend on the machine's speed, or counts the virtual seconds of
+    its `world`."""
     keep_gauges: Annotated[int, Field(ge=1)] = 20
     """How many bases back a late reply may reach."""
     evaluate_every: Annotated[int, Field(ge=1)] = 1
@@ -308,7 +304,9 @@ class RunConfig(Section):
     privacy: Privacy | Literal["none"]
     """The budget, or `none`, spelled out: every output then says NOT PRIVATE."""
     runtime: Runtime
-    tracking: Annotated[list[Literal["jsonl"]], Field(min_length=1)] = ["jsonl"]
+    world: World | None = None
+    """When simulated clients are there and how long they take; null: always, and no time at all."""
+    tracking: Annotated[list[Literal["jsonl"]], Field(min_length=1)] = Field(default=["jsonl"])
     """Where round lines go: rounds.jsonl in the run directory."""
     output: str
     """Directory of the run."""

@@ -17,6 +17,9 @@ from fedlora.values import Adapters, LocalWork, Member, Origin, RoundPlan, Serve
 Score = Callable[[Adapters], dict[str, Any]]
 """Scores adapters on public test data: {metric, score, loss, epsilon_max}."""
 
+Told = Callable[[int], dict[str, Any]]
+"""What else is to stand in a round's line."""
+
 
 def rounds(
     state: ServerState,
@@ -29,6 +32,7 @@ def rounds(
     cohort: Cohort,
     store: Store,
     score: Score,
+    told: Told = lambda round_: {},
 ) -> Iterator[tuple[ServerState, dict[str, Any]]]:
     """Goes on from `state` to the last round; each pair it yields is already on disk.
 
@@ -60,6 +64,7 @@ def rounds(
         state = absorbed.state
         due = state.round % federation.evaluate_every == 0 or state.round == federation.rounds
         line = _line(absorbed, score(state.adapters) if due else {}, time.monotonic() - began)
+        line |= told(state.round)
         store.commit(absorbed, line)
         yield state, line
 

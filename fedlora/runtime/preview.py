@@ -13,6 +13,7 @@ from fedlora.privacy.accountants import epsilon
 from fedlora.runtime.host import worker_count
 from fedlora.runtime.prepare import Prepared, prepare
 from fedlora.runtime.summarise import frame_sizes
+from fedlora.runtime.world.forecast import forecast, note, world_of
 from fedlora.training.client import participation
 from fedlora.training.tasks import evaluate
 from fedlora.values import Member
@@ -111,11 +112,13 @@ def _expected_cohort(prepared: Prepared) -> float:
 
 
 def _notes(prepared: Prepared) -> list[str]:
-    config = prepared.config
+    config, world = prepared.config, world_of(prepared)
+    told = [] if world is None else [note(forecast(prepared, world))]
     if config.privacy == "none":
-        return ["NOT PRIVATE: privacy is none; what clients send can reveal their records"]
+        return ["NOT PRIVATE: privacy is none; what clients send can reveal their records", *told]
     notes = [
-        "seeded noise: a simulation is no guarantee to anybody; real nodes draw noise from the operating system"
+        *told,
+        "seeded noise: a simulation is no guarantee to anybody; real nodes draw noise from the operating system",
     ]
     expected = config.federation.rounds * _expected_cohort(prepared) / len(prepared.clients.members)
     most = config.privacy.max_participations

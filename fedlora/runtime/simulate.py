@@ -25,6 +25,9 @@ from fedlora.runs.summary import ledger_events, write_summary
 from fedlora.runtime.host import HostSetup
 from fedlora.runtime.prepare import Prepared, prepare
 from fedlora.runtime.summarise import summarise
+from fedlora.runtime.world.clock import told
+from fedlora.runtime.world.cohort import VirtualCohort
+from fedlora.runtime.world.forecast import world_of
 from fedlora.training.tasks import evaluate
 from fedlora.values import Adapters, ServerState
 
@@ -48,6 +51,7 @@ def simulate(config: RunConfig, run_dir: Path, listener: Listener, start: Start 
         _refuse_existing(config, run_dir)
         return run_dir
     prepared = prepare(config, listener)
+    world_of(prepared)
     run_dir.mkdir(parents=True, exist_ok=True)
     with locked(run_dir):
         write_durably(run_dir / "classes.json", json.dumps(prepared.clients.classes) + "\n")
@@ -86,7 +90,7 @@ def _drive(prepared: Prepared, run_dir: Path, listener: Listener, start: Start |
     setup = prepared.host_setup(run_dir)
     prepared = prepared.without_records()
     try:
-        cohort = _cohort(setup, listener, start)
+        cohort = _in_world(_cohort(setup, listener, start), prepared, run_dir, state.round)
         try:
             _run_rounds(prepared, state, cohort, store, score, listener, run_dir)
         finally:
@@ -129,6 +133,7 @@ def _run_rounds(
         cohort=cohort,
         store=store,
         score=score,
+        told=lambda number: {"world": told(run_dir, number)} if config.world else {},
     ):
         spent_s += line["seconds"]
         left = config.federation.rounds - after.round
@@ -168,3 +173,17 @@ def _cohort(setup: HostSetup, listener: Listener, start: Start | None) -> Cohort
             from fedlora.runtime.flower import simulated_cohort
 
             return simulated_cohort(setup, listener)
+
+
+def _in_world(inner: Cohort, prepared: Prepared, run_dir: Path, completed: int) -> Cohort:
+    """The clients as the config's world lets them take part; as they are where it has none."""
+    try:
+        world = world_of(prepared)
+        if world is None:
+            return inner
+        return VirtualCohort(
+            inner, world=world, federation=prepared.config.federation, run_dir=run_dir, completed=completed
+        )
+    except BaseException:
+        inner.close()
+        raise

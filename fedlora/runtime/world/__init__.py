@@ -1,0 +1,1 @@
+"""Simulated clients that come, go and take their time, by a clock that nobody has to wait for."""
