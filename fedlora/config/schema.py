@@ -295,9 +295,9 @@ class Runtime(Section):
     cache_prefix: bool = False
     """Each client's records pass through the layers below the lowest adapted one (`lora.layers_to_transform`) once,
     and what they leave is kept on disk beside the run: tokens x hidden size x 4 bytes, 0.9 GB for 600,000 tokens of
-    MiniLM. The first time a client works it pays for all its records, so it is worth while where a record is drawn
-    several times in a run, rounds x local_steps x batch_size / records of a client. The same training, but final
-    states are comparable bit for bit at equal values only. Without such layers it changes nothing."""
+    MiniLM. A client pays for all its records when it first works, so it is worth while where a record is drawn more
+    than twice in a run: rounds it works in x local_steps x batch_size / its records. The same training, but final
+    states are comparable bit for bit at equal values only. Changes nothing where no layers lie below."""
 
 
 class RunConfig(Section):

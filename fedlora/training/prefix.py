@@ -22,7 +22,7 @@ LENGTHS = (7, 5, 2)
 """Tokens of the probe's records: unequal, so that some are padded; more tokens than records, so that axes differ."""
 
 TOLERANCE_EPS = 4
-"""The probe's two passes run the same kernels on the same shapes and give padding no weight: at most last bits differ."""
+"""The probe's two passes run the same kernels on the same shapes and give padding no weight: but last bits differ."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
