@@ -288,6 +288,12 @@ class Runtime(Section):
     """Worker processes; auto: one a core."""
     threads: Annotated[int, Field(ge=1)] = 1
     """BLAS threads of a worker. Final states are comparable bit for bit at equal thread counts."""
+    cache_prefix: bool = False
+    """Each client's records pass through the layers below the lowest adapted one (`lora.layers_to_transform`) once,
+    and what they leave is kept on disk beside the run: tokens x hidden size x 4 bytes, 0.9 GB for 600,000 tokens of
+    MiniLM. A client pays for all its records when it first works, so it is worth while where a record is drawn more
+    than twice in a run: rounds it works in x local_steps x batch_size / its records. The same training, but final
+    states are comparable bit for bit at equal values only. Changes nothing where no layers lie below."""
 
 
 class RunConfig(Section):

@@ -72,12 +72,16 @@ class Examples:
     offsets: (n + 1,); record i is input_ids[offsets[i] : offsets[i + 1]].
     labels: (n,) class indices, where the source has any.
     token_type_ids: (tokens,), only for pairs and only where the tokenizer makes them.
+    states: (tokens, width), what enters the lowest adapted layer of a model (bfloat16: its bits); constants that
+        follow from tokens and weights, no part of the data's fingerprint. May be memory-mapped: to send the examples to
+        another process would copy the file.
     """
 
     input_ids: NDArray[np.int32]
     offsets: NDArray[np.int64]
     labels: NDArray[np.int64] | None = None
     token_type_ids: NDArray[np.int8] | None = None
+    states: NDArray[np.floating] | NDArray[np.uint16] | None = None
 
     def __post_init__(self) -> None:
         tokens, records = len(self.input_ids), len(self.offsets) - 1
@@ -89,6 +93,8 @@ class Examples:
             raise ShapeError(f"{records} records but {len(self.labels)} labels")
         if self.token_type_ids is not None and len(self.token_type_ids) != tokens:
             raise ShapeError(f"{tokens} tokens but {len(self.token_type_ids)} token types")
+        if self.states is not None and (self.states.ndim != 2 or len(self.states) != tokens):
+            raise ShapeError(f"{tokens} tokens but states of shape {self.states.shape}; need a row a token")
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -121,4 +127,5 @@ class Examples:
             offsets=offsets,
             labels=None if self.labels is None else self.labels[indices],
             token_type_ids=None if self.token_type_ids is None else self.token_type_ids[tokens],
+            states=None if self.states is None else self.states[tokens],
         )

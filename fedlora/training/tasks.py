@@ -15,6 +15,7 @@ from torch.nn.functional import cross_entropy
 from fedlora.data.records import Examples
 from fedlora.errors import DataError
 from fedlora.training.model import AdaptedModel
+from fedlora.training.prefix import resumed
 
 TOKEN_BUDGET = 2048
 """Padded tokens of a micro-batch: large enough to fill two cores, small enough for their caches."""
@@ -79,7 +80,10 @@ def _record_losses(adapted: AdaptedModel, examples: Examples, group: NDArray[np.
 
 
 def collate(examples: Examples, pad_token: int, device: torch.device) -> dict[str, Tensor]:
-    """All examples as (n, longest) int64 tensors, padded on the right, and attention_mask; labels (n,)."""
+    """All examples as (n, longest) int64 tensors, padded on the right, and attention_mask; labels (n,).
+
+    states (n, longest, width), padded with zeros, where the examples have them.
+    """
     lengths = torch.from_numpy(examples.lengths)
     mask = torch.arange(int(lengths.max())) < lengths[:, None]
     batch = {"input_ids": _padded(examples.input_ids, mask, pad_token), "attention_mask": mask.long()}
@@ -87,7 +91,26 @@ def collate(examples: Examples, pad_token: int, device: torch.device) -> dict[st
         batch["token_type_ids"] = _padded(examples.token_type_ids, mask, 0)
     if examples.labels is not None:
         batch["labels"] = torch.from_numpy(examples.labels)
+    if examples.states is not None:
+        states = states_of(examples.states)
+        batch["states"] = states.new_zeros((*mask.shape, states.shape[1]))
+        batch["states"][mask] = states
     return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+def model_inputs(adapted: AdaptedModel, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What of a collated batch the model is called with: tokens, mask, and token types if it knows any."""
+    names = {"input_ids", "attention_mask"}
+    base = adapted.peft_model.base_model.get_submodule("model")
+    if "token_type_ids" in inspect.signature(base.forward).parameters:
+        names.add("token_type_ids")
+    return {name: batch[name] for name in names & batch.keys()}
+
+
+def states_of(rows: NDArray[np.floating] | NDArray[np.uint16]) -> Tensor:
+    """The rows as torch has them: numpy has no bfloat16, whose bits lie in uint16."""
+    tensor = torch.from_numpy(rows)
+    return tensor.view(torch.bfloat16) if tensor.dtype == torch.uint16 else tensor
 
 
 def _padded(tokens: NDArray[np.integer], mask: Tensor, fill: int) -> Tensor:
@@ -98,11 +121,8 @@ def _padded(tokens: NDArray[np.integer], mask: Tensor, fill: int) -> Tensor:
 
 def _logits(adapted: AdaptedModel, batch: Mapping[str, Tensor]) -> Tensor:
     """(n, classes), or (n, tokens, vocabulary); float32 or wider."""
-    names = {"input_ids", "attention_mask"}
-    base = adapted.peft_model.base_model.get_submodule("model")
-    if "token_type_ids" in inspect.signature(base.forward).parameters:
-        names.add("token_type_ids")
-    logits = adapted.peft_model(**{name: batch[name] for name in names & batch.keys()}).logits
+    with resumed(adapted, batch.get("states")):
+        logits = adapted.peft_model(**model_inputs(adapted, batch)).logits
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
