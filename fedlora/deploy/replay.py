@@ -32,7 +32,7 @@ def replay(run_dir: Path) -> Iterator[tuple[int, str]]:
     if last.round == 0:
         raise IncompleteError(f"{run_dir}: no round is completed yet; wait for the first")
     with TemporaryDirectory() as scratch:
-        store = Store(Path(scratch))
+        store = Store(Path(scratch), kept=config.method.stale.dtype)
         first = first_state(config, model, method)
         store.begin(first, line_zero({}))
         played = rounds(

@@ -82,7 +82,8 @@ def _serve(grid: Grid, config: RunConfig, run_dir: Path) -> None:
     roster, nodes = _roster(grid, config, run_dir, centre.classes)
     write_durably(run_dir / "classes.json", json.dumps(centre.classes))
     write_durably(run_dir / "config.yaml", dump_config(config))
-    store = Store(run_dir, roster.run, noise=None if config.privacy == "none" else BY_THE_NODES)
+    noise = None if config.privacy == "none" else BY_THE_NODES
+    store = Store(run_dir, roster.run, noise, config.method.stale.dtype)
     if store.is_empty():
         store.begin(centre.first, line_zero(centre.score(centre.first.adapters)))
     state = store.recover()

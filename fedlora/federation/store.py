@@ -1,51 +1,54 @@
 """What the server knows, on disk: checkpoints, remembered updates, plans and the round log.
 
 checkpoints/round-000012/state.safetensors, state.json   written aside, fsynced, renamed: whole or absent
-memory/<client>/round-000009.safetensors                 FedStale: the update last heard of a client, in the frame
+memory.sqlite                                            FedStale: the update last heard of each client, in the frame
 plans/round-000012.json                                  who is asked, on disk before anything is sent
 rounds.jsonl                                             one line a round, repaired from the checkpoint on opening
 """
 
-import hashlib
 import json
 import logging
 import shutil
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fedlora.algebra.digest import digest, named_tensors
-from fedlora.disk import append_durably, fsync, make_directory, whole_lines, write_durably
+from fedlora.disk import append_durably, fsync, whole_lines, write_durably
 from fedlora.errors import ConfigError, IncompleteError
 from fedlora.federation.absorb import Absorbed
+from fedlora.federation.memory import StaleMemory
+from fedlora.federation.record import Kept, same
 from fedlora.values import FRAME, Adapters, Delta, Factors, Gauges, RoundPlan, ServerState
 
 log = logging.getLogger(__name__)
 
 FORMAT = 1
 KEPT_CHECKPOINTS = 2
-LONGEST_NAME = 200
 
 
 class Store:
     """The server's memory of one run, in one directory."""
 
-    def __init__(self, directory: Path, run: str | None = None, noise: str | None = None) -> None:
+    def __init__(
+        self, directory: Path, run: str | None = None, noise: str | None = None, kept: Kept = "float32"
+    ) -> None:
         """Binds the store to a directory; with `run`, checkpoints of any other run are refused.
 
         `noise` is the kind of noise that the clients' updates carry, stamped into every checkpoint; None: unknown.
+        `kept`: how remembered updates are kept.
         """
         self.directory = directory
         self.run = run
         self.noise = noise
         self.checkpoints = directory / "checkpoints"
-        self.memory = directory / "memory"
+        self.memory = StaleMemory(directory / "memory.sqlite", kept)
         self.log = directory / "rounds.jsonl"
 
     def is_empty(self) -> bool:
@@ -72,16 +75,18 @@ class Store:
     def remembered(self, clients: Iterable[str], state: ServerState) -> dict[str, Delta]:
         """What `state` remembers of `clients`, in the frame; clients never heard are absent."""
         found = {client: state.remembered[client] for client in sorted(clients) if client in state.remembered}
-        return {client: self._load_memory(client, at) for client, at in found.items()}
+        return {client: self.memory.recall(client, at) for client, at in found.items()}
 
     def commit(self, absorbed: Absorbed, line: dict[str, Any]) -> None:
         """The round is durable as a whole: memory first, then the checkpoint that refers to it, then the log."""
         state = absorbed.state
         for client, delta in absorbed.fresh.items():
-            self._save_memory(client, state.remembered[client], delta)
+            kept = self.memory.keep(client, state.remembered[client], delta)
+            assert same(kept, delta), "the running sum holds an update that was not rounded as it is kept"
+        self.memory.commit()
         self._write_checkpoint(state, line)
         append_durably(self.log, _json(line))
-        self._prune(state, absorbed.fresh)
+        self._prune()
 
     def load(self) -> tuple[ServerState, dict[str, Any]]:
         """The newest whole checkpoint and its round's line. Reads only.
@@ -99,7 +104,17 @@ class Store:
         )
 
     def recover(self) -> ServerState:
-        """The state to go on from; the round log, which a crash may have left behind, agrees with it again."""
+        """The state to go on from; round log and memory, which a crash may have left behind, agree with it again.
+
+        Raises:
+            ConfigError: the log lacks rounds, or another version of fedlora began the run.
+            IncompleteError: there is no whole checkpoint.
+        """
+        if (self.directory / "memory").is_dir():
+            raise ConfigError(
+                f"{self.directory / 'memory'}: an earlier fedlora kept its updates there; finish this run with that "
+                "one, or start again in another directory"
+            )
         state, line = self.load()
         self._repair_log(line)
         logged = [line["round"] for line in whole_lines(self.log)]
@@ -108,7 +123,16 @@ class Store:
             raise ConfigError(
                 f"{self.log} lacks rounds {lost}; restore it, or start again in another directory"
             )
+        self.memory.settle(state.remembered, self._remembered_by_checkpoints())
         return state
+
+    def _remembered_by_checkpoints(self) -> list[dict[str, int]]:
+        """What each kept checkpoint remembers, as far as it can be read: one that cannot is no place to go back to."""
+        found = []
+        for path in sorted(self.checkpoints.glob("round-*")):
+            with suppress(OSError, KeyError, ValueError):
+                found.append(json.loads((path / "state.json").read_text())["remembered"])
+        return found
 
     def _write_checkpoint(self, state: ServerState, line: dict[str, Any]) -> None:
         target = self.checkpoints / _round(state.round)
@@ -156,38 +180,10 @@ class Store:
         lines = [line for line in whole_lines(self.log) if line["round"] < last["round"]]
         write_durably(self.log, "".join(_json(line) for line in [*lines, last]))
 
-    def _memory_of(self, client: str) -> Path:
-        """A directory directly under `memory`, its own for each client, whatever the client is called."""
-        name = quote(client, safe="")
-        if not name.strip("."):
-            name = f"%{name}"  # no name is quoted to this
-        elif len(name) > LONGEST_NAME:
-            name = hashlib.sha256(client.encode()).hexdigest()
-        return self.memory / name
-
-    def _save_memory(self, client: str, at: int, delta: Delta) -> None:
-        path = self._memory_of(client) / f"{_round(at)}.safetensors"
-        make_directory(path.parent)
-        save_file(_delta_tensors(delta), path)
-        fsync(path)
-        fsync(path.parent)
-
-    def _load_memory(self, client: str, at: int) -> Delta:
-        path = self._memory_of(client) / f"{_round(at)}.safetensors"
-        if not path.exists():
-            raise IncompleteError(
-                f"{path}, a remembered update, is missing; restore it, or start again elsewhere"
-            )
-        return _delta(load_file(path), "")
-
-    def _prune(self, state: ServerState, fresh: Mapping[str, Delta]) -> None:
+    def _prune(self) -> None:
         for path in sorted(self.checkpoints.glob("round-*"))[:-KEPT_CHECKPOINTS]:
             shutil.rmtree(path)
-        for client in fresh:
-            newest = f"{_round(state.remembered[client])}.safetensors"
-            older = [path for path in sorted(self._memory_of(client).iterdir()) if path.name < newest]
-            for path in older[: -(KEPT_CHECKPOINTS - 1) or None]:
-                path.unlink()
+        self.memory.prune(KEPT_CHECKPOINTS)
 
 
 def state_digest(state: ServerState) -> str:

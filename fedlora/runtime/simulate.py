@@ -64,7 +64,7 @@ def _refuse_existing(config: RunConfig, run_dir: Path) -> None:
 def _drive(prepared: Prepared, run_dir: Path, listener: Listener) -> None:
     """Rounds from the newest checkpoint, or from none, to the last; then the summary."""
     noise = None if prepared.config.privacy == "none" else SEEDED
-    store = Store(run_dir, prepared.origin.run, noise)
+    store = Store(run_dir, prepared.origin.run, noise, prepared.config.method.stale.dtype)
     score = _scorer(prepared, run_dir)
     if store.is_empty():
         listener(Stage(name="scoring the zero-step model"))
