@@ -1,6 +1,7 @@
 """What the server knows, on disk: checkpoints, remembered updates, plans and the round log.
 
 checkpoints/round-000012/state.safetensors, state.json   written aside, fsynced, renamed: whole or absent
+checkpoints/round-000012-without-001/                    in its place, once a client was forgotten
 memory.sqlite                                            FedStale: the update last heard of each client, in the frame
 plans/round-000012.json                                  who is asked, on disk before anything is sent
 rounds.jsonl                                             one line a round, repaired from the checkpoint on opening
@@ -22,7 +23,7 @@ from torch import Tensor
 from fedlora.algebra.digest import digest, named_tensors
 from fedlora.disk import append_durably, fsync, whole_lines, write_durably
 from fedlora.errors import ConfigError, IncompleteError
-from fedlora.federation.absorb import Absorbed
+from fedlora.federation.absorb import Absorbed, forget
 from fedlora.federation.memory import StaleMemory
 from fedlora.federation.record import Kept, same
 from fedlora.values import FRAME, Adapters, Delta, Factors, Gauges, RoundPlan, ServerState
@@ -94,9 +95,13 @@ class Store:
         Raises:
             IncompleteError: there is none.
         """
+        _, state, words = self._newest()
+        return state, words["line"]
+
+    def _newest(self) -> tuple[Path, ServerState, dict[str, Any]]:
         for path in sorted(self.checkpoints.glob("round-*"), reverse=True):
             try:
-                return self._read_checkpoint(path)
+                return path, *self._read_checkpoint(path)
             except (OSError, KeyError, ValueError, SafetensorError) as error:
                 log.warning("%s is damaged (%s); falling back to the round before", path, error)
         raise IncompleteError(
@@ -126,6 +131,38 @@ class Store:
         self.memory.settle(state.remembered, self._remembered_by_checkpoints())
         return state
 
+    def forget(self, client: str, weight: float) -> int:
+        """No state and no record of the memory holds anything of the client; how many records there were.
+
+        The newest checkpoint is replaced by one of the same round without it, and older ones are gone. Killed at any
+        moment and done again it ends the same: what the newest checkpoint refers to is there throughout.
+
+        Args:
+            client: who leaves.
+            weight: its share just before it leaves.
+
+        Raises:
+            IncompleteError: the newest checkpoint, or what is remembered of the client, is missing or damaged.
+        """
+        if self.is_empty():
+            return 0
+        path, state, words = self._newest()
+        if path != max(self.checkpoints.glob("round-*")):
+            raise IncompleteError(
+                f"the newest checkpoint under {self.checkpoints} is damaged; restore it, or resume the run, then forget"
+            )
+        if words.get("without") != client:
+            at = state.remembered.get(client)
+            held = None if at is None or not self.memory.path.exists() else self.memory.recall(client, at)
+            number = len([*self.checkpoints.glob(f"{_round(state.round)}-without-*")]) + 1
+            path = self.checkpoints / f"{_round(state.round)}-without-{number:03d}"
+            kept = {name: words[name] for name in ("run", "noise", "line")}
+            self._write(path, forget(state, client, held, weight), {**kept, "without": client})
+        for other in set(self.checkpoints.glob("round-*")) - {path}:
+            shutil.rmtree(other)
+        fsync(self.checkpoints)
+        return self.memory.forget(client)
+
     def _remembered_by_checkpoints(self) -> list[dict[str, int]]:
         """What each kept checkpoint remembers, as far as it can be read: one that cannot is no place to go back to."""
         found = []
@@ -135,15 +172,17 @@ class Store:
         return found
 
     def _write_checkpoint(self, state: ServerState, line: dict[str, Any]) -> None:
-        target = self.checkpoints / _round(state.round)
+        words = {"run": self.run, "noise": self.noise, "line": line}
+        self._write(self.checkpoints / _round(state.round), state, words)
+
+    def _write(self, target: Path, state: ServerState, words: Mapping[str, Any]) -> None:
         aside = target.with_name(f".{target.name}.part")
         for stale in (aside, target):
             shutil.rmtree(stale, ignore_errors=True)
         aside.mkdir()
         save_file(_state_tensors(state), aside / "state.safetensors")
         fsync(aside / "state.safetensors")
-        words = {**_state_words(state), "run": self.run, "noise": self.noise, "line": line}
-        write_durably(aside / "state.json", _json(words))
+        write_durably(aside / "state.json", _json({**_state_words(state), **words}))
         aside.rename(target)
         fsync(self.checkpoints)
 
@@ -174,7 +213,7 @@ class Store:
         )
         if digest(_state_tensors(state)) != words["sha256"]:
             raise ValueError("its tensors do not match their digest")
-        return state, words["line"]
+        return state, words
 
     def _repair_log(self, last: dict[str, Any]) -> None:
         lines = [line for line in whole_lines(self.log) if line["round"] < last["round"]]

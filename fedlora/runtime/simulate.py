@@ -17,6 +17,7 @@ from fedlora.federation.loop import Score, line_zero, rounds
 from fedlora.federation.store import Store
 from fedlora.privacy.noise import SEEDED
 from fedlora.runs.evidence import require_debits
+from fedlora.runs.forgetting import remaining
 from fedlora.runs.promise import privacy_summary
 from fedlora.runs.rundir import finished_summary, locked, run_config
 from fedlora.runs.summary import ledger_events, write_summary
@@ -93,10 +94,11 @@ def _run_rounds(
     run_dir: Path,
 ) -> None:
     config = prepared.config
+    members = remaining(run_dir, prepared.clients.members)
     first = state.round
     listener(
         RunStarted(
-            clients=len(prepared.clients.members),
+            clients=len(members),
             rounds=config.federation.rounds,
             private=config.privacy != "none",
             run_dir=run_dir,
@@ -107,7 +109,7 @@ def _run_rounds(
         state,
         origin=prepared.origin,
         seed=config.seed,
-        members=prepared.clients.members,
+        members=members,
         method=prepared.method,
         federation=config.federation,
         cohort=cohort,

@@ -269,7 +269,7 @@ def test_one_clients_record_is_not_taken_for_anothers(path):
 def test_a_file_that_is_none_or_is_cut_says_so(path):
     path.parent.mkdir()
     path.write_bytes(b"no database at all, but long enough to be looked at" * 100)
-    with pytest.raises(IncompleteError, match="is damaged .*restore it, or start again"):
+    with pytest.raises(IncompleteError, match=r"is damaged .*restore it, or start again"):
         StaleMemory(path).recall("a", 1)
     path.unlink()
     memory = StaleMemory(path)
@@ -278,7 +278,7 @@ def test_a_file_that_is_none_or_is_cut_says_so(path):
     memory.commit()
     memory.close()
     os.truncate(path, path.stat().st_size // 2)
-    with pytest.raises(IncompleteError, match="damaged|missing"):
+    with pytest.raises(IncompleteError, match=r"damaged|missing"):
         memory.recall("19", 1)
 
 
@@ -287,7 +287,7 @@ def test_a_file_of_another_dtype_or_a_newer_format_is_refused(path):
     memory.keep("a", 1, delta(1))
     memory.commit()
     memory.close()
-    with pytest.raises(ConfigError, match="keeps updates as int8, method.stale.dtype says float32"):
+    with pytest.raises(ConfigError, match=r"keeps updates as int8, method.stale.dtype says float32"):
         StaleMemory(path).recall("a", 1)
     with sqlite3.connect(path) as raw:
         raw.execute("UPDATE layout SET format = 2")
