@@ -13,6 +13,7 @@ import torch
 from fedlora.errors import ConfigError, IncompleteError
 from fedlora.federation.memory import StaleMemory
 from fedlora.federation.record import as_kept, same
+from fedlora.federation.store import Store
 from fedlora.values import FRAME, Delta
 
 
@@ -293,6 +294,15 @@ def test_a_file_of_another_dtype_or_a_newer_format_is_refused(path):
         raw.execute("UPDATE layout SET format = 2")
     with pytest.raises(ConfigError, match="format 2, this fedlora reads up to 1; update fedlora"):
         StaleMemory(path, "int8").recall("a", 1)
+
+
+def test_a_run_that_an_earlier_fedlora_began_is_refused_before_anything_is_written(tmp_path):
+    (tmp_path / "memory" / "client-0").mkdir(parents=True)
+    with pytest.raises(
+        ConfigError, match="an earlier fedlora kept its updates there; finish this run with that one"
+    ):
+        Store(tmp_path).recover()
+    assert [path.name for path in tmp_path.iterdir()] == ["memory"]
 
 
 def test_commits_outlive_a_power_cut_by_sqlites_own_promise(path):
