@@ -261,8 +261,8 @@ def test_one_clients_record_is_not_taken_for_anothers(path):
     memory.commit()
     memory.close()
     with sqlite3.connect(path) as raw:
-        raw.execute("UPDATE value SET place = 3 - place + 10")
-        raw.execute("UPDATE value SET place = place - 10")
+        for before, after in (("a", "between"), ("b", "a"), ("between", "b")):
+            raw.execute("UPDATE place SET client = ? WHERE client = ?", (after, before))
     with pytest.raises(IncompleteError, match="'a', round 1, is damaged"):
         memory.recall("a", 1)
 
