@@ -73,7 +73,7 @@ def joint_norm(delta: Delta) -> float:
 
 
 def applied(adapters: Adapters, delta: Delta) -> Adapters:
-    """The adapters with b + delta at each site and the head moved along; a and the basis stay.
+    """The adapters with b + delta at each site and the head moved along; a, the basis and every dtype stay.
 
     Raises:
         BasisError: delta is in another basis.
@@ -81,8 +81,11 @@ def applied(adapters: Adapters, delta: Delta) -> Adapters:
     """
     delta.require_basis(adapters.basis)
     moved = _summed({site: factors.b for site, factors in adapters.sites.items()}, delta.sites, 1.0)
-    sites = {site: Factors(a=adapters.sites[site].a, b=b) for site, b in moved.items()}
-    return replace(adapters, sites=sites, head=_summed(adapters.head, delta.head, 1.0))
+    sites = {
+        site: Factors(a=adapters.sites[site].a, b=b.to(adapters.sites[site].b)) for site, b in moved.items()
+    }
+    head = _summed(adapters.head, delta.head, 1.0)
+    return replace(adapters, sites=sites, head={name: head[name].to(adapters.head[name]) for name in head})
 
 
 def _mapped(delta: Delta, function: Callable[[Tensor], Tensor]) -> Delta:

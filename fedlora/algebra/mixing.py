@@ -34,7 +34,9 @@ class RunningMix:
         self._gauges = gauges
         self._fresh: dict[int, Tensor] = {}
         self._stale: Tensor | None = None
+        # As wide as the memory, so that ten thousand replacements leave no rounding behind.
         self._change: Tensor | None = None
+        self._wide = next(iter([*memory.sites.values(), *memory.head.values()])).dtype
 
     def add(self, fresh: Delta, factor: float) -> None:
         """The update takes part, in whatever basis it came; the sum turns at the end, once for all of a basis."""
@@ -53,7 +55,7 @@ class RunningMix:
             ShapeError: names or shapes differ from the memory's.
         """
         kept.require_basis(FRAME)
-        self._change = _plus(self._change, self.layout.flat(kept), weight)
+        self._change = _plus(self._change, self.layout.flat(kept).to(self._wide), weight)
         if stale is not None:
             stale.require_basis(FRAME)
             row = self.layout.flat(stale)

@@ -13,7 +13,7 @@ from typing import Annotated
 import click
 import typer
 
-from fedlora.cli import audit, doctor, node, provision, read, run, serve, write
+from fedlora.cli import audit, doctor, forget, node, provision, read, run, serve, write
 from fedlora.errors import ConfigError, FedLoraError, IncompleteError
 
 app = typer.Typer(
@@ -33,6 +33,7 @@ doctor.add_to(app)
 node.add_to(app)
 serve.add_to(app)
 write.add_to(app)
+forget.add_to(app)
 
 _QUIET = {
     "TRANSFORMERS_VERBOSITY": "error",

@@ -219,7 +219,11 @@ class Stale(Section):
     beta: Annotated[float, Field(ge=0, le=1)]
     """0 is FedAvg, 1 is FedVARP. Under strong noise small values are best: beta* = SNR / (1 + SNR)."""
     memory: Literal["disk"] = "disk"
-    """Where they are kept: one file a client, so that the server's memory does not grow with the federation."""
+    """Where they are kept: in memory.sqlite of the run, so that the server's memory does not grow with the
+    federation."""
+    dtype: Literal["float32", "bfloat16", "int8"] = "float32"
+    """How they are kept, a client: float32, 4 bytes a trained number, exact (8 in a float64 run); bfloat16, 2; int8, 1,
+    with a power-of-two unit a tensor. The sum over absent clients is always of exactly what is kept."""
 
 
 class FedSvd(Section):

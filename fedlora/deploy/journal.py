@@ -1,6 +1,6 @@
 """What a server heard: every update's bytes, by their digest, and what its node said it spent.
 
-replies/<sha256>.frame   an update as it came, on disk before anybody uses it
+replies/<sha256>.frame   an update as it came, on disk before anybody uses it; gone once its client is forgotten
 spent.jsonl              a line for each: who, for which round, heard in which, its digest, its events, its debit
 
 A server that died in mid-round finds here what it had heard and asks only the others. Played again from the first
@@ -13,12 +13,12 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
 from fedlora.deploy.soundness import Soundness
-from fedlora.disk import append_durably, make_directory, whole_lines, write_durably
+from fedlora.disk import append_durably, fsync, make_directory, whole_lines, write_durably
 from fedlora.errors import ConfigError, IncompleteError
 from fedlora.federation.cohort import Cohort
 from fedlora.transport.wire import decode_reply, encode_reply
@@ -38,9 +38,13 @@ class _Told:
 class Journal:
     """What each client told, by the round it is for and by the round it came in."""
 
-    def __init__(self, path: Path) -> None:
-        """Reads what was written. ConfigError: by another version of fedlora, or by hand."""
+    def __init__(self, path: Path, forgotten: Collection[str] = ()) -> None:
+        """Reads what was written. ConfigError: by another version of fedlora, or by hand.
+
+        forgotten: of these clients only what they said they spent is kept, and where it stands in their ledgers.
+        """
         self.path = path
+        self.forgotten = frozenset(forgotten)
         self.replies = path.parent / "replies"
         self._seen: dict[str, dict[int, _Told]] = {}
         self._heard: dict[int, list[str]] = {}
@@ -77,7 +81,7 @@ class Journal:
         assert update.ledger is not None
         told = _told(update, update.ledger)
         frame = self.replies / f"{told.payload}.frame"
-        if not frame.exists():
+        if not frame.exists() and update.client not in self.forgotten:
             make_directory(self.replies)
             write_durably(frame, encode_reply(update))
         words = {"client": update.client, "round": update.round, "heard": heard}
@@ -105,8 +109,25 @@ class Journal:
 
     def _note(self, client: str, round_: int, heard: int, told: _Told) -> None:
         self._seen.setdefault(client, {})[round_] = told
-        if told.payload not in self._heard.setdefault(heard, []):
+        if client not in self.forgotten and told.payload not in self._heard.setdefault(heard, []):
             self._heard[heard].append(told.payload)
+
+
+def erase_updates(path: Path, client: str) -> int:
+    """No update of the client is stored beside this journal; how many there were. The journal's lines stay.
+
+    What the client spent, and the places in its ledger that it told, are no part of its updates.
+    """
+    replies = path.parent / "replies"
+    frames = [
+        replies / f"{words['payload']}.frame" for words in whole_lines(path) if words["client"] == client
+    ]
+    erased = [frame for frame in frames if frame.exists()]
+    for frame in erased:
+        frame.unlink()
+    if erased:
+        fsync(replies)
+    return len(erased)
 
 
 class Reported:

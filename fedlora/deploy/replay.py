@@ -10,6 +10,7 @@ from fedlora.federation.loop import line_zero, rounds
 from fedlora.federation.store import Store, state_digest
 from fedlora.methods import build
 from fedlora.runs.beginning import first_state, origin
+from fedlora.runs.forgetting import forgotten
 from fedlora.runs.rundir import SPENT, adapters_of, load_roster, run_config
 from fedlora.training.model import load_model
 from fedlora.values import Reply, ServerState, TrainRequest
@@ -25,6 +26,10 @@ def replay(run_dir: Path) -> Iterator[tuple[int, str]]:
     config, roster = run_config(run_dir), load_roster(run_dir)
     if roster is None:
         raise ConfigError(f"{run_dir} holds no server's run; a simulation is repeated from its seed")
+    if gone := sorted(forgotten(run_dir)):
+        raise ConfigError(
+            f"{run_dir}: the updates of {gone} are erased, so its rounds cannot be played again"
+        )
     _, classes = adapters_of(run_dir)
     model = load_model(config.model, config.task, config.lora, classes, config.seed)
     method = build(config.method, config.lora)
@@ -32,7 +37,7 @@ def replay(run_dir: Path) -> Iterator[tuple[int, str]]:
     if last.round == 0:
         raise IncompleteError(f"{run_dir}: no round is completed yet; wait for the first")
     with TemporaryDirectory() as scratch:
-        store = Store(Path(scratch))
+        store = Store(Path(scratch), kept=config.method.stale.dtype)
         first = first_state(config, model, method)
         store.begin(first, line_zero({}))
         played = rounds(

@@ -31,6 +31,7 @@ from fedlora.methods import build
 from fedlora.privacy.ledger import MOST_ATTEMPTS
 from fedlora.privacy.noise import BY_THE_NODES
 from fedlora.runs.beginning import first_state, origin
+from fedlora.runs.forgetting import forgotten, remaining
 from fedlora.runs.rundir import (
     SPENT,
     Roster,
@@ -80,15 +81,17 @@ def _serve(grid: Grid, config: RunConfig, run_dir: Path) -> None:
     centre = _centre(config)
     # The roster comes first: without it, a directory with a config is a simulation's.
     roster, nodes = _roster(grid, config, run_dir, centre.classes)
+    members = remaining(run_dir, roster.members)
     write_durably(run_dir / "classes.json", json.dumps(centre.classes))
     write_durably(run_dir / "config.yaml", dump_config(config))
-    store = Store(run_dir, roster.run, noise=None if config.privacy == "none" else BY_THE_NODES)
+    noise = None if config.privacy == "none" else BY_THE_NODES
+    store = Store(run_dir, roster.run, noise, config.method.stale.dtype)
     if store.is_empty():
         store.begin(centre.first, line_zero(centre.score(centre.first.adapters)))
     state = store.recover()
     federation = config.federation
     clip = None if config.privacy == "none" else config.privacy.max_grad_norm
-    journal = Journal(run_dir / SPENT)
+    journal = Journal(run_dir / SPENT, forgotten(run_dir))
     cohort = FlowerCohort(
         nodes,
         deadline_s=federation.deadline_s,
@@ -101,7 +104,7 @@ def _serve(grid: Grid, config: RunConfig, run_dir: Path) -> None:
         state,
         origin=origin(config, roster.run),
         seed=config.seed,
-        members=roster.members,
+        members=members,
         method=build(config.method, config.lora),
         federation=federation,
         cohort=Reported(cohort, journal, Soundness(federation=federation, max_grad_norm=clip)),
@@ -138,7 +141,8 @@ def _centre(config: RunConfig) -> _Centre:
 
 def _roster(grid: Grid, config: RunConfig, run_dir: Path, classes: tuple[str, ...]) -> tuple[Roster, Nodes]:
     roster = load_roster(run_dir)
-    known = {} if roster is None else {member.client: member.examples for member in roster.members}
+    members = () if roster is None else remaining(run_dir, roster.members)
+    known = {member.client: member.examples for member in members}
     nodes = Nodes(grid, lambda hello: _fits(hello, classes, known))
     if roster is not None:
         log.info("waiting for %s", sorted(known))

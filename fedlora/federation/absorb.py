@@ -47,6 +47,8 @@ def start(
 ) -> ServerState:
     """The state before the first round: basis 0, B zero, nothing remembered, the frame spanning the first A.
 
+    The memory is float64, whatever the rest is.
+
     Args:
         shapes: (d_out, d_in) of each adapted site.
         head: starting values of a trained head; empty if there is none.
@@ -75,7 +77,7 @@ def start(
     first_head = {name: tensor.to(dtype) for name, tensor in sorted(head.items())}
     adapters = Adapters(basis=0, scale=lora_cfg.lora_alpha / r, sites=sites, head=first_head)
     frame = {site: orthonormalise(factors.a).q for site, factors in sites.items()}
-    memory = replace(zeros_like(adapters), basis=FRAME)
+    memory = _wide(replace(zeros_like(adapters), basis=FRAME))
     return ServerState(
         round=0, adapters=adapters, frame=frame, gauges=(_gauges(adapters, frame),), memory=memory
     )
@@ -130,6 +132,12 @@ def forget(state: ServerState, client: str, remembered: Delta | None, weight: fl
 def admit(state: ServerState, weight: float) -> ServerState:
     """The state once a new client holds a share of `weight`: other shares, and so the memory, shrink."""
     return replace(state, memory=scale(state.memory, 1 - weight))
+
+
+def _wide(delta: Delta) -> Delta:
+    """In float64, where a sum that clients join and leave for ever stays the sum of those who are in it."""
+    sites = {site: tensor.double() for site, tensor in delta.sites.items()}
+    return replace(delta, sites=sites, head={name: tensor.double() for name, tensor in delta.head.items()})
 
 
 def _holds_anything(delta: Delta) -> bool:

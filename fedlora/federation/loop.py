@@ -42,31 +42,34 @@ def rounds(
     Raises:
         IncompleteError: fewer than federation.min_clients answered; the round left no trace and can be done again.
     """
-    while state.round < federation.rounds:
-        began = time.monotonic()
-        planned = plan(state, members, run=origin.run, federation=federation, seed=seed)
-        store.save_plan(planned)
-        request = TrainRequest(
-            run=origin.run,
-            base_model=origin.base_model,
-            code=origin.code,
-            round=planned.round,
-            adapters=state.adapters,
-            work=work(planned.round, federation),
-        )
-        replies = cohort.ask(planned.cohort, request) if planned.cohort else ()
-        gathered = gather(
-            state, planned, replies,
-            memory=store, method=method, federation=federation, enough=federation.enough,
-        )  # fmt: skip
-        absorbed = absorb(state, gathered, method=method, keep_gauges=federation.keep_gauges)
-        _require_enough(planned, absorbed, federation)
-        state = absorbed.state
-        due = state.round % federation.evaluate_every == 0 or state.round == federation.rounds
-        line = _line(absorbed, score(state.adapters) if due else {}, time.monotonic() - began)
-        line |= told(state.round)
-        store.commit(absorbed, line)
-        yield state, line
+    try:
+        while state.round < federation.rounds:
+            began = time.monotonic()
+            planned = plan(state, members, run=origin.run, federation=federation, seed=seed)
+            store.save_plan(planned)
+            request = TrainRequest(
+                run=origin.run,
+                base_model=origin.base_model,
+                code=origin.code,
+                round=planned.round,
+                adapters=state.adapters,
+                work=work(planned.round, federation),
+            )
+            replies = cohort.ask(planned.cohort, request) if planned.cohort else ()
+            gathered = gather(
+                state, planned, replies,
+                memory=store.memory, method=method, federation=federation, enough=federation.enough,
+            )  # fmt: skip
+            absorbed = absorb(state, gathered, method=method, keep_gauges=federation.keep_gauges)
+            _require_enough(planned, absorbed, federation)
+            state = absorbed.state
+            due = state.round % federation.evaluate_every == 0 or state.round == federation.rounds
+            line = _line(absorbed, score(state.adapters) if due else {}, time.monotonic() - began)
+            line |= told(state.round)
+            store.commit(absorbed, line)
+            yield state, line
+    finally:
+        store.close()  # what an unfinished round has kept never was
 
 
 def work(number: int, federation: Federation) -> LocalWork:

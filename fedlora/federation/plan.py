@@ -47,7 +47,7 @@ def plan(
         round=round_,
         cohort=_cohort(tickets, probability, federation.cohort),
         probability=probability,
-        weight=_weight(members, federation.weighting),
+        weight=weights(members, federation.weighting),
     )
 
 
@@ -60,7 +60,7 @@ def require_plannable(members: Sequence[Member], federation: schema.Federation) 
     clients = sorted(member.client for member in members)
     _require_a_roster(clients)
     _probability(clients, federation.cohort)
-    _weight(members, federation.weighting)
+    weights(members, federation.weighting)
     named = getattr(federation.cohort, "probability", None)
     strangers = sorted(set(named) - set(clients)) if isinstance(named, dict) else []
     if strangers:
@@ -105,7 +105,12 @@ def _cohort(
     return tuple(client for client, ticket in sorted(tickets.items()) if ticket < probability[client])
 
 
-def _weight(members: Sequence[Member], weighting: str) -> dict[str, float]:
+def weights(members: Sequence[Member], weighting: str) -> dict[str, float]:
+    """Each member's share of the whole; they sum to 1.
+
+    Raises:
+        ConfigError: weighting by examples where a member declares none.
+    """
     if weighting == "uniform":
         return {client: 1 / len(members) for client in sorted(member.client for member in members)}
     examples = {

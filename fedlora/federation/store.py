@@ -1,51 +1,55 @@
 """What the server knows, on disk: checkpoints, remembered updates, plans and the round log.
 
 checkpoints/round-000012/state.safetensors, state.json   written aside, fsynced, renamed: whole or absent
-memory/<client>/round-000009.safetensors                 FedStale: the update last heard of a client, in the frame
+checkpoints/round-000012-without-001/                    in its place, once a client was forgotten
+memory.sqlite                                            FedStale: the update last heard of each client, in the frame
 plans/round-000012.json                                  who is asked, on disk before anything is sent
 rounds.jsonl                                             one line a round, repaired from the checkpoint on opening
 """
 
-import hashlib
 import json
 import logging
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fedlora.algebra.digest import digest, named_tensors
-from fedlora.disk import append_durably, fsync, make_directory, whole_lines, write_durably
+from fedlora.disk import append_durably, fsync, whole_lines, write_durably
 from fedlora.errors import ConfigError, IncompleteError
-from fedlora.federation.absorb import Absorbed
+from fedlora.federation.absorb import Absorbed, forget
+from fedlora.federation.memory import StaleMemory
+from fedlora.federation.record import Kept
 from fedlora.values import FRAME, Adapters, Delta, Factors, Gauges, RoundPlan, ServerState
 
 log = logging.getLogger(__name__)
 
 FORMAT = 1
 KEPT_CHECKPOINTS = 2
-LONGEST_NAME = 200
 
 
 class Store:
     """The server's memory of one run, in one directory."""
 
-    def __init__(self, directory: Path, run: str | None = None, noise: str | None = None) -> None:
+    def __init__(
+        self, directory: Path, run: str | None = None, noise: str | None = None, kept: Kept = "float32"
+    ) -> None:
         """Binds the store to a directory; with `run`, checkpoints of any other run are refused.
 
         `noise` is the kind of noise that the clients' updates carry, stamped into every checkpoint; None: unknown.
+        `kept`: how remembered updates are kept.
         """
         self.directory = directory
         self.run = run
         self.noise = noise
         self.checkpoints = directory / "checkpoints"
-        self.memory = directory / "memory"
+        self.memory = StaleMemory(directory / "memory.sqlite", kept)
         self.log = directory / "rounds.jsonl"
 
     def is_empty(self) -> bool:
@@ -70,10 +74,15 @@ class Store:
         )
 
     def commit(self, absorbed: Absorbed, line: dict[str, Any]) -> None:
-        """The round is durable as a whole: what was kept is, then the checkpoint that refers to it, then the log."""
+        """The round is durable as a whole: memory first, then the checkpoint that refers to it, then the log."""
+        self.memory.commit()
         self._write_checkpoint(absorbed.state, line)
         append_durably(self.log, _json(line))
-        self._prune(absorbed)
+        self._prune()
+
+    def close(self) -> None:
+        """Nothing is open; what was not committed never was."""
+        self.memory.close()
 
     def load(self) -> tuple[ServerState, dict[str, Any]]:
         """The newest whole checkpoint and its round's line. Reads only.
@@ -81,9 +90,13 @@ class Store:
         Raises:
             IncompleteError: there is none.
         """
+        _, state, words = self._newest()
+        return state, words["line"]
+
+    def _newest(self) -> tuple[Path, ServerState, dict[str, Any]]:
         for path in sorted(self.checkpoints.glob("round-*"), reverse=True):
             try:
-                return self._read_checkpoint(path)
+                return path, *self._read_checkpoint(path)
             except (OSError, KeyError, ValueError, SafetensorError) as error:
                 log.warning("%s is damaged (%s); falling back to the round before", path, error)
         raise IncompleteError(
@@ -91,7 +104,17 @@ class Store:
         )
 
     def recover(self) -> ServerState:
-        """The state to go on from; the round log, which a crash may have left behind, agrees with it again."""
+        """The state to go on from; round log and memory, which a crash may have left behind, agree with it again.
+
+        Raises:
+            ConfigError: the log lacks rounds, or another version of fedlora began the run.
+            IncompleteError: there is no whole checkpoint.
+        """
+        if (self.directory / "memory").is_dir():
+            raise ConfigError(
+                f"{self.directory / 'memory'}: an earlier fedlora kept its updates there; finish this run with that "
+                "one, or start again in another directory"
+            )
         state, line = self.load()
         self._repair_log(line)
         logged = [line["round"] for line in whole_lines(self.log)]
@@ -100,18 +123,61 @@ class Store:
             raise ConfigError(
                 f"{self.log} lacks rounds {lost}; restore it, or start again in another directory"
             )
+        self.memory.settle(state.remembered, self._remembered_by_checkpoints())
         return state
 
+    def forget(self, client: str, weight: float) -> int:
+        """No state and no record of the memory holds anything of the client; how many records there were.
+
+        The newest checkpoint is replaced by one of the same round without it, and older ones are gone. Killed at any
+        moment and done again it ends the same: what the newest checkpoint refers to is there throughout.
+
+        Args:
+            client: who leaves.
+            weight: its share just before it leaves.
+
+        Raises:
+            IncompleteError: the newest checkpoint, or what is remembered of the client, is missing or damaged.
+        """
+        if self.is_empty():
+            return 0
+        path, state, words = self._newest()
+        if path != max(self.checkpoints.glob("round-*")):
+            raise IncompleteError(
+                f"the newest checkpoint under {self.checkpoints} is damaged; restore it, or resume the run, then forget"
+            )
+        if words.get("without") != client:
+            at = state.remembered.get(client)
+            held = None if at is None or not self.memory.path.exists() else self.memory.recall(client, at)
+            number = len([*self.checkpoints.glob(f"{_round(state.round)}-without-*")]) + 1
+            path = self.checkpoints / f"{_round(state.round)}-without-{number:03d}"
+            kept = {name: words[name] for name in ("run", "noise", "line")}
+            self._write(path, forget(state, client, held, weight), {**kept, "without": client})
+        for other in set(self.checkpoints.glob("round-*")) - {path}:
+            shutil.rmtree(other)
+        fsync(self.checkpoints)
+        return self.memory.forget(client)
+
+    def _remembered_by_checkpoints(self) -> list[dict[str, int]]:
+        """What each kept checkpoint remembers, as far as it can be read: one that cannot is no place to go back to."""
+        found = []
+        for path in sorted(self.checkpoints.glob("round-*")):
+            with suppress(OSError, KeyError, ValueError):
+                found.append(json.loads((path / "state.json").read_text())["remembered"])
+        return found
+
     def _write_checkpoint(self, state: ServerState, line: dict[str, Any]) -> None:
-        target = self.checkpoints / _round(state.round)
+        words = {"run": self.run, "noise": self.noise, "line": line}
+        self._write(self.checkpoints / _round(state.round), state, words)
+
+    def _write(self, target: Path, state: ServerState, words: Mapping[str, Any]) -> None:
         aside = target.with_name(f".{target.name}.part")
         for stale in (aside, target):
             shutil.rmtree(stale, ignore_errors=True)
         aside.mkdir()
         save_file(_state_tensors(state), aside / "state.safetensors")
         fsync(aside / "state.safetensors")
-        words = {**_state_words(state), "run": self.run, "noise": self.noise, "line": line}
-        write_durably(aside / "state.json", _json(words))
+        write_durably(aside / "state.json", _json({**_state_words(state), **words}))
         aside.rename(target)
         fsync(self.checkpoints)
 
@@ -142,47 +208,16 @@ class Store:
         )
         if digest(_state_tensors(state)) != words["sha256"]:
             raise ValueError("its tensors do not match their digest")
-        return state, words["line"]
+        return state, words
 
     def _repair_log(self, last: dict[str, Any]) -> None:
         lines = [line for line in whole_lines(self.log) if line["round"] < last["round"]]
         write_durably(self.log, "".join(_json(line) for line in [*lines, last]))
 
-    def _memory_of(self, client: str) -> Path:
-        """A directory directly under `memory`, its own for each client, whatever the client is called."""
-        name = quote(client, safe="")
-        if not name.strip("."):
-            name = f"%{name}"  # no name is quoted to this
-        elif len(name) > LONGEST_NAME:
-            name = hashlib.sha256(client.encode()).hexdigest()
-        return self.memory / name
-
-    def keep(self, client: str, at: int, update: Delta) -> Delta:
-        """See Memory."""
-        path = self._memory_of(client) / f"{_round(at)}.safetensors"
-        make_directory(path.parent)
-        save_file(_delta_tensors(update), path)
-        fsync(path)
-        fsync(path.parent)
-        return update
-
-    def recall(self, client: str, at: int) -> Delta:
-        """See Memory."""
-        path = self._memory_of(client) / f"{_round(at)}.safetensors"
-        if not path.exists():
-            raise IncompleteError(
-                f"{path}, a remembered update, is missing; restore it, or start again elsewhere"
-            )
-        return _delta(load_file(path), "")
-
-    def _prune(self, absorbed: Absorbed) -> None:
+    def _prune(self) -> None:
         for path in sorted(self.checkpoints.glob("round-*"))[:-KEPT_CHECKPOINTS]:
             shutil.rmtree(path)
-        for client in absorbed.report.answered:
-            newest = f"{_round(absorbed.state.remembered[client])}.safetensors"
-            older = [path for path in sorted(self._memory_of(client).glob("*")) if path.name < newest]
-            for path in older[: -(KEPT_CHECKPOINTS - 1) or None]:
-                path.unlink()
+        self.memory.prune(KEPT_CHECKPOINTS)
 
 
 def state_digest(state: ServerState) -> str:

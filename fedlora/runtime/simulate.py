@@ -19,6 +19,7 @@ from fedlora.federation.loop import Score, line_zero, rounds
 from fedlora.federation.store import Store
 from fedlora.privacy.noise import SEEDED
 from fedlora.runs.evidence import require_debits
+from fedlora.runs.forgetting import remaining
 from fedlora.runs.promise import privacy_summary
 from fedlora.runs.rundir import finished_summary, locked, run_config
 from fedlora.runs.summary import ledger_events, write_summary
@@ -79,7 +80,7 @@ def _refuse_existing(config: RunConfig, run_dir: Path) -> None:
 def _drive(prepared: Prepared, run_dir: Path, listener: Listener, start: Start | None) -> None:
     """Rounds from the newest checkpoint, or from none, to the last; then the summary."""
     noise = None if prepared.config.privacy == "none" else SEEDED
-    store = Store(run_dir, prepared.origin.run, noise)
+    store = Store(run_dir, prepared.origin.run, noise, prepared.config.method.stale.dtype)
     score = _scorer(prepared, run_dir)
     if store.is_empty():
         listener(Stage(name="scoring the zero-step model"))
@@ -113,10 +114,11 @@ def _run_rounds(
     run_dir: Path,
 ) -> None:
     config = prepared.config
+    members = remaining(run_dir, prepared.clients.members)
     first = state.round
     listener(
         RunStarted(
-            clients=len(prepared.clients.members),
+            clients=len(members),
             rounds=config.federation.rounds,
             private=config.privacy != "none",
             run_dir=run_dir,
@@ -127,7 +129,7 @@ def _run_rounds(
         state,
         origin=prepared.origin,
         seed=config.seed,
-        members=prepared.clients.members,
+        members=members,
         method=prepared.method,
         federation=config.federation,
         cohort=cohort,

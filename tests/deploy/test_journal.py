@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from fedlora.config.schema import Federation, Sgd
-from fedlora.deploy.journal import Journal, Reported
+from fedlora.deploy.journal import Journal, Reported, erase_updates
 from fedlora.deploy.soundness import Soundness
-from fedlora.errors import ConfigError
+from fedlora.errors import ConfigError, IncompleteError
 from fedlora.runs.evidence import reported
 from fedlora.values import (
     Adapters,
@@ -152,3 +152,28 @@ def test_a_journal_of_another_version_is_refused_and_left_alone(tmp_path, line):
     with pytest.raises(ConfigError, match="not what this fedlora writes"):
         Journal(path)
     assert path.read_text() == line + "\n"
+
+
+def test_erased_updates_leave_what_was_spent_and_where(tmp_path):
+    """The frames of one client go, also of those that come later; its lines and the others' frames stay."""
+    path, claims = tmp_path / "spent.jsonl", Claims(SOUND)
+    journal = Journal(path)
+    cohort = Reported(claims, journal, SOUNDNESS)
+    for number in (1, 2):
+        assert answered(cohort, claims, number, 2 * number - 1) is None
+    (update,) = claims.ask(["site-0"], asked_in(2))
+    journal.write(replace(update, client="site-1"), 2)
+    lines, members = path.read_bytes(), [Member(client="site-0", examples=9)]
+    account = reported(path, members)
+    assert erase_updates(path, "site-0") == 2 and erase_updates(path, "site-0") == 0
+    assert path.read_bytes() == lines and reported(path, members) == account
+    again = Journal(path, {"site-0"})
+    assert [update.client for update in again.heard(2)] == ["site-1"] and again.heard(1) == []
+    assert again.furthest("site-0") == journal.furthest("site-0") is not None
+    with pytest.raises(IncompleteError, match="missing or damaged"):
+        Journal(path).heard(1)
+    # One that was on its way: its budget is spent, its numbers are not kept.
+    assert answered(Reported(claims, again, SOUNDNESS), claims, 3, 5) is None
+    assert again.furthest("site-0") == Witness(seq=5, head=f"{5:064d}")
+    assert len([*(tmp_path / "replies").iterdir()]) == 1
+    assert [update.client for update in Journal(path, {"site-0"}).heard(3)] == []

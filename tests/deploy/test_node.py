@@ -125,15 +125,15 @@ def test_a_plain_name_is_taken_on_both_ends(config, name):
     assert _fits(Hello(client=name, records=10, classes=("a", "b")), ("a", "b"), {})
 
 
-def test_what_the_server_remembers_stays_in_its_own_folder_whatever_the_client_is_called(tmp_path):
+def test_what_the_server_remembers_stays_in_its_own_file_whatever_the_client_is_called(tmp_path):
     store = Store(tmp_path / "run")
     names = ["../../victim", "..", ".", "", "%", "%2E", "a/b", "a%2Fb", "kliniek ü", "ü" * 250, "ü" * 251]
     for number, name in enumerate(names):
-        store._save_memory(name, 1, Delta(basis=FRAME, sites={"x": torch.full((1,), float(number))}))
+        store.memory.keep(name, 1, Delta(basis=FRAME, sites={"x": torch.full((1,), float(number))}))
+    store.memory.commit()
     for number, name in enumerate(names):
-        assert store._load_memory(name, 1).sites["x"].item() == number
-    assert [path.name for path in tmp_path.iterdir()] == ["run"]
-    assert {path.parent.parent for path in tmp_path.rglob("*.safetensors")} == {store.memory}
+        assert store.memory.recall(name, 1).sites["x"].item() == number
+    assert [*tmp_path.rglob("*")] == [tmp_path / "run", store.memory.path]
 
 
 @pytest.mark.parametrize(("took", "left"), [(0.0, 2.0), (0.3, 1.7), (1.999, 0.001), (2.0, 2.0), (7.5, 0.5)])

@@ -13,6 +13,7 @@ from fedlora.deploy.journal import Journal
 from fedlora.federation import absorb as absorb_module
 from fedlora.federation import loop as loop_module
 from fedlora.federation import store as store_module
+from fedlora.federation.memory import StaleMemory
 from fedlora.federation.store import Store
 from fedlora.transport import flower_cohort
 from tests.faults.grid import Wire
@@ -70,7 +71,8 @@ POINTS: dict[str, Does] = {
     ),
     "S4 mid-aggregation": lambda: dies_after(absorb_module, "from_frame", 2),
     "S5 refactorised": lambda: dies_after(loop_module, "absorb", 2),
-    "S5b memory stored": lambda: dies_after(Store, "_save_memory", 3),
+    "S5b memory written": lambda: dies_after(StaleMemory, "keep", 3),
+    "S5c memory stored": lambda: dies_after(StaleMemory, "commit", 2),
     "S6 checkpoint aside": lambda: dies_with(store_module, "write_durably", state_of_round_2),
     "S7 renamed": lambda: dies_with(store_module, "fsync", _third_folder_sync()),
     "S8 line written": lambda: dies_after(store_module, "append_durably", 2),

@@ -47,6 +47,12 @@ class Disk:
         else:
             self._content[found.st_ino] = path.read_bytes()
 
+    def promised(self, path: Path) -> None:
+        """SQLite has committed this database, which it syncs where nobody sees it; it keeps its word here."""
+        if path.exists():
+            self._content[path.stat().st_ino] = path.read_bytes()
+            self._names.setdefault(path.parent.stat().st_ino, {})[path.name] = path.stat().st_ino
+
     def read(self, path: Path) -> bytes | None:
         """The file after a power cut; None if it is not there."""
         number = self.root.stat().st_ino

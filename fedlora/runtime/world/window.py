@@ -85,11 +85,11 @@ def window(
         IncompleteError: nobody came back for MOST_DEADLINES deadlines.
     """
     numbers = {client: number for number, client in enumerate(clients)}
-    busy = {errand.client for errand in moment.pending}
     least = min(federation.min_clients, len(clients))
     errands: dict[str, Errand] = {}
     start_s = moment.began_s
     for _ in range(MOST_DEADLINES):
+        busy = {errand.client for errand in moment.pending if not _is_lost(errand, start_s)}
         idle = [c for c in clients if c not in busy and (c not in errands or _is_lost(errands[c], start_s))]
         there = [client for client in idle if world.availability.is_there(client, start_s)]
         unasked = [client for client in there if client not in errands]
@@ -163,7 +163,7 @@ def _window(
         fresh=tuple(sorted((e for e in taken if e.round == round_), key=lambda errand: errand.number)),
         late=tuple(errand for errand in taken if errand.round < round_),
         away=tuple(client for client in clients if client not in asked | busy),
-        busy=tuple(client for client in clients if client in busy),
+        busy=tuple(client for client in clients if client in busy - asked),
         lost=tuple(errand for errand in errands if not errand.arrives),
         after=Moment(
             began_s=ends_s,

@@ -1,0 +1,48 @@
+"""The command for a client that withdrew from a run."""
+
+from typing import Annotated
+
+import typer
+
+from fedlora.cli.output import Format, FormatOption, RunDirArgument, only_ours, pairs, show
+
+
+def add_to(app: typer.Typer) -> None:
+    """The app knows this command."""
+    app.command("forget", short_help="Erase what a run remembers of a client that withdrew.")(forget)
+
+
+def forget(
+    run_dir: RunDirArgument,
+    client: Annotated[str, typer.Argument(metavar="CLIENT", help="Its name in the run.")],
+    form: FormatOption = Format.TEXT,
+) -> None:
+    """Erase a withdrawn client: its stale memory is deleted and subtracted exactly, its stored updates are deleted.
+
+    The run goes on without it; the model keeps what it learned. It may be killed and given again at any moment.
+    """
+    from dataclasses import asdict
+
+    from fedlora.cli.run import usable
+    from fedlora.deploy.journal import erase_updates
+    from fedlora.runs import forgetting
+    from fedlora.runs.rundir import SPENT
+
+    with only_ours(), usable(run_dir):
+        done = forgetting.forget(run_dir, client, lambda name: erase_updates(run_dir / SPENT, name))
+    heading = (
+        f"{client} was forgotten already; nothing was done" if done.already else f"{client} is forgotten"
+    )
+    rows = [
+        ("memory", f"{done.records} records erased; their share in the sum subtracted"),
+        ("updates", f"{done.updates} stored updates erased"),
+        ("run", "finished; its model is as it was" if done.finished else f"goes on with {done.left} clients"),
+    ]
+    text = heading if done.already else f"{heading}\n{pairs(rows)}"
+    show({**asdict(done), "unlearned": False}, f"{text}\n{_KEPT}", form)
+
+
+_KEPT = (
+    "The model keeps what it learned from this client: nothing is unlearned. Rounds, ledgers and what it said it spent "
+    "stay too: its budget is spent."
+)
