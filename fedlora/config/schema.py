@@ -292,6 +292,10 @@ class Runtime(Section):
     """Worker processes; auto: one a core."""
     threads: Annotated[int, Field(ge=1)] = 1
     """BLAS threads of a worker. Final states are comparable bit for bit at equal thread counts."""
+    clients_together: Literal["auto"] | Annotated[int, Field(ge=1)] = 1
+    """Clients that share one forward pass of the frozen base: 1 is off; auto: as many as fill a micro-batch, by batch
+    size, max_length and a token budget. Updates then agree with those of clients one by one to the rounding of a float,
+    not bit for bit. Clients that cannot share one are trained one by one."""
 
 
 class RunConfig(Section):
