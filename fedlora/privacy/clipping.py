@@ -65,15 +65,15 @@ def clipped_sums(
         clients: how many; a row of zeros for each that owns no example.
         max_grad_norm: as for `clip_factors`.
     """
-    factors = clip_factors(joint_squared_norms(gradients), max_grad_norm)
-    if owners.shape != factors.shape or not bool(((owners >= 0) & (owners < clients)).all()):
+    clips = clip_factors(joint_squared_norms(gradients), max_grad_norm)
+    if owners.shape != clips.shape or not bool(((owners >= 0) & (owners < clients)).all()):
         raise ValueError(
-            f"owners {owners.tolist()} of {len(factors)} examples; name one of {clients} clients for each"
+            f"owners {owners.tolist()} of {len(clips)} examples; name one of {clients} clients for each"
         )
-    shares = torch.zeros(clients, len(factors), dtype=torch.float64, device=factors.device)
-    shares[owners, torch.arange(len(factors), device=factors.device)] = factors
-    kept = factors > 0  # as in clipped_sum
+    shares = torch.zeros(clients, len(clips), dtype=torch.float64, device=clips.device)
+    shares[owners, torch.arange(len(clips), device=clips.device)] = clips
+    present = clips > 0  # as in clipped_sum
     return {
-        name: torch.tensordot(shares[:, kept], g[kept].to(torch.float64), dims=1)
+        name: torch.tensordot(shares[:, present], g[present].to(torch.float64), dims=1)
         for name, g in gradients.items()
     }

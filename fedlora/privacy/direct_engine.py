@@ -15,7 +15,7 @@ from fedlora.errors import PrivacyError
 from fedlora.kernels.torch_ops import per_example_bias_gradient, per_example_gradient
 from fedlora.privacy.clipping import clipped_sum, clipped_sums
 from fedlora.privacy.engine import TrainedLinear, require_per_record, trained_linears, zero_sums
-from fedlora.privacy.stacked import StackedLinear, owned
+from fedlora.privacy.stacked import Stack
 
 
 class DirectEngine:
@@ -40,30 +40,25 @@ class DirectEngine:
 
     def clipped_sums(
         self,
-        model: nn.Module,
-        trained: Mapping[str, nn.Parameter],
+        stack: Stack,
         losses: Iterable[tuple[Tensor, Callable[[], Tensor]]],
-        clients: int,
         max_grad_norm: float | None,
     ) -> dict[str, Tensor]:
         """Sum over each client's own examples of their jointly clipped gradients, (clients, ...) float64.
 
         Args:
-            model: see `Engine.clipped_sum`; its trained layers are `StackedLinear`, one copy a client.
-            trained: exactly the parameters of `model` that require a gradient, (clients, ...) each.
+            stack: all that is trained in the model that the losses run.
             losses: the owner (n,) of each example of a microbatch, and the call that gives its losses (n,) while
                 each example runs through the copies of its owner.
-            clients: how many.
             max_grad_norm: the joint bound of every example.
         """
-        linears = trained_linears(model, trained, StackedLinear)
-        sums = zero_sums(trained)
+        sums = zero_sums(stack.trained)
         for owners, micro_batch in losses:
-            with owned(linears, owners):
-                gradients = _per_example_gradients(linears, trained, micro_batch)
+            with stack.owned(owners):
+                gradients = _per_example_gradients(stack.linears, stack.trained, micro_batch)
             if gradients:
-                for name, part in clipped_sums(gradients, owners, clients, max_grad_norm).items():
-                    sums[name] += part
+                for name, part in clipped_sums(gradients, owners, stack.clients, max_grad_norm).items():
+                    sums[name].add_(part)
         return sums
 
 

@@ -12,6 +12,7 @@ from fedlora.privacy.direct_engine import DirectEngine
 from fedlora.privacy.engine import Engine
 from fedlora.privacy.gaussian import released
 from fedlora.privacy.noise import NoiseSource
+from fedlora.privacy.stacked import Stack
 from fedlora.values import DpEvent, Mechanism, Sampling
 
 
@@ -72,8 +73,7 @@ class Release:
 
 def private_gradients(
     engine: DirectEngine,
-    model: nn.Module,
-    trained: Mapping[str, nn.Parameter],
+    stack: Stack,
     losses: Iterable[tuple[Tensor, Callable[[], Tensor]]],
     releases: Sequence[Release],
 ) -> dict[str, Tensor]:
@@ -83,26 +83,27 @@ def private_gradients(
 
     Args:
         engine: computes the clipped sums.
-        model: with stacked layers; see `DirectEngine.clipped_sums`.
-        trained: exactly what is clipped and noised, (clients, ...) by name.
+        stack: exactly what is clipped and noised, of as many clients as there are releases.
         losses: microbatches of all draws, each with the owner of each of its examples.
         releases: one a client.
 
     Raises:
-        PrivacyError: the bounds differ, or two clients would draw the same noise.
+        PrivacyError: the bounds differ, a client lacks its release, or two clients would draw the same noise.
     """
+    if len(releases) != stack.clients:
+        raise PrivacyError(f"{stack.clients} clients, {len(releases)} releases; each needs its own noise")
     if len({release.bound for release in releases}) != 1:
         raise PrivacyError(f"bounds {[release.bound for release in releases]}; pack clients of one bound")
     if len({release.purpose for release in releases}) != len(releases):
         raise PrivacyError(
             f"{len(releases)} clients, but two share a purpose, hence their noise; name each once"
         )
-    sums = engine.clipped_sums(model, trained, losses, len(releases), releases[0].bound)
+    sums = engine.clipped_sums(stack, losses, releases[0].bound)
     rows = [
-        _released({name: total[client] for name, total in sums.items()}, trained, release)
+        _released({name: total[client] for name, total in sums.items()}, stack.trained, release)
         for client, release in enumerate(releases)
     ]
-    return {name: torch.stack([row[name] for row in rows]) for name in trained}
+    return {name: torch.stack([row[name] for row in rows]) for name in stack.trained}
 
 
 def _released(

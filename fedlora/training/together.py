@@ -6,7 +6,6 @@ does not depend on who owns a record. So each reply is that of `client.train`, t
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,6 +13,7 @@ from fedlora.config.schema import RunConfig
 from fedlora.data.records import Examples, concatenate
 from fedlora.errors import PrivacyError
 from fedlora.privacy.direct_engine import DirectEngine
+from fedlora.privacy.engine import TrainedLinear
 from fedlora.privacy.ledger import Ledger
 from fedlora.privacy.noise import SEEDED
 from fedlora.privacy.stacked import stackable, stacked
@@ -31,11 +31,9 @@ from fedlora.training.client import (
     update_of,
 )
 from fedlora.training.model import LORA_B, AdaptedModel
-from fedlora.training.tasks import TOKEN_BUDGET, losses, micro_batches
+from fedlora.training.packing import MOST_NUMBERS, overhead_of, packed_groups
+from fedlora.training.tasks import TOKEN_BUDGET, losses
 from fedlora.values import Adapters, Delta, Refusal, Reply, TrainRequest
-
-MOST_NUMBERS = 2**25
-"""Trained numbers of all clients of a pack, and gradients of all records of a micro-batch: at 8 bytes, 256 MiB."""
 
 
 def clients_together(config: RunConfig, trained_numbers: int) -> int:
@@ -57,6 +55,16 @@ def clients_together(config: RunConfig, trained_numbers: int) -> int:
 
 def why_not_together(nodes: Sequence[Node]) -> str | None:
     """What keeps these clients from sharing a forward pass, for people; None where nothing does."""
+    if (obstacle := _difference(nodes)) is not None:
+        return obstacle
+    try:
+        stackable(nodes[0].model.peft_model, nodes[0].model.trained)
+    except PrivacyError as error:
+        return str(error)
+    return None
+
+
+def _difference(nodes: Sequence[Node]) -> str | None:
     first = nodes[0]
     for what, differ in (
         ("clients of different models", any(node.model is not first.model for node in nodes)),
@@ -69,10 +77,6 @@ def why_not_together(nodes: Sequence[Node]) -> str | None:
     ):
         if differ:
             return what
-    try:
-        stackable(first.model.peft_model, first.model.trained)
-    except PrivacyError as error:
-        return str(error)
     return None
 
 
@@ -92,8 +96,9 @@ def train_together(
     Raises:
         PrivacyError: these clients cannot share a forward pass.
     """
-    if (obstacle := why_not_together(nodes)) is not None:
+    if (obstacle := _difference(nodes)) is not None:
         raise PrivacyError(f"{len(nodes)} clients together: {obstacle}; train them one by one")
+    layers = stackable(nodes[0].model.peft_model, nodes[0].model.trained)  # before anybody pays
     asked = request_digest(request)
     entries = [enter(node, request, ledger, asked) for node, ledger in zip(nodes, ledgers, strict=True)]
     working = [node for node, entry in zip(nodes, entries, strict=True) if isinstance(entry, Entry)]
@@ -101,7 +106,7 @@ def train_together(
     if working:
         working[0].model.load(request.adapters)
         told = [told_accuracy(node, request) for node in working]
-        deltas = _local_steps(working, request)
+        deltas = _local_steps(working, request, layers)
         done = {node.client: (delta, value) for node, delta, value in zip(working, deltas, told, strict=True)}
     return [
         entry if isinstance(entry, Refusal) else update_of(node, request, entry, *done[node.client])
@@ -109,11 +114,14 @@ def train_together(
     ]
 
 
-def _local_steps(nodes: Sequence[Node], request: TrainRequest) -> list[Delta]:
+def _local_steps(
+    nodes: Sequence[Node], request: TrainRequest, layers: tuple[TrainedLinear, ...]
+) -> list[Delta]:
     """Each client's change after `work.steps` steps, all clients in step."""
     adapted, engine = nodes[0].model, DirectEngine()
-    with stacked(adapted.peft_model, adapted.trained, len(nodes)) as trained:
-        optimizer = optimizer_over(trained, nodes[0].optimizer, request.work.learning_rate)
+    overhead = overhead_of(adapted)
+    with stacked(adapted.peft_model, adapted.trained, layers, len(nodes)) as stack:
+        optimizer = optimizer_over(stack.trained, nodes[0].optimizer, request.work.learning_rate)
         for step in range(request.work.steps):
             draws = [drawn_records(node, request, step) for node in nodes]
             releases = [
@@ -125,17 +133,16 @@ def _local_steps(nodes: Sequence[Node], request: TrainRequest) -> list[Delta]:
                 )
                 for node in nodes
             ]
-            packed = _packed(adapted, [node.examples for node in nodes], draws)
-            gradient = private_gradients(engine, adapted.peft_model, trained, packed, releases)
-            descend(optimizer, trained, gradient)
+            packed = _packed(adapted, [node.examples for node in nodes], draws, overhead)
+            descend(optimizer, stack.trained, private_gradients(engine, stack, packed, releases))
         return [
-            _delta(adapted, {name: value[row] for name, value in trained.items()}, request.adapters)
+            _delta(adapted, {name: value[row] for name, value in stack.trained.items()}, request.adapters)
             for row in range(len(nodes))
         ]
 
 
 def _packed(
-    adapted: AdaptedModel, examples: Sequence[Examples], draws: Sequence[Tensor]
+    adapted: AdaptedModel, examples: Sequence[Examples], draws: Sequence[Tensor], overhead: float
 ) -> Iterator[tuple[Tensor, Callable[[], Tensor]]]:
     """All drawn records in micro-batches of like length: the owner of each record, and the call of its losses.
 
@@ -145,10 +152,10 @@ def _packed(
     owners = torch.repeat_interleave(torch.arange(len(draws)), torch.tensor([len(draw) for draw in draws]))
     device = next(iter(adapted.trained.values())).device
     most = max(1, MOST_NUMBERS // sum(parameter.numel() for parameter in adapted.trained.values()))
-    for group in micro_batches(pack, np.arange(len(pack))):
-        for part in np.split(group, range(most, len(group), most)):
-            (run,) = losses(adapted, pack, part)
-            yield owners[part].to(device), run
+    for group in packed_groups(pack.lengths, overhead=overhead, most_records=most):
+        # The losses come in the group's own order: it is sorted already.
+        (run,) = losses(adapted, pack, group)
+        yield owners[group].to(device), run
 
 
 def _delta(adapted: AdaptedModel, trained: Mapping[str, Tensor], start: Adapters) -> Delta:
