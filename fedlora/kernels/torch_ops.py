@@ -54,7 +54,7 @@ def product_with_own(h: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
     if h.ndim < 2 or weight.ndim != 3 or (len(h), h.shape[-1]) != (len(weight), weight.shape[2]):
         raise ShapeError(f"h {tuple(h.shape)} and weight {tuple(weight.shape)} must share n and r")
     n, m, r = weight.shape
-    rows, turned = h.reshape(n, -1, r), weight.transpose(1, 2)
+    rows, turned = h.reshape(n, h.shape[1:-1].numel(), r), weight.transpose(1, 2)
     y = torch.bmm(rows, turned) if bias is None else torch.baddbmm(bias[:, None], rows, turned)
     return y.reshape(*h.shape[:-1], m)
 
