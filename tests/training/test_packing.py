@@ -4,7 +4,7 @@ from itertools import combinations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from fedlora.training.model import load_model
@@ -13,6 +13,7 @@ from fedlora.training.packing import overhead_of, packed_groups
 LENGTHS = st.lists(st.integers(1, 40), max_size=40)
 
 
+@example(lengths=[1] * 30, overhead=50.0, most=4, budget=200)
 @given(lengths=LENGTHS, overhead=st.floats(0, 300), most=st.integers(1, 20), budget=st.integers(1, 200))
 def test_groups_hold_each_record_once_within_the_bounds(lengths, overhead, most, budget):
     lengths = np.array(lengths, dtype=np.int64)
