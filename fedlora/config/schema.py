@@ -298,6 +298,10 @@ class Runtime(Section):
     MiniLM. A client pays for all its records when it first works, so it is worth while where a record is drawn more
     than twice in a run: rounds it works in x local_steps x batch_size / its records. The same training, but final
     states are comparable bit for bit at equal values only. Changes nothing where no layers lie below."""
+    clients_together: Literal["auto"] | Annotated[int, Field(ge=1)] = 1
+    """Clients that share one forward pass of the frozen base: 1 is off; auto: as many as fill a micro-batch, by batch
+    size, max_length and a token budget. Updates then agree with those of clients one by one to the rounding of a float,
+    not bit for bit. Clients that cannot share one are trained one by one."""
 
 
 class RunConfig(Section):

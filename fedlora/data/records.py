@@ -2,8 +2,9 @@
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -113,6 +114,7 @@ class Examples:
             offsets=self.offsets[start : stop + 1] - first,
             labels=None if self.labels is None else self.labels[start:stop],
             token_type_ids=None if types is None else types[first:last],
+            states=None if self.states is None else self.states[first:last],
         )
 
     def select(self, indices: NDArray[np.int64]) -> "Examples":
@@ -129,3 +131,29 @@ class Examples:
             token_type_ids=None if self.token_type_ids is None else self.token_type_ids[tokens],
             states=None if self.states is None else self.states[tokens],
         )
+
+
+def concatenate(parts: Sequence[Examples]) -> Examples:
+    """All records of all parts, in that order; an optional column is there if every part has it.
+
+    Raises:
+        ShapeError: some parts have a column that others lack, or there is no part.
+    """
+    if not parts:
+        raise ShapeError("no parts to concatenate; give at least one, it may be empty")
+    return Examples(
+        input_ids=np.concatenate([part.input_ids for part in parts]),
+        offsets=np.concatenate([[0], np.cumsum(np.concatenate([part.lengths for part in parts]))]).astype(
+            np.int64
+        ),
+        labels=_joined("labels", [part.labels for part in parts]),
+        token_type_ids=_joined("token_type_ids", [part.token_type_ids for part in parts]),
+        states=_joined("states", [part.states for part in parts]),
+    )
+
+
+def _joined(name: str, columns: Sequence[NDArray[Any] | None]) -> NDArray[Any] | None:
+    there = [column for column in columns if column is not None]
+    if there and len(there) != len(columns):
+        raise ShapeError(f"{len(there)} of {len(columns)} parts have {name}; join parts of one kind")
+    return np.concatenate(there) if there else None

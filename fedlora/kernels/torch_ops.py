@@ -40,5 +40,24 @@ def per_example_bias_gradient(dy: Tensor) -> Tensor:
     return _widened(dy).reshape(len(dy), dy.shape[1:-1].numel(), dy.shape[-1]).sum(dim=1)
 
 
+def product_with_own(h: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """y (n, ..., m) of h (n, ..., r): y[i] = h[i] @ weight[i].T + bias[i], in the type of h.
+
+    Args:
+        h: (n, ..., r).
+        weight: (n, m, r), one an example.
+        bias: (n, m).
+
+    Raises:
+        ShapeError: n or r differ.
+    """
+    if h.ndim < 2 or weight.ndim != 3 or (len(h), h.shape[-1]) != (len(weight), weight.shape[2]):
+        raise ShapeError(f"h {tuple(h.shape)} and weight {tuple(weight.shape)} must share n and r")
+    n, m, r = weight.shape
+    rows, turned = h.reshape(n, h.shape[1:-1].numel(), r), weight.transpose(1, 2)
+    y = torch.bmm(rows, turned) if bias is None else torch.baddbmm(bias[:, None], rows, turned)
+    return y.reshape(*h.shape[:-1], m)
+
+
 def _widened(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -50,3 +50,30 @@ def clipped_sum(gradients: Mapping[str, Tensor], max_grad_norm: float | None) ->
         name: torch.tensordot(factors[kept], g[kept].to(torch.float64), dims=1)
         for name, g in gradients.items()
     }
+
+
+def clipped_sums(
+    gradients: Mapping[str, Tensor], owners: Tensor, clients: int, max_grad_norm: float | None
+) -> dict[str, Tensor]:
+    """Sum over each client's own examples of their jointly clipped gradients, (clients, ...) float64.
+
+    Adding or removing one example moves its client's row by at most max_grad_norm in joint L2 norm, and no other.
+
+    Args:
+        gradients: (n, ...) of each tensor.
+        owners: (n,) int64, the client in 0, ..., clients - 1 that each example belongs to.
+        clients: how many; a row of zeros for each that owns no example.
+        max_grad_norm: as for `clip_factors`.
+    """
+    clips = clip_factors(joint_squared_norms(gradients), max_grad_norm)
+    if owners.shape != clips.shape or not bool(((owners >= 0) & (owners < clients)).all()):
+        raise ValueError(
+            f"owners {owners.tolist()} of {len(clips)} examples; name one of {clients} clients for each"
+        )
+    shares = torch.zeros(clients, len(clips), dtype=torch.float64, device=clips.device)
+    shares[owners, torch.arange(len(clips), device=clips.device)] = clips
+    present = clips > 0  # as in clipped_sum
+    return {
+        name: torch.tensordot(shares[:, present], g[present].to(torch.float64), dims=1)
+        for name, g in gradients.items()
+    }

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from fedlora.errors import PrivacyError
 from fedlora.kernels.torch_ops import per_example_bias_gradient, per_example_gradient
-from fedlora.privacy.clipping import clipped_sum
+from fedlora.privacy.clipping import clipped_sum, clipped_sums
 from fedlora.privacy.engine import TrainedLinear, require_per_record, trained_linears, zero_sums
+from fedlora.privacy.stacked import Stack
 
 
 class DirectEngine:
@@ -35,6 +36,29 @@ class DirectEngine:
             if gradients:
                 for name, part in clipped_sum(gradients, max_grad_norm).items():
                     sums[name] += part
+        return sums
+
+    def clipped_sums(
+        self,
+        stack: Stack,
+        losses: Iterable[tuple[Tensor, Callable[[], Tensor]]],
+        max_grad_norm: float | None,
+    ) -> dict[str, Tensor]:
+        """Sum over each client's own examples of their jointly clipped gradients, (clients, ...) float64.
+
+        Args:
+            stack: all that is trained in the model that the losses run.
+            losses: the owner (n,) of each example of a microbatch, and the call that gives its losses (n,) while
+                each example runs through the copies of its owner.
+            max_grad_norm: the joint bound of every example.
+        """
+        sums = zero_sums(stack.trained)
+        for owners, micro_batch in losses:
+            with stack.owned(owners):
+                gradients = _per_example_gradients(stack.linears, stack.trained, micro_batch)
+            if gradients:
+                for name, part in clipped_sums(gradients, owners, stack.clients, max_grad_norm).items():
+                    sums[name].add_(part)
         return sums
 
 

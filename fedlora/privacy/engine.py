@@ -38,21 +38,27 @@ class Engine(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainedLinear:
-    """One nn.Linear with the names under which its parameters are trained; None for a frozen one."""
+    """One linear layer with the names under which its parameters are trained; None for a frozen one."""
 
     path: str
-    module: nn.Linear
+    module: nn.Module
     weight: str | None
     bias: str | None
 
 
-def trained_linears(model: nn.Module, trained: Mapping[str, nn.Parameter]) -> tuple[TrainedLinear, ...]:
+def trained_linears(
+    model: nn.Module, trained: Mapping[str, nn.Parameter], layer: type[nn.Module] = nn.Linear
+) -> tuple[TrainedLinear, ...]:
     """Every linear layer that owns a trained parameter; nothing else owns one and nothing else is trainable.
 
+    Args:
+        model: that they are in.
+        trained: exactly the parameters of `model` that require a gradient.
+        layer: their exact type.
+
     Raises:
-        PrivacyError: `trained` is not the set of parameters that require a gradient, a trained parameter
-            belongs to
-            a module other than nn.Linear, or batch normalisation couples the examples.
+        PrivacyError: `trained` is not that set, a trained parameter belongs to a module of another type, or batch
+            normalisation couples the examples.
     """
     _require_same_set(model, trained)
     names = {id(parameter): name for name, parameter in trained.items()}
@@ -63,10 +69,10 @@ def trained_linears(model: nn.Module, trained: Mapping[str, nn.Parameter]) -> tu
         if not own:
             continue
         # The exact type: a subclass may compute something else than x @ weight.T + bias.
-        if type(module) is not nn.Linear:
+        if type(module) is not layer:
             raise PrivacyError(
                 f"{sorted(own.values())} belong to {path!r}, a {type(module).__name__}; "
-                "only nn.Linear can be clipped per example: freeze them"
+                f"only {layer.__name__} can be clipped per example: freeze them"
             )
         linears.append(
             TrainedLinear(path=path, module=module, weight=own.get("weight"), bias=own.get("bias"))

@@ -71,6 +71,7 @@ def run_summary(
     state: ServerState | None = None,
     bytes_up: int | None = None,
     bytes_down: int | None = None,
+    together: int = 1,
 ) -> dict[str, Any]:
     """Every key of summary.json, from what lies in the directory; nothing is taken from memory of how it went.
 
@@ -81,6 +82,7 @@ def run_summary(
         state: the last one, once it is reached.
         bytes_up: of one update as it travels, if known.
         bytes_down: of one request, if known.
+        together: how many clients shared a forward pass.
 
     Raises:
         LedgerError: the run is finished and an account is short; or a ledger is damaged.
@@ -107,7 +109,7 @@ def run_summary(
         "bytes_up_per_client_round": bytes_up,
         "bytes_down_per_client_round": bytes_down,
         "state_sha256": None if state is None else state_digest(state),
-        "execution": execution(run_dir, config),
+        "execution": execution(run_dir, config, together),
         "versions": versions(),
     }
 
@@ -133,10 +135,12 @@ def known_clients(run_dir: Path, config: RunConfig) -> list[str]:
     return sorted({client for line in run_rounds(run_dir) for client in line["asked"]})
 
 
-def execution(run_dir: Path, config: RunConfig) -> str:
+def execution(run_dir: Path, config: RunConfig, together: int = 1) -> str:
     """How clients ran: who sums in another order agrees to float tolerance only."""
     if load_roster(run_dir) is not None:
         return "flower, one node for each data owner"
+    if together > 1:
+        return f"{config.runtime.kind}, {together} clients share a forward pass in each worker"
     return f"{config.runtime.kind}, one client after the other in each worker"
 
 

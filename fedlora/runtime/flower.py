@@ -196,6 +196,7 @@ def write_scene(directory: Path, setup: HostSetup) -> None:
         "run_dir": str(setup.run_dir),
         "holdings": str(setup.holdings),
         "classes": setup.classes,
+        "together": setup.together,
         "terms": {records: dataclasses.asdict(terms) for records, terms in setup.terms.items()},
     }
     (directory / "setup.json").write_text(json.dumps(words))
@@ -211,6 +212,7 @@ def read_setup(directory: str) -> HostSetup:
         holdings=Path(words["holdings"]),
         classes=tuple(words["classes"]),
         terms={int(records): _terms(terms) for records, terms in words["terms"].items()},
+        together=words["together"],
     )
 
 

@@ -11,19 +11,27 @@ from fedlora.config.schema import Privacy, RunConfig, Runtime
 from fedlora.data.holdings import open_holdings
 from fedlora.data.records import Examples
 from fedlora.data.tokenise import fingerprint
-from fedlora.errors import LedgerError, WireError, without_records
+from fedlora.errors import LedgerError, PrivacyError, WireError, without_records
 from fedlora.privacy.budget import Budget
 from fedlora.privacy.direct_engine import DirectEngine
 from fedlora.privacy.engine import Engine
 from fedlora.privacy.ledger import Ledger, open_ledger
 from fedlora.privacy.noise import SeededNoise
+from fedlora.privacy.stacked import stackable
 from fedlora.seeds import seed_for
+from fedlora.training.checkpoints import weights_digest
 from fedlora.training.client import Node, train
-from fedlora.training.model import load_model
+from fedlora.training.model import AdaptedModel, load_model
+from fedlora.training.prefix import frozen_prefix
+from fedlora.training.states import with_states
+from fedlora.training.together import clients_together, train_together
 from fedlora.transport.wire import decode_request, encode_reply
 from fedlora.values import Mechanism, Refusal, RefusalReason, Reply, Sampling, TrainRequest
 
 log = logging.getLogger(__name__)
+
+STATES = ".states"
+"""What the frozen layers make of each client's records, in the run's directory while it is at work."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +47,7 @@ class HostSetup:
     """All that a host needs to play any client of a run, small enough to send.
 
     holdings: the directory of the clients' records. terms: by number of records.
+    together: how many clients share a forward pass; 1: each has its own.
     """
 
     config: RunConfig
@@ -47,6 +56,7 @@ class HostSetup:
     holdings: Path
     classes: tuple[str, ...]
     terms: Mapping[int, Terms]
+    together: int
 
 
 class Host:
@@ -58,14 +68,27 @@ class Host:
         self.setup = setup
         self.holdings = open_holdings(setup.holdings)
         self.model = load_model(config.model, config.task, config.lora, setup.classes, config.seed)
+        self.prefix = frozen_prefix(self.model) if config.runtime.cache_prefix else None
         self.noise = SeededNoise(seed_for(config.seed, "client randomness"))
 
     def answer(self, clients: Sequence[str], request: TrainRequest) -> list[Reply]:
         """Their replies, in the order of `clients`. Whatever goes wrong with one is its refusal, with a code only.
 
+        Where clients share forward passes, all of these do: who they are decides the last bits of their updates.
+
         Raises:
             LedgerError: a ledger on this machine cannot be trusted; its owner has to look before anything goes on.
         """
+        if self.setup.together > 1:
+            try:
+                nodes = [self._node(client) for client in clients]
+                return train_together(nodes, request, [self._ledger(node) for node in nodes])
+            except LedgerError:
+                raise
+            except (
+                Exception
+            ) as error:  # of one of them: each has its own answer when asked alone, and none pays twice
+                log.error("round %d: %s; one by one instead", request.round, without_records(error))
         return [self._answer(client, request) for client in clients]
 
     def answer_frame(self, client: str, frame: bytes) -> bytes:
@@ -80,41 +103,77 @@ class Host:
         return encode_reply(self._answer(client, request))
 
     def _answer(self, client: str, request: TrainRequest) -> Reply:
-        examples = self.holdings[client]
         try:
-            return train(self._node(client, examples), request, self._ledger(client, examples))
+            node = self._node(client)
+            return train(node, request, self._ledger(node))
         except LedgerError:
             raise
         except Exception as error:  # words of a failure could carry a record
             log.error("%s failed in round %d: %s", client, request.round, without_records(error))
             return Refusal(client=client, run=request.run, round=request.round, reason=RefusalReason.FAILED)
 
-    def _node(self, client: str, examples: Examples) -> Node:
-        config, terms = self.setup.config, self.setup.terms[len(examples)]
+    def _node(self, client: str) -> Node:
+        config, examples = self.setup.config, self.holdings[client]
+        terms = self.setup.terms[len(examples)]
         privacy = None if config.privacy == "none" else config.privacy
+        alone = runs_alone(config, self.model)
         return Node(
             client=client,
             model=self.model,
-            examples=examples,
+            examples=self._with_states(client, examples, alone),
             declared_records=len(examples),
             sampling=terms.sampling,
             optimizer=config.federation.optimizer,
             mechanism=terms.mechanism,
-            # A simulated server is honest; a narrow type rounds by 1 % of the bound even then.
-            alone=terms.mechanism is not None and self.model.peft_model.dtype.itemsize < 4,
+            alone=alone,
             evaluation_noise=privacy and privacy.evaluation_noise,
             budget=privacy and Budget.of(privacy),
             engine=engine_of(privacy),
             noise=self.noise,
         )
 
-    def _ledger(self, client: str, examples: Examples) -> Ledger | None:
+    def _with_states(self, client: str, examples: Examples, alone: bool) -> Examples:
+        """What the frozen layers make of the records comes from a file, where the config says so and the model can."""
+        if self.prefix is None:
+            return examples
+        weights = weights_digest(self.setup.config.model.name)
+        path = self.setup.run_dir / STATES / client
+        return with_states(path, self.model, self.prefix, examples, base_model=weights, alone=alone)
+
+    def _ledger(self, node: Node) -> Ledger | None:
         if self.setup.config.privacy == "none":
             return None
-        path = ledger_path(self.setup.run_dir, client)
+        path = ledger_path(self.setup.run_dir, node.client)
         return open_ledger(
-            path, client=client, dataset_fingerprint=fingerprint(examples), noise_kind=self.noise.kind
+            path,
+            client=node.client,
+            dataset_fingerprint=fingerprint(node.examples),
+            noise_kind=self.noise.kind,
         )
+
+
+def runs_alone(config: RunConfig, model: AdaptedModel) -> bool:
+    """Whether records run by themselves: a simulated server is honest, but a narrow type rounds by 1 % of the bound."""
+    return config.privacy != "none" and model.peft_model.dtype.itemsize < 4
+
+
+def shared_passes(config: RunConfig, model: AdaptedModel) -> int:
+    """How many clients share a forward pass: as the config says, and 1 where they cannot, which the log explains."""
+    trained = model.trained
+    asked = clients_together(config, sum(parameter.numel() for parameter in trained.values()))
+    if asked == 1 or config.runtime.kind == "flower":
+        return 1
+    privacy = None if config.privacy == "none" else config.privacy
+    why = "records that must run alone" if runs_alone(config, model) else None
+    try:
+        if type(engine_of(privacy)) is not DirectEngine:
+            why = "an engine other than direct"
+        stackable(model.peft_model, trained)
+    except PrivacyError as error:
+        why = str(error)
+    if why is not None:
+        log.warning("runtime.clients_together %s: %s; clients train one by one", asked, why)
+    return asked if why is None else 1
 
 
 def engine_of(privacy: Privacy | None) -> Engine:

@@ -1,4 +1,4 @@
-"""The reference runtime: clients one after the other, in this process."""
+"""The reference runtime: clients one after the other, or group after group, in this process."""
 
 from collections.abc import Iterator, Sequence
 
@@ -16,9 +16,10 @@ class LocalCohort:
 
     def ask(self, clients: Sequence[str], request: TrainRequest) -> Iterator[Reply]:
         """See Cohort."""
-        for client in clients:
-            for reply in self.host.answer([client], request):
-                self.listener(ClientDone(round=request.round, client=client, outcome=outcome(reply)))
+        size = self.host.setup.together
+        for start in range(0, len(clients), size):
+            for reply in self.host.answer(clients[start : start + size], request):
+                self.listener(ClientDone(round=request.round, client=reply.client, outcome=outcome(reply)))
                 yield reply
 
     def close(self) -> None:

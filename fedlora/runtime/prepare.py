@@ -20,7 +20,7 @@ from fedlora.methods import Method, build
 from fedlora.privacy.budget import Budget
 from fedlora.privacy.sampling import poisson
 from fedlora.runs.beginning import first_state, origin
-from fedlora.runtime.host import HostSetup, Terms
+from fedlora.runtime.host import HostSetup, Terms, shared_passes
 from fedlora.training.client import calibrated
 from fedlora.training.model import AdaptedModel, load_model, load_tokenizer
 from fedlora.values import Mechanism, Member, Origin, ServerState
@@ -65,6 +65,7 @@ class Prepared:
             holdings=directory,
             classes=clients.classes,
             terms=clients.terms,
+            together=shared_passes(self.config, self.model),
         )
 
     def without_records(self) -> "Prepared":

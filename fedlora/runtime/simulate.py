@@ -23,7 +23,7 @@ from fedlora.runs.forgetting import remaining
 from fedlora.runs.promise import privacy_summary
 from fedlora.runs.rundir import finished_summary, locked, run_config
 from fedlora.runs.summary import ledger_events, write_summary
-from fedlora.runtime.host import HostSetup
+from fedlora.runtime.host import STATES, HostSetup
 from fedlora.runtime.prepare import Prepared, prepare
 from fedlora.runtime.summarise import summarise
 from fedlora.runtime.world.clock import told
@@ -98,6 +98,7 @@ def _drive(prepared: Prepared, run_dir: Path, listener: Listener, start: Start |
             cohort.close()
     finally:
         shutil.rmtree(setup.holdings, ignore_errors=True)
+    shutil.rmtree(run_dir / STATES, ignore_errors=True)
     listener(Stage(name="writing the summary"))
     summary = summarise(prepared, run_dir)
     write_summary(run_dir, summary)

@@ -21,6 +21,7 @@ from fedlora.training.model import AdaptedModel
 from fedlora.training.tasks import ALONE, TOKEN_BUDGET, losses, record_accuracies
 from fedlora.values import (
     ClientUpdate,
+    Delta,
     DpEvent,
     Mechanism,
     Refusal,
@@ -73,41 +74,73 @@ def train(node: Node, request: TrainRequest, ledger: Ledger | None) -> Reply:
         The noised update, or a Refusal that names no record: BUDGET, NO_DATA, BAD_REQUEST.
     """
 
+    entry = enter(node, request, ledger)
+    if isinstance(entry, Refusal):
+        return entry
+    node.model.load(request.adapters)
+    accuracy = told_accuracy(node, request)
+    _local_steps(node, request)
+    return update_of(node, request, entry, node.model.delta(request.adapters), accuracy)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """Leave to touch records, paid for. spent and ledger: as `ClientUpdate` has them."""
+
+    spent: tuple[DpEvent, ...]
+    ledger: Witness | None
+
+
+def enter(
+    node: Node, request: TrainRequest, ledger: Ledger | None, asked: str | None = None
+) -> Entry | Refusal:
+    """What the work spends is durable in `ledger`, or the reason why this client stays away.
+
+    Args:
+        node: whose turn it is.
+        request: what the server asks.
+        ledger: of this data set; None exactly when node.mechanism is None.
+        asked: `request_digest(request)`, from who has it already.
+    """
+
     def refuse(reason: RefusalReason) -> Refusal:
         return Refusal(client=node.client, run=request.run, round=request.round, reason=reason)
 
     if len(node.examples) == 0:
         return refuse(RefusalReason.NO_DATA)
     events = participation(node.mechanism, node.sampling, node.evaluation_noise, request.work.steps)
-    paid: Witness | None = None
-    if node.mechanism is not None:
-        assert ledger is not None and node.budget is not None
-        asked = request_digest(request)
-        earlier = ledger.find(request.run, request.round)
-        if earlier is not None and earlier.request_digest != asked:
-            return refuse(RefusalReason.BAD_REQUEST)
-        free = earlier is not None and ledger.header.noise == SEEDED
-        if not free and would_exceed([past.events for past in ledger.debits], events, node.budget):
-            return refuse(RefusalReason.BUDGET)
-        debit = ledger.debit(
-            request.run,
-            request.round,
-            asked,
-            events,
-            max_grad_norm=node.mechanism.max_grad_norm,
-            budget=node.budget,
-        )
-        paid = ledger.witness(debit)
-    node.model.load(request.adapters)
-    accuracy = _accuracy(node, request)
-    _local_steps(node, request)
+    if node.mechanism is None:
+        return Entry(spent=events, ledger=None)
+    assert ledger is not None and node.budget is not None
+    asked = request_digest(request) if asked is None else asked
+    earlier = ledger.find(request.run, request.round)
+    if earlier is not None and earlier.request_digest != asked:
+        return refuse(RefusalReason.BAD_REQUEST)
+    free = earlier is not None and ledger.header.noise == SEEDED
+    if not free and would_exceed([past.events for past in ledger.debits], events, node.budget):
+        return refuse(RefusalReason.BUDGET)
+    debit = ledger.debit(
+        request.run,
+        request.round,
+        asked,
+        events,
+        max_grad_norm=node.mechanism.max_grad_norm,
+        budget=node.budget,
+    )
+    return Entry(spent=events, ledger=ledger.witness(debit))
+
+
+def update_of(
+    node: Node, request: TrainRequest, entry: Entry, delta: Delta, accuracy: float | None
+) -> ClientUpdate:
+    """The reply of a client that has done its work."""
     return ClientUpdate(
         client=node.client,
         run=request.run,
         round=request.round,
-        delta=node.model.delta(request.adapters),
-        spent=events,
-        ledger=paid,
+        delta=delta,
+        spent=entry.spent,
+        ledger=entry.ledger,
         accuracy=accuracy,
     )
 
@@ -155,7 +188,7 @@ def calibrated(
     )
 
 
-def _accuracy(node: Node, request: TrainRequest) -> float | None:
+def told_accuracy(node: Node, request: TrainRequest) -> float | None:
     """The noised accuracy of the model as it was sent, before a step; None where the node tells none."""
     if node.mechanism is None or node.evaluation_noise is None:
         return None
@@ -171,12 +204,10 @@ def _accuracy(node: Node, request: TrainRequest) -> float | None:
 def _local_steps(node: Node, request: TrainRequest) -> None:
     """`work.steps` DP-SGD steps, their number and divisor independent of the data; an empty draw is a step."""
     trained = node.model.trained
-    optimizer = _optimizer(trained, node.optimizer, request.work.learning_rate)
+    optimizer = optimizer_over(trained, node.optimizer, request.work.learning_rate)
     token_budget = ALONE if node.alone else TOKEN_BUDGET
     for step in range(request.work.steps):
-        # The run is part of it: the same seed in another run must not repeat noise that a ledger pays for twice.
-        purpose = (request.run, node.client, request.round, step)
-        drawn = poisson_draw(len(node.examples), node.sampling, node.noise, ("draw", *purpose))
+        drawn = drawn_records(node, request, step)
         gradient = private_gradient(
             node.engine,
             node.model.peft_model,
@@ -185,20 +216,40 @@ def _local_steps(node: Node, request: TrainRequest) -> None:
             mechanism=node.mechanism,
             expected_batch=node.sampling.expected_batch,
             noise=node.noise,
-            purpose=("noise", *purpose),
+            purpose=noise_purpose(node, request, step),
         )
-        _step(optimizer, trained, gradient)
+        descend(optimizer, trained, gradient)
 
 
-def _optimizer(trained: Mapping[str, nn.Parameter], config: Optimizer, lr: float) -> torch.optim.Optimizer:
+def drawn_records(node: Node, request: TrainRequest, step: int) -> Tensor:
+    """Indices (k,) of the node's records that take part in this step."""
+    purpose = ("draw", *_step_of(node, request, step))
+    return poisson_draw(len(node.examples), node.sampling, node.noise, purpose)
+
+
+def noise_purpose(node: Node, request: TrainRequest, step: int) -> tuple[str | int, ...]:
+    """Of the noise that this client adds in this step, and of no other."""
+    return ("noise", *_step_of(node, request, step))
+
+
+def _step_of(node: Node, request: TrainRequest, step: int) -> tuple[str | int, ...]:
+    # The run is part of it: the same seed in another run must not repeat noise that a ledger pays for twice.
+    return (request.run, node.client, request.round, step)
+
+
+def optimizer_over(
+    trained: Mapping[str, nn.Parameter], config: Optimizer, lr: float
+) -> torch.optim.Optimizer:
+    """A new optimiser of these parameters; each number moves by its own gradients alone."""
     if isinstance(config, AdamW):
         return torch.optim.AdamW(trained.values(), lr=lr, weight_decay=config.weight_decay)
     return torch.optim.SGD(trained.values(), lr=lr)
 
 
-def _step(
+def descend(
     optimizer: torch.optim.Optimizer, trained: Mapping[str, nn.Parameter], gradient: Mapping[str, Tensor]
 ) -> None:
+    """One step of the optimiser along `gradient`; no gradient is kept."""
     for name, parameter in trained.items():
         parameter.grad = gradient[name].to(parameter.dtype)
     optimizer.step()

@@ -106,7 +106,7 @@ class UnprintableError(Exception):
     [RuntimeError(TEXT), KeyError(TEXT), UnicodeError(TEXT), MemoryError(TEXT), UnprintableError(TEXT)],
     ids=repr,
 )
-@pytest.mark.parametrize("where", ["_local_steps", "would_exceed", "losses", "_step"])
+@pytest.mark.parametrize("where", ["_local_steps", "would_exceed", "losses", "descend"])
 def test_an_exception_whose_text_is_a_record_leaves_as_a_code(
     tmp_path, tiny_encoder, topic_files, all_logs, monkeypatch, error, where
 ):

@@ -66,7 +66,7 @@ def test_a_node_told_of_one_clients_part_has_its_records_terms_and_randomness(fe
         sampling, mechanism = own_terms(node)
         terms = clients.terms[len(held)]
         assert (sampling, mechanism) == (terms.sampling, terms.mechanism)
-        deployed, client_of_host = DeployedNode(node)._node, host._node(client, held)
+        deployed, client_of_host = DeployedNode(node)._node, host._node(client)
         assert deployed.noise.kind == OS_ENTROPY and deployed.alone
         theirs = simulated(deployed, node.seed)
         for name in ("client", "declared_records", "alone", "evaluation_noise", "optimizer", "budget"):

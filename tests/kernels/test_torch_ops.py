@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from fedlora.errors import ShapeError
-from fedlora.kernels.torch_ops import per_example_bias_gradient, per_example_gradient
+from fedlora.kernels.torch_ops import per_example_bias_gradient, per_example_gradient, product_with_own
 
 tokens = st.lists(st.integers(1, 4), max_size=2)
 
@@ -48,3 +48,22 @@ def test_the_wider_type_wins():
 def test_shapes_that_do_not_match_are_refused(dy, h):
     with pytest.raises(ShapeError):
         per_example_gradient(torch.zeros(dy), torch.zeros(h))
+
+
+@given(n=st.integers(0, 4), tokens=tokens, m=st.integers(1, 5), r=st.integers(1, 5), biased=st.booleans())
+def test_each_example_meets_its_own_weight(n, tokens, m, r, biased):
+    draw = torch.Generator().manual_seed(0)
+    h = torch.randn(n, *tokens, r, generator=draw, dtype=torch.float64)
+    weight = torch.randn(n, m, r, generator=draw, dtype=torch.float64)
+    bias = torch.randn(n, m, generator=draw, dtype=torch.float64) if biased else None
+    y = product_with_own(h, weight, bias)
+    assert y.shape == (n, *tokens, m)
+    for i in range(n):
+        wanted = torch.nn.functional.linear(h[i], weight[i], None if bias is None else bias[i])
+        assert_close(y[i], wanted, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 4), (3, 3, 5), (3, 4)])
+def test_weights_of_other_examples_or_ranks_are_refused(shape):
+    with pytest.raises(ShapeError, match="share n and r"):
+        product_with_own(torch.ones(3, 7, 4), torch.ones(*shape))

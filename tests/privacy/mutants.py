@@ -9,7 +9,17 @@ from types import ModuleType, SimpleNamespace
 import fedlora.privacy
 
 # In order of import: a later module sees the mutant of an earlier one.
-STEP = ("noise", "sampling", "clipping", "engine", "direct_engine", "opacus_engine", "gaussian", "step")
+STEP = (
+    "noise",
+    "sampling",
+    "clipping",
+    "engine",
+    "stacked",
+    "direct_engine",
+    "opacus_engine",
+    "gaussian",
+    "step",
+)
 ACCOUNTS = ("accountants", "calibration")
 
 

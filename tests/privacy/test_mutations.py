@@ -7,7 +7,8 @@ from .mutants import Mutation, room
 
 CLIP = "torch.clamp(max_grad_norm / squared_norms.sqrt(), max=1.0)"
 FACTORS = "    factors = clip_factors(joint_squared_norms(gradients), max_grad_norm)\n"
-SUM = "    sums = engine.clipped_sum(model, trained, losses, max_grad_norm)\n"
+SUM = "    sums = engine.clipped_sum(model, trained, losses, release.bound)\n"
+REPLACED = "__import__('dataclasses').replace"
 NEIGHBOURS = "neighbours_differ_by_at_most_the_bound"
 SIZES = "gradients_of_any_size_end_within_the_bound"
 NON_FINITE = "a_non_finite_record_is_as_good_as_absent"
@@ -130,23 +131,26 @@ GAUSSIAN = (
 )  # fmt: skip
 
 STEP = (
-    Mutation("the bound of the noise is not the clip's", "step", "bound=mechanism.max_grad_norm",
-             "bound=0.9 * mechanism.max_grad_norm", EMPTY),
+    Mutation("the bound of the noise is not the clip's", "step", "bound=release.mechanism.max_grad_norm",
+             "bound=0.9 * release.mechanism.max_grad_norm", EMPTY),
     Mutation("the noise is not the mechanism's", "step",
-             "noise_multiplier=mechanism.noise_multiplier,\n            noise=",
-             "noise_multiplier=0.9 * mechanism.noise_multiplier,\n            noise=", EMPTY),
-    Mutation("the clip is not the mechanism's", "step", "else mechanism.max_grad_norm\n",
-             "else 2 * mechanism.max_grad_norm\n", NEIGHBOURS),
+             "noise_multiplier=release.mechanism.noise_multiplier",
+             "noise_multiplier=0.9 * release.mechanism.noise_multiplier", EMPTY),
+    Mutation("the clip is not the mechanism's", "step", "else self.mechanism.max_grad_norm\n",
+             "else 2 * self.mechanism.max_grad_norm\n", NEIGHBOURS),
     Mutation("empty draw skipped", "step", SUM,
              "    losses = list(losses)\n    if not losses:\n"
              "        return {k: torch.zeros_like(p) for k, p in trained.items()}\n" + SUM, EMPTY),
     Mutation("noise only on an empty draw", "step", SUM,
-             "    losses = list(losses)\n" + SUM + "    mechanism = None if losses else mechanism\n", FULL),
+             "    losses = list(losses)\n" + SUM
+             + f"    if losses:\n        release = {REPLACED}(release, mechanism=None)\n", FULL),
     Mutation("realised batch size as divisor", "step", SUM,
-             "    losses = list(losses)\n    expected_batch = max(1, sum(len(f()) for f in losses))\n" + SUM,
+             "    losses = list(losses)\n"
+             f"    drawn = max(1, sum(len(f()) for f in losses))\n"
+             f"    release = {REPLACED}(release, expected_batch=drawn)\n" + SUM,
              DIVISOR),
-    Mutation("noise added after the division", "step", "(total / expected_batch)", "total", EMPTY),
-    Mutation("the same noise each step", "step", "purpose=purpose", 'purpose=("noise",)', INDEPENDENT),
+    Mutation("noise added after the division", "step", "(total / release.expected_batch)", "total", EMPTY),
+    Mutation("the same noise each step", "step", "purpose=release.purpose", 'purpose=("noise",)', INDEPENDENT),
     Mutation("a tensor the engine forgot", "step", "if set(sums) != set(trained)", "if False",
              "what_the_engine_forgets_is_refused"),
     Mutation("a smaller noise is debited than used", "step",
@@ -177,8 +181,8 @@ ENGINES = (
              "what_is_trainable_but_not_noised_is_refused"),
     Mutation("batch normalisation passes", "engine", "        _refuse_batch_norm(path, module)\n", "",
              COUPLED),
-    Mutation("any kind of linear layer passes", "engine", "type(module) is not nn.Linear",
-             "not isinstance(module, nn.Linear)", COUPLED),
+    Mutation("any kind of linear layer passes", "engine", "type(module) is not layer",
+             "not isinstance(module, layer)", COUPLED),
     Mutation("Opacus: the last microbatch only", "opacus_engine", "sums[name] += part", "sums[name] = part",
              MICRO),
     Mutation("Opacus: no clip", "opacus_engine", "max_grad_norm=bound", 'max_grad_norm=float("inf")',

@@ -18,5 +18,5 @@ def test_records_of_a_narrow_model_run_alone_since_its_kernels_round_by_one_perc
     tiny_config, tmp_path, changes, alone
 ):
     prepared = prepare(tiny_config(**changes), lambda event: None)
-    client, examples = next(iter(prepared.clients.examples.items()))
-    assert Host(prepared.host_setup(tmp_path))._node(client, examples).alone is alone
+    client = prepared.clients.members[0].client
+    assert Host(prepared.host_setup(tmp_path))._node(client).alone is alone
