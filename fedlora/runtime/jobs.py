@@ -39,10 +39,17 @@ def expected_tokens(holdings: Holdings, clients: Sequence[str], batch_size: int)
         KeyError: somebody holds no records here.
     """
     bounds, offsets = holdings.bounds, holdings.examples.offsets
-    places = np.array([bisect_left(holdings.clients, client) for client in clients], dtype=np.int64)
+    places = np.array([_place(holdings.clients, client) for client in clients], dtype=np.int64)
     records = np.maximum(np.diff(bounds)[places], 1)
     tokens = offsets[bounds[places + 1]] - offsets[bounds[places]]
     return tokens / records * np.minimum(batch_size, records)
+
+
+def _place(names: Sequence[str], client: str) -> int:
+    place = bisect_left(names, client)
+    if place == len(names) or names[place] != client:
+        raise KeyError(client)
+    return place
 
 
 def cut(costs: Sequence[float], *, workers: int, most: int, exactly: int = 1) -> list[Job]:
