@@ -133,14 +133,14 @@ def test_a_client_that_three_workers_died_with_is_refused_and_can_be_asked_again
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_run_that_is_told_to_stop_leaves_no_process_and_can_be_resumed(tiny_config, tmp_path, number):
-    long = {"federation__rounds": 30, "privacy": "none"}
+    long = {"federation__rounds": 12, "privacy": "none"}
     config = tiny_config(**long, runtime={"kind": "ray", "workers": 2})
     run_dir = Path(config.output)
     process = begun(config, tmp_path / "stopped.yaml")
     log = run_dir / "rounds.jsonl"
     ends = time.monotonic() + PATIENCE_S
     while not (log.exists() and len(log.read_text().splitlines()) > 1):
-        assert time.monotonic() < ends and process.poll() is None
+        assert time.monotonic() < ends and process.poll() is None, (tmp_path / "stopped.said").read_text()
         time.sleep(0.02)
     started = below(process.pid)
     process.send_signal(number)
