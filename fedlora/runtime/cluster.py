@@ -65,7 +65,13 @@ def _connect(runtime: Runtime, namespace: str) -> None:
 def _here(runtime: Runtime) -> dict[str, Any]:
     cores = worker_count(runtime, os.cpu_count() or 1) * runtime.threads
     quiet = {"include_dashboard": False, "log_to_driver": False, "logging_level": logging.ERROR}
-    return {"num_cpus": cores, **quiet, "runtime_env": {"env_vars": _environment(runtime)}}
+    # Without an address Ray would join any cluster that runs on this machine, and refuse our num_cpus.
+    return {
+        "address": "local",
+        "num_cpus": cores,
+        **quiet,
+        "runtime_env": {"env_vars": _environment(runtime)},
+    }
 
 
 def _there(runtime: Runtime) -> dict[str, Any]:
