@@ -3,6 +3,7 @@
 import logging
 import os
 import signal
+import socket
 import threading
 import uuid
 from collections.abc import Iterator
@@ -17,6 +18,8 @@ from fedlora.config.schema import Runtime
 from fedlora.errors import ConfigError
 from fedlora.runtime.host import worker_count
 
+REACH_S = 10.0
+"""Seconds that a cluster's head may take to be reached; Ray itself tries for minutes."""
 _HANDED_ON = ("HF_HUB_OFFLINE", "HF_HOME", "HF_TOKEN", "TRANSFORMERS_OFFLINE", "TOKENIZERS_PARALLELISM")
 """What a worker needs of this process's environment to find the same base model."""
 
@@ -51,8 +54,11 @@ def connected(runtime: Runtime, run: str) -> Iterator[None]:
 def _connect(runtime: Runtime, namespace: str) -> None:
     address = runtime.address
     try:
+        if address is not None and ":" in address:
+            host, _, port = address.removeprefix("ray://").rpartition(":")
+            socket.create_connection((host.strip("[]"), int(port)), REACH_S).close()
         ray.init(**(_here(runtime) if address is None else _there(runtime)), namespace=namespace)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         where = "on this machine" if address is None else f"at runtime.address {address!r}"
         mend = (
             "set runtime.kind to local"
