@@ -287,9 +287,10 @@ class Runtime(Section):
 
     kind: Literal["local", "ray", "flower"]
     address: str | None = None
-    """An existing Ray cluster; null starts one on this machine."""
+    """An existing Ray cluster: `auto` (the one this machine is part of), HOST:PORT of its head, or ray://HOST:PORT, a
+    Ray client's; null starts one on this machine. Several machines need `output` on a file system they share."""
     workers: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
-    """Worker processes; auto: one a core."""
+    """Worker processes; auto: on each machine one for every `threads` cores."""
     threads: Annotated[int, Field(ge=1)] = 1
     """BLAS threads of a worker. Final states are comparable bit for bit at equal thread counts."""
     cache_prefix: bool = False

@@ -13,6 +13,7 @@ from fedlora.config.load import dump_config, load_config, load_node
 from fedlora.config.node import NodeConfig, NodeFiles
 from fedlora.config.schema import Files, HuggingFace, Model, RunConfig
 from fedlora.disk import fsync
+from fedlora.doctor.cluster import cluster_lines
 from fedlora.doctor.line import Line, fail, failed, looked, ok, warn, within
 from fedlora.doctor.machine import Probe, disk, existing
 from fedlora.errors import ConfigError, LedgerError, ModelError
@@ -39,6 +40,8 @@ def config_lines(path: Path, torch: Probe, overrides: Sequence[str] = ()) -> Ite
         yield from looked("disk", lambda: disk("disk", Path(config.output)))
         yield from looked("model", lambda: _model(config.model))
         yield from looked("data", lambda: _run_data(config))
+        if (address := config.runtime.address) is not None:
+            yield from looked("ray cluster", lambda: cluster_lines(address))
 
 
 def _node(config: NodeConfig, torch: Probe) -> Iterator[Line]:

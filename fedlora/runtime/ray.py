@@ -1,97 +1,174 @@
-"""Simulated clients on a pool of Ray actors: each loads the base model once and plays one client after the other.
+"""Simulated clients on a pool of Ray actors, fed with groups of clients so that none waits for this process.
 
-An actor that dies is replaced and its client asked again; the request is idempotent, so nothing is spent twice.
+An actor that dies is replaced and its clients asked again; the request is idempotent, so nothing is spent twice.
 """
 
 import logging
-import os
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
+from uuid import uuid4
 
 import ray
-from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
+from ray.exceptions import RayError
 
-from fedlora.config.schema import Runtime
-from fedlora.errors import ConfigError, FedLoraError
-from fedlora.federation.events import ClientDone, Listener, outcome
-from fedlora.runtime.host import Host, HostSetup, worker_count
+from fedlora.algebra.flat import Layout
+from fedlora.data.holdings import open_holdings
+from fedlora.errors import IncompleteError
+from fedlora.federation.events import ClientDone, Listener, Stage, outcome
+from fedlora.runtime.cluster import connected, store_bytes, worker_slots
+from fedlora.runtime.crew import Crew, Ended
+from fedlora.runtime.host import HostSetup
+from fedlora.runtime.jobs import MOST, Job, Queue, cut, expected_tokens, singles
+from fedlora.runtime.parcel import Parcel, pack_request, unpack_replies
 from fedlora.values import Refusal, RefusalReason, Reply, TrainRequest
+
+log = logging.getLogger(__name__)
 
 ATTEMPTS = 3
 """Times a client is asked in one round before its absence is recorded."""
+DEPTH = 2
+"""Jobs of one worker: one in work, one that it finds when it is done, without asking here first."""
+POLL_S = 5.0
+"""Seconds between looks at workers that have not begun."""
+PARCEL_BYTES = 16 << 20
+"""Updates of one job, about; this process touches so much of the object store at a time."""
+WINDOW_BYTES = 256 << 20
+"""Updates that wait for their turn, about. Below it the longest job comes first; beyond it nothing is begun."""
+SPREAD = 8
+"""Parcels of each worker that the window has room for at least."""
 
 
 class RayCohort:
-    """A Cohort of `workers` actors, on an existing cluster or one started here for the run.
+    """A Cohort of actors, on an existing cluster or one started here for the run.
 
     On a cluster of several machines the run directory, which holds the ledgers, must be on a file system they share.
     """
 
     def __init__(self, setup: HostSetup, listener: Listener) -> None:
-        runtime = setup.config.runtime
-        self.started_here = not ray.is_initialized()
-        if self.started_here:
-            _connect(runtime)
-        workers = worker_count(runtime, int(ray.cluster_resources().get("CPU", 1)))
-        self.listener = listener
-        self.run = setup.run
-        self.setup = ray.put(setup)
-        self.actor = ray.remote(num_cpus=runtime.threads)(Host)
-        self.idle: list[Any] = [self._worker() for _ in range(workers)]
+        config = setup.config
+        self._listener = listener
+        self._run = setup.run
+        self._batch_size = config.federation.batch_size
+        self._together = setup.together
+        self._holdings = open_holdings(setup.holdings)
+        self._open = ExitStack()
+        with ExitStack() as opening:
+            opening.enter_context(connected(config.runtime, setup.run))
+            token = uuid4().hex
+            (setup.holdings / "token").write_text(token)
+            size = min(worker_slots(config.runtime), max(1, len(self._holdings)))
+            self._window = min(WINDOW_BYTES, store_bytes() // 4)
+            self._crew = Crew(setup, token, size, lambda words: listener(Stage(name=words)))
+            opening.callback(self._crew.close)
+            self._open = opening.pop_all()
 
     def ask(self, clients: Sequence[str], request: TrainRequest) -> Iterator[Reply]:
-        """See Cohort."""
-        asked = ray.put(request)
-        waiting = [(client, 1) for client in reversed(clients)]
-        busy: dict[Any, tuple[Any, str, int]] = {}
-        while waiting or busy:
-            while waiting and self.idle:
-                client, attempt = waiting.pop()
-                worker = self.idle.pop()
-                busy[worker.answer.remote([client], asked)] = (worker, client, attempt)
-            (done,), _ = ray.wait(list(busy), num_returns=1)
-            worker, client, attempt = busy.pop(done)
-            try:
-                (reply,) = ray.get(done)
-                self.idle.append(worker)
-            except (RayActorError, OutOfMemoryError):
-                self.idle.append(self._worker())
-                if attempt < ATTEMPTS:
-                    waiting.append((client, attempt + 1))
-                    continue
-                reply = Refusal(client=client, run=self.run, round=request.round, reason=RefusalReason.FAILED)
-            except RayTaskError as error:
-                raise _cause(error) from None
-            self.listener(ClientDone(round=request.round, client=client, outcome=outcome(reply)))
-            yield reply
+        """See Cohort. The replies come in the order of `clients`; one group of them is held at a time."""
+        asking = _Asking(
+            crew=self._crew,
+            clients=clients,
+            request=request,
+            costs=expected_tokens(self._holdings, clients, self._batch_size).tolist(),
+            together=self._together,
+            window_bytes=self._window,
+        )
+        try:
+            for reply in asking.replies():
+                self._listener(ClientDone(round=request.round, client=reply.client, outcome=outcome(reply)))
+                yield reply
+        except RayError as error:
+            raise IncompleteError(f"Ray failed: {error}") from error
+        finally:
+            self._crew.drop_jobs()
 
     def close(self) -> None:
         """See Cohort."""
-        if self.started_here:
-            ray.shutdown()
-
-    def _worker(self) -> Any:
-        return self.actor.remote(self.setup)
+        self._open.close()
 
 
-def _connect(runtime: Runtime) -> None:
-    address, cores = runtime.address, worker_count(runtime, os.cpu_count() or 1) * runtime.threads
-    quiet = {"include_dashboard": False, "log_to_driver": False, "logging_level": logging.ERROR}
-    environment = {"OMP_NUM_THREADS": str(runtime.threads), "RAY_USAGE_STATS_ENABLED": "0"}
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    try:
-        if address is None:
-            ray.init(num_cpus=cores, **quiet, runtime_env={"env_vars": environment})
+class _Asking:
+    """One request on its way through a cohort."""
+
+    def __init__(
+        self,
+        *,
+        crew: Crew,
+        clients: Sequence[str],
+        request: TrainRequest,
+        costs: Sequence[float],
+        together: int,
+        window_bytes: int,
+    ) -> None:
+        self._crew = crew
+        self._clients = clients
+        self._request = request
+        self._together = together
+        self._layout = Layout.of(request.adapters)
+        packed = pack_request(request)
+        update_bytes = max(1, self._layout.numbers * packed[1].itemsize)
+        workers = max(1, len(crew.workers))
+        most = max(1, min(MOST, min(PARCEL_BYTES, window_bytes // (SPREAD * workers)) // update_bytes))
+        jobs = cut(costs, workers=workers, most=most, exactly=together)
+        self._queue = Queue(jobs)
+        self._reach = max(window_bytes // update_bytes, DEPTH * workers * max(most, together))
+        self._name = uuid4().hex
+        self._parcel: Any = ray.put(packed)
+        self._finished: dict[int, tuple[Job, Parcel | None]] = {}
+
+    def replies(self) -> Iterator[Reply]:
+        """Everybody's, in the order of the clients."""
+        due = 0
+        while due < len(self._clients):
+            self._hand_out(due)
+            for ended in self._crew.wait(0 if due in self._finished else POLL_S):
+                self._note(ended)
+            if due in self._finished:
+                self._hand_out(due)
+                job, parcel = self._finished.pop(due)
+                due = job.stop
+                yield from self._unpacked(job, parcel)
+                parcel = None  # its memory goes back to the store
+
+    def _unpacked(self, job: Job, parcel: Parcel | None) -> Iterator[Reply]:
+        if parcel is not None:
+            yield from unpack_replies(parcel, self._layout)
+            return
+        for client in self._clients[job.start : job.stop]:
+            asked = self._request
+            yield Refusal(client=client, run=asked.run, round=asked.round, reason=RefusalReason.FAILED)
+
+    def _hand_out(self, due: int) -> None:
+        """Every worker has work, up to the end of the window; near the end of the round no second job in store."""
+        while True:
+            depth = DEPTH if len(self._queue) > DEPTH * len(self._crew.workers) else 1
+            worker = self._crew.free(depth)
+            job = self._queue.take(due + self._reach) if worker is not None else None
+            if worker is None or job is None:
+                return
+            clients = list(self._clients[job.start : job.stop])
+            self._crew.hand(worker, job, clients, self._name, self._parcel)
+
+    def _note(self, ended: Ended) -> None:
+        for job, parcel in ended.done:
+            self._finished[job.start] = (job, parcel)
+        for job in ended.again:
+            self._queue.put_back(job)
+        if ended.suspect is not None:
+            self._suspect(replace(ended.suspect, deaths=ended.suspect.deaths + 1))
+
+    def _suspect(self, job: Job) -> None:
+        """A worker died with it: once more, client by client; three deaths are refusals.
+
+        Clients that run together are never asked apart, since their results would then differ in the last bits from
+        those of a round in which nobody died: they are asked together again, and refused together.
+        """
+        if job.deaths >= ATTEMPTS:
+            log.error("%d workers died with %s", job.deaths, self._clients[job.start : job.stop])
+            self._finished[job.start] = (job, None)
+        elif self._together > 1:
+            self._queue.put_back(job)
         else:
-            ray.init(address=address, logging_level=logging.ERROR, runtime_env={"env_vars": environment})
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        where = "on this machine" if address is None else f"at runtime.address {address!r}"
-        raise ConfigError(
-            f"no Ray cluster {where}: {error}; start one, or set runtime.kind to local"
-        ) from error
-
-
-def _cause(error: RayTaskError) -> Exception:
-    cause = error.cause
-    return cause if isinstance(cause, FedLoraError) else FedLoraError(f"a Ray worker failed: {cause}")
+            for single in singles(job):
+                self._queue.put_back(single)

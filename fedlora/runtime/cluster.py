@@ -1,0 +1,108 @@
+"""This process's connection to a Ray cluster: one started here for the run, or one that is there already."""
+
+import logging
+import os
+import signal
+import socket
+import threading
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import ray
+
+import fedlora
+from fedlora.config.schema import Runtime
+from fedlora.errors import ConfigError
+from fedlora.runtime.host import worker_count
+
+REACH_S = 10.0
+"""Seconds that a cluster's head may take to be reached; Ray itself tries for minutes."""
+_HANDED_ON = ("HF_HUB_OFFLINE", "HF_HOME", "HF_TOKEN", "TRANSFORMERS_OFFLINE", "TOKENIZERS_PARALLELISM")
+"""What a worker needs of this process's environment to find the same base model."""
+
+
+@contextmanager
+def connected(runtime: Runtime, run: str) -> Iterator[None]:
+    """Ray can be used, in a namespace of this run's own; afterwards it is as it was before.
+
+    SIGTERM within ends the run as Ctrl-C does, so that no process stays behind; Ray's own handler would exit with 15.
+
+    Raises:
+        ConfigError: no cluster can be started, or none answers at runtime.address.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    is_main = threading.current_thread() is threading.main_thread()
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        _connect(runtime, f"{run}-{uuid.uuid4().hex[:8]}")
+        if is_main:
+            signal.signal(signal.SIGTERM, _interrupt)
+        yield
+    finally:
+        ray.shutdown()
+        if is_main:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _connect(runtime: Runtime, namespace: str) -> None:
+    address = runtime.address
+    try:
+        if address is not None and ":" in address:
+            host, _, port = address.removeprefix("ray://").rpartition(":")
+            socket.create_connection((host.strip("[]"), int(port)), REACH_S).close()
+        ray.init(**(_here(runtime) if address is None else _there(runtime)), namespace=namespace)
+    except (OSError, RuntimeError, ValueError) as error:
+        where = "on this machine" if address is None else f"at runtime.address {address!r}"
+        mend = (
+            "set runtime.kind to local"
+            if address is None
+            else "start one (ray start --head) or mend the address"
+        )
+        raise ConfigError(f"no Ray cluster {where}: {error}; {mend}") from error
+
+
+def _here(runtime: Runtime) -> dict[str, Any]:
+    cores = worker_count(runtime, os.cpu_count() or 1) * runtime.threads
+    quiet = {"include_dashboard": False, "log_to_driver": False, "logging_level": logging.ERROR}
+    # Without an address Ray would join any cluster that runs on this machine, and refuse our num_cpus.
+    return {
+        "address": "local",
+        "num_cpus": cores,
+        **quiet,
+        "runtime_env": {"env_vars": _environment(runtime)},
+    }
+
+
+def _there(runtime: Runtime) -> dict[str, Any]:
+    # Every machine runs this fedlora, whichever it has; all else must be installed there.
+    package = str(Path(fedlora.__file__).parent)
+    environment = {"env_vars": _environment(runtime), "py_modules": [package]}
+    quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
+    return {"address": runtime.address, **quiet, "runtime_env": environment}
+
+
+def _environment(runtime: Runtime) -> dict[str, str]:
+    handed_on = {name: os.environ[name] for name in _HANDED_ON if name in os.environ}
+    return {**handed_on, "OMP_NUM_THREADS": str(runtime.threads), "RAY_USAGE_STATS_ENABLED": "0"}
+
+
+def worker_slots(runtime: Runtime) -> int:
+    """Workers that the config asks for: a number, or as many as each node's cores can carry."""
+    nodes = [node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]]
+    return worker_count(runtime, runtime.threads * sum(int(cores // runtime.threads) for cores in nodes))
+
+
+def store_bytes() -> int:
+    """Room in the smallest object store of the cluster."""
+    return int(min(node["Resources"].get("object_store_memory", 0) for node in ray.nodes() if node["Alive"]))
+
+
+def _interrupt(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
