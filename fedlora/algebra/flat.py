@@ -3,6 +3,7 @@
 Sums over clients then cost one pass over one array instead of a call a tensor, and a group of updates is one matrix.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -34,7 +35,7 @@ class Layout:
     @property
     def numbers(self) -> int:
         """Length of the flat vector."""
-        return sum(torch.Size(shape).numel() for _, shape in (*self.sites, *self.head))
+        return sum(math.prod(shape) for _, shape in (*self.sites, *self.head))
 
     def flat(self, delta: Delta) -> Tensor:
         """The delta's numbers (numbers,); its own storage, not a copy, if it came from `delta_of`.
@@ -42,14 +43,22 @@ class Layout:
         Raises:
             ShapeError: other names or shapes.
         """
-        if Layout.of(delta) != self:
+        sites, head = delta.sites, delta.head
+        if len(sites) != len(self.sites) or len(head) != len(self.head):
             raise ShapeError(f"a delta of {_told(Layout.of(delta))} where {_told(self)} is needed")
-        parts = [delta.sites[name] for name, _ in self.sites] + [delta.head[name] for name, _ in self.head]
-        if not parts:
-            return torch.zeros(0)
-        if _lie_in_one_row(parts):
-            return torch.as_strided(parts[0], (self.numbers,), (1,))
-        return torch.cat([part.flatten() for part in parts])
+        try:
+            parts = [sites[name] for name, _ in self.sites] + [head[name] for name, _ in self.head]
+        except KeyError as error:
+            raise ShapeError(f"a delta without {error} where {_told(self)} is needed") from None
+        in_one_row, place = bool(parts), parts[0].data_ptr() if parts else 0
+        for part, (name, shape) in zip(parts, (*self.sites, *self.head), strict=True):
+            if part.shape != shape:
+                raise ShapeError(f"{name!r} is {tuple(part.shape)} where {shape} is needed")
+            in_one_row = in_one_row and part.data_ptr() == place and part.is_contiguous()
+            place += part.nbytes
+        if in_one_row and _holds(parts[0], self.numbers) and len({part.dtype for part in parts}) == 1:
+            return parts[0].as_strided((self.numbers,), (1,))
+        return torch.cat([part.flatten() for part in parts]) if parts else torch.zeros(0)
 
     def delta_of(self, flat: Tensor, basis: int) -> Delta:
         """The delta whose numbers these are, (numbers,); its tensors are views."""
@@ -72,13 +81,6 @@ def _told(layout: Layout) -> str:
     return f"{len(layout.sites)} sites and {len(layout.head)} head tensors, {layout.numbers} numbers"
 
 
-def _lie_in_one_row(parts: list[Tensor]) -> bool:
-    first, place = parts[0], parts[0].storage_offset()
-    for part in parts:
-        same = part.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
-        if not (
-            same and part.dtype == first.dtype and part.is_contiguous() and part.storage_offset() == place
-        ):
-            return False
-        place += part.numel()
-    return True
+def _holds(first: Tensor, numbers: int) -> bool:
+    """Whether one storage goes on for so many numbers from here: only then are neighbours in memory parts of a row."""
+    return (first.storage_offset() + numbers) * first.itemsize <= first.untyped_storage().nbytes()

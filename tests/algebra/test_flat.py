@@ -54,3 +54,28 @@ def test_another_shape_is_refused():
     other = Delta(basis=3, sites={"x": torch.zeros(3, 2)})
     with pytest.raises(ShapeError, match="1 sites"):
         layout.flat(other)
+
+
+def test_neighbours_in_memory_that_are_no_row_are_copied():
+    one = delta()
+    layout = Layout.of(one)
+    views = layout.delta_of(layout.flat(one), 3)
+    turned = Delta(
+        basis=3, sites={**views.sites, "x": views.sites["x"].t().contiguous().t()}, head=views.head
+    )
+    assert not turned.sites["x"].is_contiguous()
+    assert torch.equal(layout.flat(turned), layout.flat(one))
+    bits = layout.delta_of(layout.flat(one).view(torch.int32), 3)
+    mixed = Delta(basis=3, sites={"x": bits.sites["x"], "y": views.sites["y"]}, head=views.head)
+    assert torch.equal(layout.flat(mixed)[:6], bits.sites["x"].flatten().float())
+
+
+def test_missing_and_added_names_are_refused():
+    one = delta()
+    for changed in (
+        Delta(basis=3, sites={"x": one.sites["x"], "z": one.sites["y"]}, head=one.head),
+        Delta(basis=3, sites=one.sites, head={**one.head, "more": torch.zeros(1)}),
+        Delta(basis=3, sites={**one.sites, "x": torch.zeros(2, 3)}, head=one.head),
+    ):
+        with pytest.raises(ShapeError):
+            Layout.of(one).flat(changed)
