@@ -1,5 +1,6 @@
 """`fedlora budget PATH` and `fedlora budget verify PATH`: what ledgers have spent, and the proof that they hold."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeAlias
@@ -8,7 +9,7 @@ import click
 import typer
 from typer.core import TyperGroup
 
-from fedlora.cli.output import Format, FormatOption, pairs, show, table
+from fedlora.cli.output import Format, FormatOption, first_rows, pairs, show, telling
 from fedlora.errors import PrivacyError
 
 PathArgument: TypeAlias = Annotated[
@@ -78,12 +79,14 @@ def budget_text(path: Path, rows: Sequence[Mapping[str, Any]]) -> str:
             "unknown" if row["epsilon"] is None else number(row["left"]),
             number(row["delta"]),
         )
-        for row in rows
+        for row in telling(rows, _dearest_first)
     ]
     heads = ("client", "participations", "epsilon spent", "target", "left", "delta")
     entries = sum(row["participations"] for row in rows if row["verified"])
     lost = [row for row in rows if row["epsilon"] is None]
-    reported = sum(row["participations"] for row in rows if not row["verified"] and row not in lost)
+    reported = sum(
+        row["participations"] for row in rows if not row["verified"] and row["epsilon"] is not None
+    )
     notes = [f"chain verified: {entries} participations"] if any(row["verified"] for row in rows) else []
     notes += (
         [f"{reported} as the nodes report them: each node's own ledger is the authority"] if reported else []
@@ -95,7 +98,13 @@ def budget_text(path: Path, rows: Sequence[Mapping[str, Any]]) -> str:
     source = rows[0]["noise_source"]
     if source is not None and reservation({"noise_source": source}) == SIMULATION:
         notes.append(SIMULATION)
-    return "\n".join([table(heads, lines), *[f"  {note}" for note in notes]])
+    return "\n".join([first_rows(heads, lines), *[f"  {note}" for note in notes]])
+
+
+def _dearest_first(row: Mapping[str, Any]) -> tuple[float, int, str]:
+    """What nobody knows may be the most; of equals, who took part more often."""
+    spent = math.inf if row["epsilon"] is None else row["epsilon"]
+    return -spent, -row.get("participations", row.get("debits", 0)), row["client"]
 
 
 def known(words: Callable[[float], str], value: float | None) -> str:
@@ -122,7 +131,7 @@ def verified_text(path: Path, rows: Sequence[Mapping[str, Any]]) -> str:
             *[epsilon(row[name]) for name in names],
             row["noise_source"],
         )
-        for row in rows
+        for row in telling(rows, _dearest_first)
     ]
     entries, agree = sum(row["entries"] for row in rows), all(row["accountants_agree"] for row in rows)
     notes = [
@@ -130,7 +139,7 @@ def verified_text(path: Path, rows: Sequence[Mapping[str, Any]]) -> str:
         f"delta {number(rows[0]['delta'])}, reported by {rows[0]['accountant']}; {_agreement(agree)}",
         *sorted({f"noise: {noise_label(row['noise_source'])}" for row in rows}),
     ]
-    return "\n".join([table(heads, lines), *[f"  {note}" for note in notes]])
+    return "\n".join([first_rows(heads, lines), *[f"  {note}" for note in notes]])
 
 
 def _facts(row: Mapping[str, Any]) -> list[tuple[str, str]]:

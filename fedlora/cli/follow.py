@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import typer
 
-from fedlora.cli.output import Format, RunDirArgument, only_ours, pairs, show, table
+from fedlora.cli.output import Format, RunDirArgument, first_rows, only_ours, pairs, show
 from fedlora.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -29,9 +29,6 @@ RootsOption: TypeAlias = Annotated[
     Path | None,
     typer.Option("--root-certificates", metavar="FILE", help="With --server: PEM of whom to trust (ca.crt)."),
 ]
-
-
-MOST_CLIENTS = 20
 
 
 def add_to(app: typer.Typer) -> None:
@@ -180,12 +177,10 @@ def _clients(found: Mapping[str, Any]) -> str:
             str(done[client]),
             *([] if spent is None else [budget.known(epsilon, spent.get(client, 0.0))]),
         )
-        for client in ordered[:MOST_CLIENTS]
+        for client in ordered
     ]
     heads = ("client", "rounds answered", *([] if spent is None else ["epsilon"]))
-    more = len(ordered) - MOST_CLIENTS
-    note = f"\n  and {more} more: --format json has them all" if more > 0 else ""
-    return table(heads, lines) + note
+    return first_rows(heads, lines)
 
 
 def _print_rounds(address: "MonitorAddress") -> None:

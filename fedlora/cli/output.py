@@ -3,10 +3,10 @@
 import contextlib
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, TypeAlias
+from typing import Annotated, Any, TypeAlias, TypeVar
 
 import typer
 
@@ -60,6 +60,25 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         )
         for line in lines
     )
+
+
+MOST_ROWS = 20
+"""Of a table with a row for each client; a run may have 100,000."""
+
+
+Row = TypeVar("Row")
+
+
+def telling(rows: Sequence[Row], first: Callable[[Row], Any]) -> Sequence[Row]:
+    """The rows as they are, or, where `first_rows` would cut some off, sorted by what is to come first."""
+    return rows if len(rows) <= MOST_ROWS else sorted(rows, key=first)
+
+
+def first_rows(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """The table of the first rows, and how many more there are."""
+    more = len(rows) - MOST_ROWS
+    note = f"\n  and {more:,} more: --format json has them all" if more > 0 else ""
+    return table(heads, rows[:MOST_ROWS]) + note
 
 
 def summary_text(summary: Mapping[str, Any], run_dir: Path) -> str:

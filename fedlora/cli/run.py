@@ -16,11 +16,12 @@ from fedlora.cli.output import (
     FormatOption,
     RunDirArgument,
     SetOption,
+    first_rows,
     only_ours,
     pairs,
     show,
     summary_text,
-    table,
+    telling,
 )
 from fedlora.errors import ConfigError, IncompleteError
 
@@ -186,7 +187,7 @@ def preview_text(found: "Preview") -> str:
 
     rows = [
         (c.client, f"{c.records:,}", number(c.sample_rate), number(c.noise_multiplier), epsilon(c.epsilon))
-        for c in found.clients
+        for c in telling(found.clients, lambda c: (c.records, c.client))  # few records, a high rate
     ]
     facts = [
         ("trained", f"{found.trained_parameters:,} numbers"),
@@ -199,4 +200,6 @@ def preview_text(found: "Preview") -> str:
         ("time", f"about {duration(found.training_seconds)} at this machine's present load"),
     ]
     heads = ("client", "records", "sample rate", "noise multiplier", "epsilon at most")
-    return "\n".join([table(heads, rows), "", pairs(facts), *[f"  note: {note}" for note in found.notes]])
+    return "\n".join(
+        [first_rows(heads, rows), "", pairs(facts), *[f"  note: {note}" for note in found.notes]]
+    )

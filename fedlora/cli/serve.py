@@ -68,10 +68,12 @@ def serve(
     stopped, killed and started again at any moment; a run that is finished is left alone.
     """
     from fedlora.config.load import load_config
+    from fedlora.config.located import located
 
     given = overrides or []
     config = load_config(path, given)
-    run_dir = _checked(config)
+    with located(path, given):
+        run_dir = _checked(config)
     _require_address(superlink)
     secret, tls = _secret(secret_file), _tls(root_certificates)
     _log()
@@ -157,9 +159,11 @@ def _deliver(run_dir: Path, config: "RunConfig") -> None:
 
 
 def _checked(config: "RunConfig") -> Path:
-    """The run's directory, which holds no other run."""
+    """The run's directory, which holds no other run; the config is one that can be served."""
+    from fedlora.config.combinations import require_servable
     from fedlora.config.load import load_config, require_same
 
+    require_servable(config)
     run_dir = Path(config.output)
     held = run_dir / "config.yaml"
     if held.exists():

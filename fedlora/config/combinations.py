@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from fedlora.errors import ConfigError
+
 if TYPE_CHECKING:
     from fedlora.config.schema import RunConfig
 
@@ -10,6 +12,19 @@ if TYPE_CHECKING:
 def conflicts(config: "RunConfig") -> list[str]:
     """Every impossible combination, as `key: what is wrong; what to write instead`."""
     return [*_labels(config), *_cohort(config), *_method(config), *_runtime(config), *_world(config)]
+
+
+def require_servable(config: "RunConfig") -> None:
+    """Passes only a run that real clients can take part in.
+
+    Raises:
+        ConfigError: the config describes a world of simulated ones.
+    """
+    if config.world is not None:
+        raise ConfigError(
+            "world: only simulated clients live in one; a server's nodes are there when they are, and its seconds are "
+            "real: write null, or use fedlora simulate"
+        )
 
 
 def _labels(config: "RunConfig") -> Iterator[str]:

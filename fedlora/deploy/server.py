@@ -16,6 +16,7 @@ from typing import Any
 
 from flwr.serverapp import Grid
 
+from fedlora.config.combinations import require_servable
 from fedlora.config.load import config_digest, dump_config, require_same
 from fedlora.config.node import CLIENT_NAME
 from fedlora.config.schema import RunConfig
@@ -61,9 +62,11 @@ def serve(grid: Grid, config: RunConfig) -> Path:
             nodes to wait for, `privacy` the report's delta and accountant; the rest is as in a simulation.
 
     Raises:
-        ConfigError: the directory holds another run or a simulation, or the config names no number of nodes.
+        ConfigError: the directory holds another run or a simulation, or the config names no number of nodes, or
+            describes a world.
         IncompleteError: too few nodes answered; submit the run again.
     """
+    require_servable(config)
     run_dir = Path(config.output)
     if (run_dir / "config.yaml").exists():
         if load_roster(run_dir) is None:

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from fedlora.config.schema import Files, HuggingFace, RunConfig
-from fedlora.export.report_clients import CLIENT_HEADS, client_rows
+from fedlora.export.report_clients import CLIENT_HEADS, MOST_ROWS, client_rows, dearest
 from fedlora.export.statement import METHODS, Statement, privacy_statement
 from fedlora.export.words import number, score
 
@@ -116,8 +116,10 @@ def _privacy(statement: Statement, summary: Mapping[str, Any]) -> str:
     if not summary["private"]:
         return text
     outside = "\n".join(f"- {line}" for line in statement.not_protected)
-    rows = client_rows(summary, sorted(summary["epsilon_by_client"]))
+    rows = client_rows(summary, sorted(dearest(summary, MOST_ROWS)))
     clients = _table([(_code(client), *figures) for client, *figures in rows], CLIENT_HEADS)
+    more = len(summary["epsilon_by_client"]) - len(rows)
+    clients += f"\n\nThese spent most; each of {more:,} more spent no more than any of them." if more else ""
     return f"{text}\n### epsilon by client\n\n{clients}\n\n### Not protected\n\n{outside}\n"
 
 

@@ -1,5 +1,7 @@
 """The parts of the report that tell one client from another: epsilon, participation, what they told."""
 
+import heapq
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,6 +11,8 @@ from fedlora.export.words import epsilon
 
 _SHOWN_CLIENTS = 60
 """Rows of a chart; more could not be read. The figures of all clients are in summary.json."""
+MOST_ROWS = 20
+"""Of a table in a text that people read."""
 _SHOWN_ROUNDS = 120
 """Columns of the participation chart, the latest ones."""
 
@@ -17,12 +21,14 @@ def epsilon_by_client(summary: Mapping[str, Any], target: float | None) -> str:
     """A bar and a table row for each client; nothing where privacy is off."""
     if not summary["private"] or not summary["epsilon_by_client"]:
         return ""
-    spent = sorted(summary["epsilon_by_client"].items())
-    most = sorted(sorted(spent, key=lambda item: -item[1])[:_SHOWN_CLIENTS])
+    spent = summary["epsilon_by_client"]
+    most = sorted((name, spent[name]) for name in dearest(summary, _SHOWN_CLIENTS))
     title = f"epsilon of {len(most)} clients; the largest is {epsilon(summary['epsilon_max'])}"
     chart = bar_chart(most, limit=target, title=title, show=epsilon)
     note = (
-        f"The {len(most)} largest of {len(spent)}; all are in summary.json." if len(most) < len(spent) else ""
+        f"The {len(most)} largest of {len(spent):,}; all are in summary.json."
+        if len(most) < len(spent)
+        else ""
     )
     rows = client_rows(summary, [name for name, _ in most])
     text = (
@@ -31,6 +37,12 @@ def epsilon_by_client(summary: Mapping[str, Any], target: float | None) -> str:
     )
     figure = f"<figure>\n{chart}\n</figure>"
     return f"<h2>epsilon by client</h2>\n<p>{text} {note}</p>\n{figure}\n{table(CLIENT_HEADS, rows)}"
+
+
+def dearest(summary: Mapping[str, Any], most: int) -> list[str]:
+    """The clients that spent most, at most so many; of equals those that answered more rounds, then by name."""
+    spent, done = summary["epsilon_by_client"], summary["participations"]
+    return heapq.nsmallest(most, spent, key=lambda client: (-spent[client], -done.get(client, 0), client))
 
 
 CLIENT_HEADS = ("Client", "Rounds answered", "Participations paid", "epsilon", "Replace-one epsilon")
@@ -84,10 +96,16 @@ def participation_by_client(summary: Mapping[str, Any], rounds: Sequence[Mapping
     # Line 0 is the zero-step model: nobody was asked.
     shown = [line for line in rounds if line["round"] > 0][-_SHOWN_ROUNDS:]
     states = participation(shown)
-    names = sorted(set(summary["epsilon_by_client"] or ()) | {name for name, _ in states})[:_SHOWN_CLIENTS]
+    asked = Counter(name for name, _ in states)
+    everybody = set(summary["epsilon_by_client"] or ()) | asked.keys()
+    names = sorted(heapq.nsmallest(_SHOWN_CLIENTS, everybody, key=lambda name: (-asked[name], name)))
     if not shown or not names:
         return ""
     title = f"Answers of {len(names)} clients in {len(shown)} rounds"
+    more = len(everybody) - len(names)
+    note = (
+        f"<p>The {len(names)} that were asked most, and {more:,} more in rounds.jsonl.</p>\n" if more else ""
+    )
     chart = matrix_chart(names, [int(line["round"]) for line in shown], states, title=title)
     labels = {
         "answered": "answered",
@@ -103,7 +121,9 @@ def participation_by_client(summary: Mapping[str, Any], rounds: Sequence[Mapping
         for line in shown
     ]
     as_table = folded("As a table", table(("Round", "Answered", "Refused", "Rejected"), rows))
-    return f'<h2>Participation</h2>\n<figure>\n{chart}\n</figure>\n<p class="keys">{keys}</p>\n{as_table}'
+    return (
+        f'<h2>Participation</h2>\n{note}<figure>\n{chart}\n</figure>\n<p class="keys">{keys}</p>\n{as_table}'
+    )
 
 
 def participation(rounds: Sequence[Mapping[str, Any]]) -> dict[tuple[str, int], str]:

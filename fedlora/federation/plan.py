@@ -65,7 +65,8 @@ def require_plannable(members: Sequence[Member], federation: schema.Federation) 
     strangers = sorted(set(named) - set(clients)) if isinstance(named, dict) else []
     if strangers:
         raise ConfigError(
-            f"federation.cohort.probability names {strangers}, who are no members; members are {clients}"
+            f"federation.cohort.probability names {strangers[:8]}, who are no members; of {len(clients)} members the "
+            f"first are {clients[:8]}"
         )
 
 

@@ -6,8 +6,8 @@ from typing import Any
 from fedlora.monitor.proto.monitor_pb2 import Round, RunStatus, Spent
 
 SERVICE = "fedlora.monitor.v1.Monitor"
-MESSAGE_BYTES = 4 << 20
-"""The status of some 50,000 nodes."""
+MESSAGE_BYTES = 32 << 20
+"""The status of some 500,000 clients."""
 GREETING = (("fedlora-monitor", "v1"),)
 """Metadata at the head of a stream: a follower knows that it was heard, though no round is done yet."""
 REQUEST_BYTES = 1024

@@ -65,7 +65,7 @@ class View:
             LedgerError: a ledger is.
         """
         held: _Held | None = self._held
-        if held is not None and (self._signature() == held.signature or self._rests(held)):
+        if held is not None and (self._rests(held) or self._signature() == held.signature):
             return held.result()
         if not self._computing.acquire(blocking=held is None):
             assert held is not None

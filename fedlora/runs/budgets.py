@@ -62,7 +62,7 @@ def _of_run(run_dir: Path) -> list[dict[str, Any]]:
     # The nodes of a server's run hold to budgets of their own, which it does not know.
     limit = Budget.of(config.privacy) if load_roster(run_dir) is None else None
     held = accounts(run_dir)
-    lost, noise = unaccounted(run_dir, held), noise_source(run_dir)
+    lost, noise = unaccounted(run_dir, held), noise_source(run_dir, held)
     terms: dict[str, Any] = {
         "delta": config.privacy.target_delta,
         "accountant": config.privacy.accountant,

@@ -24,11 +24,13 @@ class Account:
     debits: the events of each, oldest first; an attempt that left no reply is one too.
     rounds: how many rounds they were for, at most as many.
     by_ledger: whether a verified ledger says so; else it is the node's word.
+    noise: the kind of noise that the ledger names; None without one.
     """
 
     debits: tuple[tuple[DpEvent, ...], ...] = ()
     rounds: int = 0
     by_ledger: bool = False
+    noise: str | None = None
 
     @property
     def events(self) -> tuple[DpEvent, ...]:
@@ -52,7 +54,7 @@ def account_of(ledger: Contents) -> Account:
     """What a ledger says."""
     rounds = {(debit.run, debit.round) for debit in ledger.debits}
     debits = tuple(debit.events for debit in ledger.debits)
-    return Account(debits=debits, rounds=len(rounds), by_ledger=True)
+    return Account(debits=debits, rounds=len(rounds), by_ledger=True, noise=ledger.header.noise)
 
 
 def run_ledgers(run_dir: Path) -> dict[Path, Contents]:
@@ -70,14 +72,16 @@ def unaccounted(run_dir: Path, known: Mapping[str, Account]) -> dict[str, int]:
     }
 
 
-def require_debits(config: RunConfig, run_dir: Path) -> None:
-    """Passes only a run in which every update that counted was paid for: in a ledger, or as its node said.
+def require_debits(config: RunConfig, run_dir: Path) -> dict[str, Account]:
+    """The accounts of a run in which every update that counted was paid for: in a ledger, or as its node said.
+
+    Empty where privacy is off.
 
     Raises:
         LedgerError: a ledger, or the journal of what nodes said, is gone or shorter than the rounds answered.
     """
     if config.privacy == "none":
-        return
+        return {}
     held = accounts(run_dir)
     source = run_dir / ("ledgers" if load_roster(run_dir) is None else SPENT)
     for client, answered in unaccounted(run_dir, held).items():
@@ -85,15 +89,16 @@ def require_debits(config: RunConfig, run_dir: Path) -> None:
             f"{source}: {client} answered {answered} rounds, but debits are there of "
             f"{held.get(client, Account()).rounds}; restore it, since what was spent is no longer known"
         )
+    return held
 
 
-def noise_source(run_dir: Path) -> str:
-    """The kind of noise that the ledgers of a simulation name; what a server knows of it."""
+def noise_source(run_dir: Path, held: Mapping[str, Account]) -> str:
+    """The kind of noise that the ledgers of a simulation name, by its accounts; what a server knows of it."""
     if load_roster(run_dir) is not None:
         return BY_THE_NODES
-    kinds = {ledger.header.noise for ledger in run_ledgers(run_dir).values()}
+    kinds = {account.noise for account in held.values()} - {None}
     # No ledger yet, or several kinds: then the weakest, since seeded noise is all that a simulation draws.
-    return kinds.pop() if len(kinds) == 1 else SEEDED
+    return (kinds.pop() if len(kinds) == 1 else None) or SEEDED
 
 
 def reported(journal: Path, members: Sequence[Member]) -> dict[str, Account]:

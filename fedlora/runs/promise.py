@@ -1,7 +1,8 @@
 """What a run may claim about privacy, worked out from what was spent: the part of summary.json that ledgers decide."""
 
 import logging
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,9 @@ from typing import Any
 from fedlora.config.schema import Privacy
 from fedlora.errors import PrivacyError
 from fedlora.privacy.accountants import agreed_epsilon, epsilon
+from fedlora.privacy.ledger import read_ledger
 from fedlora.privacy.ledger_format import ADJACENCY, UNIT
-from fedlora.runs.evidence import Account, accounts, noise_source
+from fedlora.runs.evidence import Account, account_of, accounts, noise_source
 from fedlora.values import DpEvent
 
 log = logging.getLogger(__name__)
@@ -29,7 +31,12 @@ KEYS = (
 
 
 def promise(
-    privacy: Privacy | str, run_dir: Path, clients: Sequence[str], *, finished: bool
+    privacy: Privacy | str,
+    run_dir: Path,
+    clients: Sequence[str],
+    *,
+    finished: bool,
+    known: Mapping[str, Account] | None = None,
 ) -> dict[str, Any]:
     """The keys of summary.json about privacy: figures from ledgers or reports, only delta and tuning from `privacy`.
 
@@ -39,6 +46,7 @@ def promise(
         clients: all who take part; without a ledger, a client has spent nothing.
         finished: adds what takes long: the second accountant, replace-one epsilon, the cost of tuning. They are
             None without.
+        known: the run's accounts, where they were read just now.
 
     Raises:
         LedgerError: a ledger is damaged.
@@ -46,8 +54,9 @@ def promise(
     """
     if not isinstance(privacy, Privacy):
         return {**dict.fromkeys(KEYS), "private": False}
-    held = {**dict.fromkeys(sorted(clients), Account()), **accounts(run_dir)}
-    source = noise_source(run_dir)
+    known = accounts(run_dir) if known is None else known
+    held = {**dict.fromkeys(sorted(clients), Account()), **known}
+    source = noise_source(run_dir, known)
     events = {client: account.events for client, account in held.items()}
     agree = _agree(held, privacy) if finished else None
     replace_one = _replace_one(events, privacy) if finished else None
@@ -84,6 +93,48 @@ def privacy_summary(privacy: Privacy | str, events: Mapping[str, tuple[DpEvent, 
         "delta": privacy.target_delta,
         "accountant": privacy.accountant,
     }
+
+
+class Spending:
+    """The largest epsilon by a simulation's ledgers; asked again, only those that were written since are read again.
+
+    For figures along the way. What is claimed at the end comes from every ledger, read and verified anew.
+    """
+
+    def __init__(self, privacy: Privacy | str, run_dir: Path) -> None:
+        """Nothing is read yet."""
+        self._privacy = privacy
+        self._ledgers = run_dir / "ledgers"
+        self._known: dict[str, tuple[tuple[int, int, int], float]] = {}
+
+    def epsilon_max(self) -> float | None:
+        """Of the client that spent most by now; None where privacy is off.
+
+        Raises:
+            LedgerError: a ledger that was written since is damaged.
+        """
+        if not isinstance(self._privacy, Privacy):
+            return None
+        found: dict[str, tuple[tuple[int, int, int], float]] = {}
+        for name, sign in _signs(self._ledgers):
+            known = self._known.get(name)
+            if known is None or known[0] != sign:
+                events = account_of(read_ledger(self._ledgers / name)).events
+                known = sign, epsilon(events, self._privacy.target_delta, self._privacy.accountant)
+            found[name] = known
+        self._known = found
+        return max((spent for _, spent in found.values()), default=0.0)
+
+
+def _signs(ledgers: Path) -> Iterator[tuple[str, tuple[int, int, int]]]:
+    """Each ledger's name, and what changes with every line that is appended to it."""
+    if not ledgers.is_dir():
+        return
+    with os.scandir(ledgers) as entries:
+        for entry in entries:
+            if entry.name.endswith(".jsonl"):
+                seen = entry.stat()
+                yield entry.name, (seen.st_ino, seen.st_size, seen.st_mtime_ns)
 
 
 def is_evaluation(event: DpEvent) -> bool:

@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import platform
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from fedlora.federation.store import state_digest
 from fedlora.runs.evidence import accounts, require_debits, unaccounted
 from fedlora.runs.promise import promise
 from fedlora.runs.rundir import finished_summary, going_on, load_roster, run_config, run_rounds
-from fedlora.values import DpEvent, ServerState
+from fedlora.values import ServerState
 
 VERSIONED = ("fedlora", "torch", "transformers", "peft", "opacus", "dp-accounting", "flwr", "ray")
 
@@ -88,11 +89,11 @@ def run_summary(
         LedgerError: the run is finished and an account is short; or a ledger is damaged.
         PrivacyError: the run is finished and two accountants disagree about a ledger.
     """
-    if state is not None:
-        require_debits(config, run_dir)
+    known = None if state is None else require_debits(config, run_dir)
     lines = run_rounds(run_dir)
     scored = [line for line in lines if line.get("score") is not None]
-    participations = {client: sum(client in line["answered"] for line in lines) for client in sorted(clients)}
+    answered = Counter(client for line in lines for client in line["answered"])
+    participations = {client: answered[client] for client in sorted(clients)}
     seconds = sum(line["seconds"] for line in lines)
     return {
         "rounds_completed": lines[-1]["round"],
@@ -101,7 +102,7 @@ def run_summary(
         "metric": scored[-1]["metric"] if scored else None,
         "score": scored[-1]["score"] if scored else None,
         "score_before": scored[0]["score"] if scored else None,
-        **promise(config.privacy, run_dir, clients, finished=state is not None),
+        **promise(config.privacy, run_dir, clients, finished=state is not None, known=known),
         "method": config.method.name,
         "beta": config.method.stale.beta,
         "seconds": round(seconds, 1),
@@ -117,11 +118,6 @@ def run_summary(
 def write_summary(run_dir: Path, summary: Mapping[str, Any]) -> None:
     """summary.json is whole and durable: the run is finished."""
     write_durably(run_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
-
-
-def ledger_events(run_dir: Path) -> dict[str, tuple[DpEvent, ...]]:
-    """Simulated client -> everything its ledger says it spent."""
-    return {client: account.events for client, account in accounts(run_dir).items()}
 
 
 def known_clients(run_dir: Path, config: RunConfig) -> list[str]:

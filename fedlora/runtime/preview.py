@@ -2,7 +2,7 @@
 
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -16,7 +16,6 @@ from fedlora.runtime.summarise import frame_sizes
 from fedlora.runtime.world.forecast import forecast, note, world_of
 from fedlora.training.client import participation
 from fedlora.training.tasks import evaluate
-from fedlora.values import Member
 
 PROBE_EXAMPLES = 64
 BACKWARD_COST = 2.5
@@ -56,9 +55,10 @@ def preview(config: RunConfig, listener: Listener) -> Preview:
     down, up = frame_sizes(prepared, prepared.first_state())
     parameters = list(prepared.model.peft_model.parameters())
     model_bytes = sum(p.numel() * p.element_size() for p in parameters)
+    by_size = {size: _client(prepared, size) for size in sorted(prepared.clients.terms)}
     processes = 1 if config.runtime.kind == "local" else 1 + worker_count(config.runtime, os.cpu_count() or 1)
     return Preview(
-        clients=tuple(_client(prepared, member) for member in prepared.clients.members),
+        clients=tuple(replace(by_size[m.examples], client=m.client) for m in prepared.clients.members),
         trained_parameters=sum(p.numel() for p in prepared.model.trained.values()),
         steps_per_participation=config.federation.local_steps,
         bytes_up=up,
@@ -69,8 +69,9 @@ def preview(config: RunConfig, listener: Listener) -> Preview:
     )
 
 
-def _client(prepared: Prepared, member: Member) -> ClientPreview:
-    terms = prepared.clients.terms[member.examples]
+def _client(prepared: Prepared, records: int) -> ClientPreview:
+    """The terms of every client with so many records, under no name."""
+    terms = prepared.clients.terms[records]
     privacy, mechanism = prepared.config.privacy, terms.mechanism
     worst = None
     if privacy != "none" and mechanism is not None:
@@ -78,8 +79,8 @@ def _client(prepared: Prepared, member: Member) -> ClientPreview:
         once = participation(mechanism, terms.sampling, privacy.evaluation_noise, steps)
         worst = epsilon(once * privacy.max_participations, privacy.target_delta, privacy.accountant)
     return ClientPreview(
-        client=member.client,
-        records=member.examples,
+        client="",
+        records=records,
         sample_rate=terms.sampling.rate,
         noise_multiplier=mechanism and mechanism.noise_multiplier,
         epsilon=worst,

@@ -20,9 +20,9 @@ from fedlora.federation.store import Store
 from fedlora.privacy.noise import SEEDED
 from fedlora.runs.evidence import require_debits
 from fedlora.runs.forgetting import remaining
-from fedlora.runs.promise import privacy_summary
+from fedlora.runs.promise import Spending
 from fedlora.runs.rundir import finished_summary, locked, run_config
-from fedlora.runs.summary import ledger_events, write_summary
+from fedlora.runs.summary import write_summary
 from fedlora.runtime.host import STATES, HostSetup
 from fedlora.runtime.prepare import Prepared, prepare
 from fedlora.runtime.summarise import summarise
@@ -145,13 +145,14 @@ def _run_rounds(
 
 def _scorer(prepared: Prepared, run_dir: Path) -> Score:
     """Scores adapters on the public test data, and says what the ledgers have spent by then."""
+    spending = Spending(prepared.config.privacy, run_dir)
 
     def score(adapters: Adapters) -> dict[str, Any]:
         prepared.model.load(adapters)
         torch.set_num_threads(os.cpu_count() or 1)  # workers are idle while the server scores
         found = evaluate(prepared.model, prepared.clients.test)
         torch.set_num_threads(prepared.config.runtime.threads)
-        spent = privacy_summary(prepared.config.privacy, ledger_events(run_dir))["epsilon_max"]
+        spent = spending.epsilon_max()
         return {"metric": found.metric, "score": found.value, "loss": found.loss, "epsilon_max": spent}
 
     return score

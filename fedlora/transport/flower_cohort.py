@@ -33,6 +33,8 @@ a message out has booked it as delivered, and nobody hears of it. A client at wo
 RETURN_S = 60.0
 """How long a client whose message was lost is waited for: as long as Flower refuses a node that died and came back."""
 
+_FAILED = RefusalReason.FAILED
+
 Watch = Callable[[Error | None], None]
 """Called at every poll and with every error message; raises where the transport itself cannot go on."""
 
@@ -152,18 +154,20 @@ class FlowerCohort:
         self._pulled: deque[Message] = deque()
 
     def ask(self, clients: Sequence[str], request: TrainRequest) -> Iterator[Reply]:
-        """See Cohort."""
+        """See Cohort. A refusal waits while an update may still come of another message to the same client."""
         frame = encode_request(request)
         began = time.monotonic()
         ends = began + self.deadline_s
         self._forget_moved(self.nodes.online())
         turns = {client: _Turn(left=self.asks) for client in clients}
         unsent = list(clients)
+        refused: dict[str, Refusal] = {}  # each until no update can come of its client's other messages
         while True:
             self.watch(None)
-            unsent += [client for client in self._silent(turns, request) if client not in unsent]
+            silent = self._silent(turns, request)
+            unsent += [client for client in silent if client not in unsent and client not in refused]
             for client in self._send_due(unsent, turns, frame, request, began):
-                yield self._told(_refused(client, request, RefusalReason.FAILED), request)
+                refused.setdefault(client, _refused(client, request, _FAILED))
             # What is pulled is gone from Flower, and whoever asks may leave after any reply: the rest is kept.
             if not self._pulled:
                 self._pulled.extend(pull(self.nodes.grid, self._waiting))
@@ -171,20 +175,28 @@ class FlowerCohort:
                 message = self._pulled.popleft()
                 if (asked := self._waiting.pop(message.metadata.reply_to_message_id, None)) is None:
                     continue  # a second reply to the same message
-                turn = turns.get(asked.client) if asked.round == request.round else None
-                if not message.has_error():
-                    reply = _received(asked, message.content)
-                    if isinstance(reply, ClientUpdate):
-                        # It counts in this round; another one would be paid for, and counted in its place.
-                        unsent = [client for client in unsent if client != asked.client]
-                        self._forget_answered(asked)
-                    yield self._told(reply, request)
-                elif self._is_lost(asked, message.error, turn):
-                    unsent.append(asked.client)
-                else:
-                    yield self._told(_refused(asked.client, asked, RefusalReason.FAILED), request)
-            outstanding = any(asked.round == request.round for asked in self._waiting.values())
-            if not (unsent or outstanding) or time.monotonic() >= ends:
+                client, in_time = asked.client, asked.round == request.round
+                reply = self._reply(
+                    asked, message, turns[client] if in_time and client not in refused else None
+                )
+                if reply is None:
+                    unsent.append(client)
+                    continue
+                if in_time or isinstance(reply, ClientUpdate):
+                    # It stands for this round; another one would be paid for, and counted in its place.
+                    unsent = [other for other in unsent if other != client]
+                if isinstance(reply, Refusal) and in_time:
+                    refused.setdefault(client, reply)
+                    continue
+                if isinstance(reply, ClientUpdate):
+                    refused.pop(client, None)
+                    self._forget_answered(asked)
+                yield self._told(reply, request)
+            outstanding = {asked.client for asked in self._waiting.values() if asked.round == request.round}
+            over = not (unsent or outstanding) or time.monotonic() >= ends
+            for client in [client for client in refused if over or client not in outstanding]:
+                yield self._told(refused.pop(client), request)
+            if over:
                 return
             time.sleep(POLL_S)
 
@@ -227,6 +239,12 @@ class FlowerCohort:
             else:
                 yield client
             unsent.remove(client)
+
+    def _reply(self, asked: _Asked, message: Message, turn: _Turn | None) -> Reply | None:
+        """What the message says; None: the client is to be asked once more, where `turn` lets it."""
+        if not message.has_error():
+            return _received(asked, message.content)
+        return None if self._is_lost(asked, message.error, turn) else _refused(asked.client, asked, _FAILED)
 
     def _is_lost(self, asked: _Asked, error: Error, turn: _Turn | None) -> bool:
         """Whether the client is to be asked once more, since Flower has no reply of it and never will."""
@@ -290,7 +308,8 @@ def _received(asked: _Asked, content: RecordDict) -> Reply:
     if reply.client != asked.client:
         log.warning("%s: its reply in round %d bears another name", asked.client, asked.round)
         return _refused(asked.client, asked, RefusalReason.MALFORMED)
-    return reply
+    # Which round a refusal is of is known better here: a late one must not pass for one of this round.
+    return _refused(asked.client, asked, reply.reason) if isinstance(reply, Refusal) else reply
 
 
 def meet(nodes: Nodes, ready: Callable[[dict[str, Hello]], bool], watch: Watch = lambda error: None) -> None:

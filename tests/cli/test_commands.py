@@ -114,6 +114,19 @@ def test_a_config_error_reaches_the_shell_as_it_is(tmp_path):
     assert "Traceback" in fedlora("check", str(path), "--debug").stderr
 
 
+WORLD = {"availability": {"kind": "day-night", "share": 0.5}}
+
+
+def test_serve_refuses_a_world_before_anything_is_started_or_written(tiny_config, tmp_path, capsys):
+    config = tiny_config(world=WORLD)
+    assert config.world is not None
+    (path := tmp_path / "run.yaml").write_text(dump_config(config))
+    assert main(["serve", str(path), "--superlink", "127.0.0.1:1"]) == 2
+    (told,) = capsys.readouterr().err.splitlines()
+    assert told.startswith(f"{path}:") and ": world: only simulated clients" in told and "write null" in told
+    assert not Path(config.output).exists()
+
+
 @pytest.mark.parametrize(
     ("error", "status", "says"),
     [

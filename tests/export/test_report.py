@@ -105,7 +105,7 @@ def test_a_run_of_no_scored_round_still_has_a_report(summary):
 def test_a_thousand_clients_stay_readable(summary, rounds):
     many = {f"client-{n:03d}": 1 + n / 1000 for n in range(1000)}
     html = report_html({**summary, "epsilon_by_client": many, "clients": 1000}, rounds)
-    assert "60 largest of 1000" in Page(html).text and len(html) < 200_000
+    assert "60 largest of 1,000" in Page(html).text and len(html) < 200_000
 
 
 @given(st.floats(-1e6, 1e6), st.floats(0, 1e6), st.integers(2, 10))

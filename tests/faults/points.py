@@ -7,10 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from fedlora.algebra import mixing as mixing_module
+from fedlora.algebra.mixing import RunningMix
 from fedlora.deploy import journal as journal_module
 from fedlora.deploy import server as server_module
 from fedlora.deploy.journal import Journal
-from fedlora.federation import absorb as absorb_module
 from fedlora.federation import loop as loop_module
 from fedlora.federation import store as store_module
 from fedlora.federation.memory import StaleMemory
@@ -69,15 +70,16 @@ POINTS: dict[str, Does] = {
     "S3 acknowledged": lambda: dies_with(
         Wire, "_push", lambda wire, message: "fedlora.echo" in message.content
     ),
-    "S4 mid-aggregation": lambda: dies_after(absorb_module, "from_frame", 2),
+    "S4 first of two in the sums": lambda: dies_after(RunningMix, "add", 3),
+    "S4b sums closed": lambda: dies_after(mixing_module, "from_frame", 2),
     "S5 refactorised": lambda: dies_after(loop_module, "absorb", 2),
-    "S5b memory written": lambda: dies_after(StaleMemory, "keep", 3),
+    "S5b first of two remembered": lambda: dies_after(StaleMemory, "keep", 3),
     "S5c memory stored": lambda: dies_after(StaleMemory, "commit", 2),
     "S6 checkpoint aside": lambda: dies_with(store_module, "write_durably", state_of_round_2),
     "S7 renamed": lambda: dies_with(store_module, "fsync", _third_folder_sync()),
     "S8 line written": lambda: dies_after(store_module, "append_durably", 2),
 }
-"""Points in the second round; two nodes answer each."""
+"""Points in the second round; two nodes answer each. Sums and memory grow with each reply while the round goes on."""
 
 
 def nth(number: int) -> Callable[..., bool]:
@@ -127,7 +129,7 @@ def sync_fails(file: Callable[[Path], bool], at: int, after: Path) -> None:
 
 
 def no_memory_left() -> None:
-    """The second aggregation finds no memory; what it has already stays its own."""
+    """The second round's sums find no memory when they are closed; what the process has already stays its own."""
     calls = [2]
 
     def step(real: Callable[..., Any], *arguments: object) -> object:
@@ -137,4 +139,4 @@ def no_memory_left() -> None:
             bytearray(1 << 28)
         return real(*arguments)
 
-    around(absorb_module, "from_frame", step)
+    around(mixing_module, "from_frame", step)

@@ -187,6 +187,49 @@ def test_two_answers_of_one_client_are_heard_once(wire):
     assert outcomes(cohort_of(grid, 2, deadline_s=4.0), "a", "b") == {"a": "answered", "b": "answered"}
 
 
+def refuses(number: int) -> bytes:
+    """The frame of a refusal by a, for a round that it may name as it likes."""
+    return encode_reply(Refusal(client="a", run="r", round=number, reason=RefusalReason.NO_DATA))
+
+
+def asked_twice(grid: Wire) -> bool:
+    return [heard.node for heard in grid.tape.read("asked") if heard.round == 1].count(1) == 2
+
+
+@pytest.mark.parametrize("last", ["answered", "no_data"])
+def test_a_client_that_was_asked_twice_replies_once_and_its_update_comes_before_its_refusal(wire, last):
+    grid = wire("a", "b")
+    grid.holds[1, 1] = lambda: asked_twice(grid)
+    said = iter(
+        [instead(refuses(1)), instead(refuses(1)) if last == "no_data" else lambda asked, reply: [reply]]
+    )
+    grid.fates[1, 1] = lambda asked, reply: next(said)(asked, reply)
+    cohort = cohort_of(grid, 2, deadline_s=4.0)
+    assert outcomes(cohort, "a", "b") == {"a": last, "b": "answered"}
+    assert [(reply.client, reply.round) for reply in cohort.ask(["a", "b"], request(2))] == [
+        ("a", 2),
+        ("b", 2),
+    ]
+
+
+def test_a_refusal_whose_other_message_stays_silent_is_told_at_the_deadline(wire):
+    grid = wire("a", "b")
+    said = iter([is_lost, instead(refuses(1)), is_lost])
+    grid.fates[1, 1] = lambda asked, reply: next(said)(asked, reply)
+    assert outcomes(cohort_of(grid, 2, deadline_s=0.6), "a", "b") == {"a": "no_data", "b": "answered"}
+    assert asked_twice(grid)
+
+
+def test_a_late_refusal_does_not_pass_for_one_of_this_round(wire):
+    grid = wire("a", "b")
+    grid.fates[1, 1] = instead(refuses(2))
+    grid.holds[1, 1] = lambda: any(heard.round == 2 for heard in grid.tape.read("asked"))
+    cohort = cohort_of(grid, 2, asks=1, deadline_s=0.5)
+    assert [reply.client for reply in cohort.ask(["a", "b"], request(1))] == ["b"]
+    found = [(reply.client, reply.round) for reply in cohort.ask(["a", "b"], request(2))]
+    assert sorted(found) == [("a", 1), ("a", 2), ("b", 2)]
+
+
 @pytest.mark.fault("F43")
 def test_a_node_is_the_client_that_its_registered_key_is_named_after_or_nobody(wire, caplog):
     caplog.set_level(logging.WARNING)
