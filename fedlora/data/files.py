@@ -5,7 +5,8 @@ import gzip
 import io
 import json
 import zlib
-from collections.abc import Iterable, Iterator
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TextIO, TypeAlias
 
@@ -33,16 +34,24 @@ def load_table(path: str, wanted: list[str]) -> Table:
         if _format(file) == ".parquet":
             return _parquet(file, path, wanted)
         with _opened(file) as stream:
-            rows = list(_rows(stream, path, _format(file), wanted))
+            lines, columns = _columns(_rows(stream, path, _format(file), wanted), len(wanted))
     except UnicodeDecodeError as error:
         raise DataError(
             f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8"
         ) from None
     except (EOFError, OSError, zlib.error) as error:
         raise DataError(f"{path}: cannot be read: {error}; is it whole, and readable for you?") from None
-    values = list(zip(*(row for _, row in rows), strict=True)) or [()] * len(wanted)
-    columns = {name: list(column) for name, column in zip(wanted, values, strict=True)}
-    return Table(origin=path, columns=columns, lines=[line for line, _ in rows])
+    return Table(origin=path, columns=dict(zip(wanted, columns, strict=True)), lines=lines)
+
+
+def _columns(rows: Iterable[Row], count: int) -> tuple[Sequence[int], list[list[object]]]:
+    """Line numbers and columns; no row outlives its reading, since short ones weigh more than what they hold."""
+    lines, columns = array("q"), [[] for _ in range(count)]
+    for line, values in rows:
+        lines.append(line)
+        for column, value in zip(columns, values, strict=True):
+            column.append(value)
+    return lines, columns
 
 
 def _existing(path: str) -> Path:

@@ -32,8 +32,10 @@ class Holdings(Mapping[str, Examples]):
     def of(cls, examples: Examples, parts: Mapping[str, NDArray[np.int64]]) -> "Holdings":
         """What `partition` dealt out."""
         clients = tuple(sorted(parts))
-        order = np.concatenate([np.arange(0), *(parts[client] for client in clients)])
         bounds = np.cumsum([0, *(len(parts[client]) for client in clients)], dtype=np.int64)
+        order = np.empty(bounds[-1], dtype=np.int64)
+        for client, start in zip(clients, bounds, strict=False):  # there is a bound more than clients
+            order[start : start + len(parts[client])] = parts[client]
         return cls(clients=clients, examples=examples.select(order), bounds=bounds)
 
     def __getitem__(self, client: str) -> Examples:

@@ -44,7 +44,7 @@ def partition(records: Records, partition_cfg: Partition, seed: int) -> dict[str
                 f"data.partition: {client!r} would hold none of the {len(records)} records; "
                 f"lower data.partition.clients (now {len(parts)}), or take another partition or seed"
             )
-    return {client: np.sort(indices).astype(np.int64) for client, indices in parts.items()}
+    return {client: np.sort(indices).astype(np.int64, copy=False) for client, indices in parts.items()}
 
 
 def client_names(clients: int) -> list[str]:

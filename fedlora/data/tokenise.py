@@ -1,6 +1,7 @@
 """From text to token arrays."""
 
 import hashlib
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,21 +21,28 @@ def tokenise(records: Records, tokenizer: "PreTrainedTokenizerBase", max_length:
     A record without any token gets the tokenizer's end-of-text token, so that it can pass through a model.
     """
     pairs = len(records) > 0 and isinstance(records.texts[0], tuple)
-    ids: list[np.ndarray] = []
+    ids: list[np.ndarray] = [np.zeros(0, dtype=np.int32)]
     types: list[np.ndarray] = []
+    lengths: list[np.ndarray] = [np.zeros(1, dtype=np.int64)]
     for start in range(0, len(records), BATCH):
         batch: Any = list(records.texts[start : start + BATCH])  # texts or pairs, never both
         encoded = tokenizer(batch, truncation=True, max_length=max_length, return_attention_mask=False)
-        ids += [np.array(row or [_end_of_text(tokenizer)], dtype=np.int32) for row in encoded["input_ids"]]
+        rows = [row or [_end_of_text(tokenizer)] for row in encoded["input_ids"]]
+        ids.append(_flat(rows, np.int32))
+        lengths.append(np.array([len(row) for row in rows], dtype=np.int64))
         if pairs and "token_type_ids" in encoded:
-            types += [np.array(row or [0], dtype=np.int8) for row in encoded["token_type_ids"]]
-    offsets = np.concatenate([[0], np.cumsum([len(row) for row in ids])]).astype(np.int64)
+            types.append(_flat([row or [0] for row in encoded["token_type_ids"]], np.int8))
     return Examples(
-        input_ids=np.concatenate(ids) if ids else np.zeros(0, dtype=np.int32),
-        offsets=offsets,
+        input_ids=np.concatenate(ids),
+        offsets=np.cumsum(np.concatenate(lengths)),
         labels=records.labels,
         token_type_ids=np.concatenate(types) if types else None,
     )
+
+
+def _flat(rows: list[list[int]], dtype: type[np.signedinteger]) -> np.ndarray:
+    """One array of a batch: an array a record would cost more than the tokens of a short one."""
+    return np.fromiter(chain.from_iterable(rows), dtype=dtype)
 
 
 def _end_of_text(tokenizer: "PreTrainedTokenizerBase") -> int:

@@ -9,7 +9,7 @@ from fedlora.errors import IncompleteError
 from fedlora.federation.absorb import Absorbed, absorb
 from fedlora.federation.cohort import Cohort
 from fedlora.federation.gather import gather
-from fedlora.federation.plan import plan
+from fedlora.federation.plan import Roll
 from fedlora.federation.store import Store
 from fedlora.methods import Method
 from fedlora.values import Adapters, LocalWork, Member, Origin, RoundPlan, ServerState, TrainRequest
@@ -43,9 +43,10 @@ def rounds(
         IncompleteError: fewer than federation.min_clients answered; the round left no trace and can be done again.
     """
     try:
+        roll = Roll.of(members, federation)
         while state.round < federation.rounds:
             began = time.monotonic()
-            planned = plan(state, members, run=origin.run, federation=federation, seed=seed)
+            planned = roll.plan(state.round + 1, run=origin.run, seed=seed)
             store.save_plan(planned)
             request = TrainRequest(
                 run=origin.run,

@@ -1,14 +1,91 @@
-"""Who is asked in the next round, how likely that was, and how much each counts; pure."""
+"""Who is asked in the next round, how likely that was, and how much each counts; pure.
 
-from collections.abc import Mapping, Sequence
+A hundred thousand members cost two arrays and their names, looked through once; a round then costs a draw of numbers,
+and no object but for those it asks.
+"""
+
+from bisect import bisect_left
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from fedlora.config import schema
 from fedlora.errors import ConfigError
 from fedlora.seeds import seed_for
 from fedlora.values import Member, RoundPlan, ServerState
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Shares(Mapping[str, float]):
+    """A number of each client, worked out of an array when asked for.
+
+    clients: sorted names, nobody twice. numbers: (clients,).
+    """
+
+    clients: tuple[str, ...]
+    numbers: NDArray[np.float64]
+
+    def __getitem__(self, client: str) -> float:
+        place = bisect_left(self.clients, client)
+        if place == len(self.clients) or self.clients[place] != client:
+            raise KeyError(client)
+        return float(self.numbers[place])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.clients)
+
+    def __len__(self) -> int:
+        return len(self.clients)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Roll:
+    """Everybody who may be asked in any round of a run. clients: sorted; cohort: as in `schema.Federation`.
+
+    probability, weight: as in `RoundPlan`, the same in every round.
+    """
+
+    clients: tuple[str, ...]
+    probability: Shares
+    weight: Shares
+    cohort: int | schema.IndependentCohort
+
+    @classmethod
+    def of(cls, members: Sequence[Member], federation: schema.Federation) -> "Roll":
+        """The roll of these members; raises ConfigError as `plan` does."""
+        clients = _names(members)
+        _require_a_roster(clients)
+        return cls(
+            clients=clients,
+            probability=_probability(clients, federation.cohort),
+            weight=weights(members, federation.weighting),
+            cohort=federation.cohort,
+        )
+
+    def plan(self, round_: int, *, run: str, seed: int) -> RoundPlan:
+        """The plan of that round; see `plan`."""
+        draw = torch.Generator().manual_seed(seed_for(seed, "cohort", round_))
+        tickets = torch.rand(len(self.clients), generator=draw, dtype=torch.float64).numpy()
+        return RoundPlan(
+            run=run,
+            round=round_,
+            cohort=tuple(self.clients[place] for place in self._drawn(tickets).tolist()),
+            probability=self.probability,
+            weight=self.weight,
+        )
+
+    def _drawn(self, tickets: NDArray[np.float64]) -> NDArray[np.int64]:
+        """Places of those who are asked, sorted."""
+        # Tickets are uniform in [0, 1): the lowest k of them are a uniform draw without replacement.
+        if not isinstance(self.cohort, int):
+            return np.flatnonzero(tickets < self.probability.numbers)
+        last = np.partition(tickets, self.cohort - 1)[self.cohort - 1]
+        below, level = np.flatnonzero(tickets < last), np.flatnonzero(tickets == last)
+        return np.sort(np.concatenate([below, level[: self.cohort - len(below)]]))
 
 
 def plan(
@@ -34,21 +111,7 @@ def plan(
         ConfigError: no members, a client twice, a cohort larger than the federation, a client without a
             probability, or weighting by examples where a client declares none.
     """
-    clients = sorted(member.client for member in members)
-    _require_a_roster(clients)
-    round_ = state.round + 1
-    draw = torch.Generator().manual_seed(seed_for(seed, "cohort", round_))
-    tickets = dict(
-        zip(clients, torch.rand(len(clients), generator=draw, dtype=torch.float64).tolist(), strict=True)
-    )
-    probability = _probability(clients, federation.cohort)
-    return RoundPlan(
-        run=run,
-        round=round_,
-        cohort=_cohort(tickets, probability, federation.cohort),
-        probability=probability,
-        weight=weights(members, federation.weighting),
-    )
+    return Roll.of(members, federation).plan(state.round + 1, run=run, seed=seed)
 
 
 def require_plannable(members: Sequence[Member], federation: schema.Federation) -> None:
@@ -57,16 +120,13 @@ def require_plannable(members: Sequence[Member], federation: schema.Federation) 
     Raises:
         ConfigError: as `plan` would, or a probability is given for a client that is no member.
     """
-    clients = sorted(member.client for member in members)
-    _require_a_roster(clients)
-    _probability(clients, federation.cohort)
-    weights(members, federation.weighting)
+    clients = Roll.of(members, federation).clients
     named = getattr(federation.cohort, "probability", None)
     strangers = sorted(set(named) - set(clients)) if isinstance(named, dict) else []
     if strangers:
         raise ConfigError(
             f"federation.cohort.probability names {strangers[:8]}, who are no members; of {len(clients)} members the "
-            f"first are {clients[:8]}"
+            f"first are {list(clients[:8])}"
         )
 
 
@@ -80,47 +140,46 @@ def _require_a_roster(clients: Sequence[str]) -> None:
         )
 
 
-def _probability(clients: Sequence[str], cohort: int | schema.IndependentCohort) -> dict[str, float]:
+def _names(members: Sequence[Member]) -> tuple[str, ...]:
+    return tuple(sorted(member.client for member in members))
+
+
+def _probability(clients: tuple[str, ...], cohort: int | schema.IndependentCohort) -> Shares:
     if isinstance(cohort, int):
         if cohort > len(clients):
             raise ConfigError(
                 f"federation.cohort {cohort} exceeds the {len(clients)} members; lower it or add clients"
             )
-        return dict.fromkeys(clients, cohort / len(clients))
+        return _same(clients, cohort / len(clients))
     if not isinstance(cohort.probability, dict):
-        return dict.fromkeys(clients, cohort.probability)
+        return _same(clients, cohort.probability)
     missing = [client for client in clients if client not in cohort.probability]
     if missing:
         raise ConfigError(
             f"federation.cohort.probability lacks {missing}; add a number for each, or give one for all"
         )
-    return {client: cohort.probability[client] for client in clients}
+    return Shares(clients=clients, numbers=np.array([cohort.probability[client] for client in clients]))
 
 
-def _cohort(
-    tickets: Mapping[str, float], probability: Mapping[str, float], cohort: int | schema.IndependentCohort
-) -> tuple[str, ...]:
-    # Tickets are uniform in [0, 1): the lowest k of them are a uniform draw without replacement.
-    if isinstance(cohort, int):
-        return tuple(sorted(sorted(tickets, key=lambda client: (tickets[client], client))[:cohort]))
-    return tuple(client for client, ticket in sorted(tickets.items()) if ticket < probability[client])
+def _same(clients: tuple[str, ...], number: float) -> Shares:
+    """The one number for each; it is there once."""
+    return Shares(clients=clients, numbers=np.broadcast_to(np.float64(number), len(clients)))
 
 
-def weights(members: Sequence[Member], weighting: str) -> dict[str, float]:
+def weights(members: Sequence[Member], weighting: str) -> Shares:
     """Each member's share of the whole; they sum to 1.
 
     Raises:
         ConfigError: weighting by examples where a member declares none.
     """
+    clients = _names(members)
     if weighting == "uniform":
-        return {client: 1 / len(members) for client in sorted(member.client for member in members)}
-    examples = {
-        member.client: member.examples for member in sorted(members, key=lambda member: member.client)
-    }
-    silent = {client: count for client, count in examples.items() if count < 1}
+        return _same(clients, 1 / max(1, len(clients)))
+    in_order = sorted(members, key=lambda member: member.client)
+    silent = {member.client: member.examples for member in in_order if member.examples < 1}
     if silent:
         raise ConfigError(
             f"federation.weighting is examples, but {silent} are declared; declare at least 1 or use uniform"
         )
-    total = sum(examples.values())
-    return {client: count / total for client, count in examples.items()}
+    examples = np.array([member.examples for member in in_order], dtype=np.float64)
+    return Shares(clients=clients, numbers=examples / sum(member.examples for member in members))

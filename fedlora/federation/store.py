@@ -12,7 +12,6 @@ import logging
 import shutil
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -64,14 +63,15 @@ class Store:
 
     def save_plan(self, plan: RoundPlan) -> None:
         """The plan is durable, its shares for the cohort alone; nothing may be sent before."""
-        shares = {
-            name: {client: getattr(plan, name)[client] for client in plan.cohort}
-            for name in ("probability", "weight")
+        words = {
+            "run": plan.run,
+            "round": plan.round,
+            "cohort": plan.cohort,
+            "probability": {client: plan.probability[client] for client in plan.cohort},
+            "weight": {client: plan.weight[client] for client in plan.cohort},
         }
         (self.directory / "plans").mkdir(exist_ok=True)
-        write_durably(
-            self.directory / "plans" / f"{_round(plan.round)}.json", _json({**asdict(plan), **shares})
-        )
+        write_durably(self.directory / "plans" / f"{_round(plan.round)}.json", _json(words))
 
     def commit(self, absorbed: Absorbed, line: dict[str, Any]) -> None:
         """The round is durable as a whole: memory first, then the checkpoint that refers to it, then the log."""
