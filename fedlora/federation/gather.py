@@ -1,7 +1,8 @@
 """A round's replies, as they come: each one that counts goes into the sums and is let go.
 
 Sums run in the order of the plan, late updates after it, so that a result never depends on who answered first: an
-update that comes before its turn waits. A cohort that answers in that order needs room for one update at a time.
+update that comes before its turn waits. A cohort that answers in that order needs room for one update at a time. Of two
+updates of one client for one round, which no cohort yields, the first counts.
 """
 
 from collections.abc import Iterable, Mapping
@@ -145,7 +146,9 @@ class Gathering:
             self._reject(reply.client, f"another update for round {reply.round} came first; only one counts")
         else:
             self._waiting[reply.client] = reply
-        if reply.round == self._plan.round:
+        if (
+            fault is None and reply.round == self._plan.round
+        ):  # a faulty one may be followed by one that counts
             self._spoken.add(reply.client)
             self._fold_whose_turn_it_is()
 

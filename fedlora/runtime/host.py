@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -11,7 +12,7 @@ from fedlora.config.schema import Privacy, RunConfig, Runtime
 from fedlora.data.holdings import open_holdings
 from fedlora.data.records import Examples
 from fedlora.data.tokenise import fingerprint
-from fedlora.errors import LedgerError, PrivacyError, WireError, without_records
+from fedlora.errors import ConfigError, LedgerError, PrivacyError, WireError, without_records
 from fedlora.privacy.budget import Budget
 from fedlora.privacy.direct_engine import DirectEngine
 from fedlora.privacy.engine import Engine
@@ -22,7 +23,7 @@ from fedlora.seeds import seed_for
 from fedlora.training.checkpoints import weights_digest
 from fedlora.training.client import Node, train
 from fedlora.training.model import AdaptedModel, load_model
-from fedlora.training.prefix import frozen_prefix
+from fedlora.training.prefix import Prefix, frozen_prefix
 from fedlora.training.states import with_states
 from fedlora.training.together import clients_together, train_together
 from fedlora.transport.wire import decode_request, encode_reply
@@ -78,12 +79,13 @@ class Host:
 
         Raises:
             LedgerError: a ledger on this machine cannot be trusted; its owner has to look before anything goes on.
+            ConfigError: the disk has no room for the frozen layers' states.
         """
         if self.setup.together > 1:
             try:
                 nodes = [self._node(client) for client in clients]
                 return train_together(nodes, request, [self._ledger(node) for node in nodes])
-            except LedgerError:
+            except (LedgerError, ConfigError):
                 raise
             except (
                 Exception
@@ -106,7 +108,7 @@ class Host:
         try:
             node = self._node(client)
             return train(node, request, self._ledger(node))
-        except LedgerError:
+        except (LedgerError, ConfigError):
             raise
         except Exception as error:  # words of a failure could carry a record
             log.error("%s failed in round %d: %s", client, request.round, without_records(error))
@@ -120,7 +122,8 @@ class Host:
         return Node(
             client=client,
             model=self.model,
-            examples=self._with_states(client, examples, alone),
+            examples=examples,
+            states=None if self.prefix is None else partial(self._with_states, client, self.prefix),
             declared_records=len(examples),
             sampling=terms.sampling,
             optimizer=config.federation.optimizer,
@@ -132,13 +135,18 @@ class Host:
             noise=self.noise,
         )
 
-    def _with_states(self, client: str, examples: Examples, alone: bool) -> Examples:
-        """What the frozen layers make of the records comes from a file, where the config says so and the model can."""
-        if self.prefix is None:
-            return examples
-        weights = weights_digest(self.setup.config.model.name)
-        path = self.setup.run_dir / STATES / client
-        return with_states(path, self.model, self.prefix, examples, base_model=weights, alone=alone)
+    def _with_states(self, client: str, prefix: Prefix, examples: Examples) -> Examples:
+        """With what the frozen layers make of the records, from a file of the client's."""
+        config = self.setup.config
+        return with_states(
+            self.setup.run_dir / STATES / client,
+            self.model,
+            prefix,
+            examples,
+            base_model=weights_digest(config.model.name),
+            # Beside others, a record would leave its rounding in states that outlive its own draw.
+            alone=config.privacy != "none",
+        )
 
     def _ledger(self, node: Node) -> Ledger | None:
         if self.setup.config.privacy == "none":

@@ -1,7 +1,7 @@
 """One client, one round: what a data owner's node does with a request, whatever carried it."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +43,7 @@ class Node:
         the weights can blow that up to the clipping bound; batched, an honest server and wide numbers are assumed.
     evaluation_noise: std of the noise on the number of own records that the model gets right, told in every round;
         None: nothing is told.
+    states: the records with what the frozen layers make of them, see `training.states`; None: computed in each step.
     """
 
     client: str
@@ -57,6 +58,7 @@ class Node:
     budget: Budget | None
     engine: Engine
     noise: NoiseSource
+    states: Callable[[Examples], Examples] | None = None
 
 
 def train(node: Node, request: TrainRequest, ledger: Ledger | None) -> Reply:
@@ -77,6 +79,7 @@ def train(node: Node, request: TrainRequest, ledger: Ledger | None) -> Reply:
     entry = enter(node, request, ledger)
     if isinstance(entry, Refusal):
         return entry
+    node = with_what_is_kept(node)
     node.model.load(request.adapters)
     accuracy = told_accuracy(node, request)
     _local_steps(node, request)
@@ -128,6 +131,11 @@ def enter(
         budget=node.budget,
     )
     return Entry(spent=events, ledger=ledger.witness(debit))
+
+
+def with_what_is_kept(node: Node) -> Node:
+    """The node, its records with the states that the frozen layers leave; touches them, so only after `enter`."""
+    return node if node.states is None else replace(node, examples=node.states(node.examples), states=None)
 
 
 def update_of(

@@ -29,6 +29,7 @@ from fedlora.training.client import (
     request_digest,
     told_accuracy,
     update_of,
+    with_what_is_kept,
 )
 from fedlora.training.model import LORA_B, AdaptedModel
 from fedlora.training.packing import MOST_NUMBERS, overhead_of, packed_groups
@@ -91,7 +92,11 @@ def train_together(
     layers = stackable(nodes[0].model.peft_model, nodes[0].model.trained)  # before anybody pays
     asked = request_digest(request)
     entries = [enter(node, request, ledger, asked) for node, ledger in zip(nodes, ledgers, strict=True)]
-    working = [node for node, entry in zip(nodes, entries, strict=True) if isinstance(entry, Entry)]
+    working = [
+        with_what_is_kept(node)
+        for node, entry in zip(nodes, entries, strict=True)
+        if isinstance(entry, Entry)
+    ]
     done: dict[str, tuple[Delta, float | None]] = {}
     if working:
         working[0].model.load(request.adapters)

@@ -325,3 +325,16 @@ def test_enough_clients_end_a_round_and_refusals_are_none(lab, generator):
     )
     assert heard.report.answered == ("client-1",)
     assert [left.client for left in replies] == ["client-2"]
+
+
+def test_a_faulty_reply_before_the_one_that_counts_changes_no_bit(lab, generator):
+    method, federation = lab.method(beta=0.5), lab.federation(cohort=3)
+    state = lab.start(method, dtype=torch.float32)
+    planned = a_round(lab, state, federation)
+    replies = [lab.update(client, planned, lab.delta(state, generator)) for client in planned.cohort]
+    faulty = with_tensor(replies[0], lambda tensor: tensor[:, :2])
+    plain, after = (
+        lab.absorb(state, planned, order, method=method, federation=federation).state.adapters
+        for order in (replies, [faulty, *replies[1:], replies[0]])
+    )
+    assert all(torch.equal(after.sites[site].b, plain.sites[site].b) for site in lab.shapes)
