@@ -9,11 +9,13 @@ from torch import nn
 from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
+from fedlora.algebra.flat import Layout
 from fedlora.config.schema import AdamW, CausalLm, Classification, Lora, Model, Sgd
 from fedlora.data.records import Examples
 from fedlora.errors import PrivacyError
 from fedlora.privacy.budget import Budget
 from fedlora.privacy.direct_engine import DirectEngine
+from fedlora.privacy.gaussian import MARGIN
 from fedlora.privacy.ledger import open_ledger
 from fedlora.privacy.noise import OsEntropyNoise, SeededNoise
 from fedlora.privacy.opacus_engine import OpacusEngine
@@ -97,17 +99,17 @@ def _node(model, client, examples, rate=0.3, sigma=0.7, **changes):
     return dataclasses.replace(node, **changes)
 
 
-def _model(place, name, **lora):
+def _model(place, name, dtype="float64", **lora):
     task = CausalLm(kind="causal-lm") if name == "llama" else Classification(kind="sequence-classification")
     classes = () if name == "llama" else ("a", "b", "c")
     adapter = Lora(r=2, lora_alpha=2.0, target_modules=TARGETS[name], **lora)
-    return load_model(Model(name=place, dtype="float64"), task, adapter, classes, seed=1)
+    return load_model(Model(name=place, dtype=dtype), task, adapter, classes, seed=1)
 
 
 @pytest.fixture
 def scene(tiny, tmp_path):
-    def build(name="bert", nodes=None, lora=None, **changes):
-        model = _model(tiny[name], name, **(lora or {}))
+    def build(name="bert", nodes=None, lora=None, dtype="float64", **changes):
+        model = _model(tiny[name], name, dtype, **(lora or {}))
         if nodes is None:  # unequal draws and noise; the third hardly ever draws anything
             terms = [(0.3, 0.7), (0.6, 1.1), (1e-9, 0.9), (0.1, 2.0)]
             nodes = [
@@ -119,7 +121,7 @@ def scene(tiny, tmp_path):
         draw = torch.Generator().manual_seed(4)
 
         def away_from_zero(value):
-            return 0.3 * torch.randn(value.shape, generator=draw, dtype=torch.float64)
+            return (0.3 * torch.randn(value.shape, generator=draw, dtype=torch.float64)).to(value.dtype)
 
         sites = {
             site: Factors(a=a.detach().clone(), b=away_from_zero(b))
@@ -361,3 +363,22 @@ def test_how_many_share_a_pass_is_the_configs_to_say(tiny_config):
     assert [auto(1, 32), auto(2, 64), auto(8, 64), auto(64, 64)] == [64, 16, 4, 1]
     assert auto(1, 32, 2**25 // 3) == 3
     assert auto(1, 32, 10**12) == 1
+
+
+def test_in_float32_a_record_of_one_client_moves_the_others_by_far_less_than_the_margin(scene):
+    """Kernels round by who is beside a record, here also by other clients' records; `gaussian.MARGIN` covers it."""
+
+    def nodes(keep):
+        return lambda model: [
+            _node(model, "leaver", _examples(1).select(np.arange(keep)), rate=1.0),
+            _node(model, "other", _examples(2), rate=1.0),
+        ]
+
+    moved = []
+    for keep in (RECORDS, RECORDS - 1, RECORDS - 5):
+        one = scene(nodes=nodes(keep), dtype="float32")
+        work = LocalWork(steps=1, learning_rate=1.0)
+        moved.append(Layout.of(one.request.adapters).flat(one.together(work=work)[1].delta))
+    bound, batch = one.nodes[1].mechanism.max_grad_norm, one.nodes[1].sampling.expected_batch
+    for other in moved[1:]:
+        assert float((other.double() - moved[0].double()).norm()) * batch < MARGIN / 10 * bound
