@@ -15,7 +15,6 @@ from ray.exceptions import RayError
 
 from fedlora.algebra.flat import Layout
 from fedlora.data.holdings import open_holdings
-from fedlora.errors import IncompleteError
 from fedlora.federation.events import ClientDone, Listener, Stage, outcome
 from fedlora.runtime.cluster import connected, store_bytes, worker_slots
 from fedlora.runtime.crew import Crew, Ended
@@ -55,31 +54,31 @@ class RayCohort:
         self._holdings = open_holdings(setup.holdings)
         self._open = ExitStack()
         with ExitStack() as opening:
-            opening.enter_context(connected(config.runtime, setup.run))
+            vitals = opening.enter_context(connected(config.runtime, setup.run, setup.run_dir))
             token = uuid4().hex
             (setup.holdings / "token").write_text(token)
             size = min(worker_slots(config.runtime), max(1, len(self._holdings)))
             self._window = min(WINDOW_BYTES, store_bytes() // 4)
-            self._crew = Crew(setup, token, size, lambda words: listener(Stage(name=words)))
+            self._crew = Crew(setup, token, size, lambda words: listener(Stage(name=words)), vitals)
             opening.callback(self._crew.close)
             self._open = opening.pop_all()
 
     def ask(self, clients: Sequence[str], request: TrainRequest) -> Iterator[Reply]:
         """See Cohort. The replies come in the order of `clients`; one group of them is held at a time."""
-        asking = _Asking(
-            crew=self._crew,
-            clients=clients,
-            request=request,
-            costs=expected_tokens(self._holdings, clients, self._batch_size).tolist(),
-            together=self._together,
-            window_bytes=self._window,
-        )
         try:
+            asking = _Asking(
+                crew=self._crew,
+                clients=clients,
+                request=request,
+                costs=expected_tokens(self._holdings, clients, self._batch_size).tolist(),
+                together=self._together,
+                window_bytes=self._window,
+            )
             for reply in asking.replies():
                 self._listener(ClientDone(round=request.round, client=reply.client, outcome=outcome(reply)))
                 yield reply
-        except RayError as error:
-            raise IncompleteError(f"Ray failed: {error}") from error
+        except (RayError, ConnectionError) as error:
+            raise self._crew.failed(error) from error
         finally:
             self._crew.drop_jobs()
 
@@ -161,14 +160,18 @@ class _Asking:
     def _suspect(self, job: Job) -> None:
         """A worker died with it: once more, client by client; three deaths are refusals.
 
-        Clients that run together are never asked apart, since their results would then differ in the last bits from
-        those of a round in which nobody died: they are asked together again, and refused together.
+        Clients that run together are asked together once more, since apart their results differ in the last bits.
+        When a second worker has died with them, one of them is likely to blame: losing the others would move the
+        model by more, and whoever kills every worker parts them in every repetition of the run, so bits still agree.
         """
+        clients = self._clients[job.start : job.stop]
         if job.deaths >= ATTEMPTS:
-            log.error("%d workers died with %s", job.deaths, self._clients[job.start : job.stop])
+            log.error("%d workers died with %s", job.deaths, clients)
             self._finished[job.start] = (job, None)
-        elif self._together > 1:
+        elif self._together > 1 and job.deaths < ATTEMPTS - 1:
             self._queue.put_back(job)
         else:
+            if self._together > 1:
+                log.error("%d workers died with %s; one by one now: last bits differ", job.deaths, clients)
             for single in singles(job):
                 self._queue.put_back(single)

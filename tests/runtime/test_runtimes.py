@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from fedlora.config.load import dump_config
+from fedlora.errors import IncompleteError
 from fedlora.federation.events import ClientDone
 from fedlora.runtime.host import worker_count
 from fedlora.runtime.simulate import resume, simulate
@@ -29,7 +30,8 @@ def state(run_dir) -> str:
     return json.loads((run_dir / "summary.json").read_text())["state_sha256"]
 
 
-def test_ray_ends_in_the_state_of_the_local_reference(tiny_config, tmp_path):
+def test_ray_ends_in_the_state_of_the_local_reference(tiny_config, tmp_path, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")  # somebody else's cluster; the config names none
     local = simulate(tiny_config(), tmp_path / "local", lambda event: None)
     spread = simulate(
         tiny_config(runtime={"kind": "ray", "workers": 2}), tmp_path / "ray", lambda event: None
@@ -83,9 +85,11 @@ def _below(root: int) -> dict[int, str]:
 
 
 @pytest.mark.fault("F49")
-@pytest.mark.slow  # Ray starts twice
-def test_a_run_whose_ray_dies_ends_and_is_resumed_to_the_same_state(tiny_config, tmp_path):
-    long = {"federation__rounds": 20, "privacy__max_participations": 20}
+@pytest.mark.slow  # Ray starts four times
+@pytest.mark.parametrize("whose", ["/raylet/raylet", "/gcs/gcs_server"])
+def test_a_run_whose_ray_dies_says_so_and_is_resumed_to_the_same_state(tiny_config, tmp_path, whose):
+    rounds = 400 if "gcs" in whose else 20  # work goes on for half a minute without a head
+    long = {"federation__rounds": rounds, "privacy": "none"}
     local = simulate(tiny_config(**long), tmp_path / "local", lambda event: None)
     config = tiny_config(**long, runtime={"kind": "ray", "workers": 2})
     run_dir = Path(config.output)
@@ -99,9 +103,10 @@ def test_a_run_whose_ray_dies_ends_and_is_resumed_to_the_same_state(tiny_config,
         assert time.monotonic() < ends and struck.poll() is None, (tmp_path / "said.log").read_text()
         time.sleep(0.02)
     started = _below(struck.pid)
-    (raylet,) = [pid for pid, title in started.items() if "/raylet/raylet" in title]
-    os.kill(raylet, signal.SIGKILL)
-    assert struck.wait(120) != 0
+    (pillar,) = [pid for pid, title in started.items() if whose in title]
+    os.kill(pillar, signal.SIGKILL)
+    assert struck.wait(120) == IncompleteError.exit_status
+    assert f"fedlora resume {run_dir}" in (tmp_path / "said.log").read_text()
     assert not (run_dir / "summary.json").exists()
     assert state(resume(run_dir, lambda event: None)) == state(local)
     ends = time.monotonic() + 60
