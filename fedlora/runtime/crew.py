@@ -17,6 +17,7 @@ from ray.exceptions import (
     RayTaskError,
     WorkerCrashedError,
 )
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from fedlora.algebra.flat import Layout
 from fedlora.errors import ConfigError, FedLoraError, IncompleteError
@@ -24,6 +25,7 @@ from fedlora.runtime.host import Host as Hosting
 from fedlora.runtime.host import HostSetup
 from fedlora.runtime.jobs import Job
 from fedlora.runtime.parcel import Parcel, pack_replies, unpack_request
+from fedlora.runtime.seats import Seat
 from fedlora.runtime.vitals import Vitals
 from fedlora.values import TrainRequest
 
@@ -48,9 +50,9 @@ class Host:
         self._host: Hosting | None = None
         self._asked: tuple[str, TrainRequest, Layout] | None = None
 
-    def is_placed(self) -> bool:
-        """Some node has room for it."""
-        return True
+    def placed(self) -> str:
+        """The node that has room for it."""
+        return ray.get_runtime_context().get_node_id()
 
     def begin(self, setup: HostSetup, token: str) -> None:
         """The base model is loaded.
@@ -81,6 +83,7 @@ class Worker:
     """One actor and its jobs, the one in work first. placed: ready once a node has it. begun: None once it has loaded
     the model."""
 
+    seat: Seat
     actor: Any
     placed: Any
     begun: Any | None
@@ -99,13 +102,13 @@ class Ended:
 
 
 class Crew:
-    """So many workers, as far as the cluster has room for them."""
+    """A worker in each seat, as far as the cluster has room for them."""
 
     def __init__(
         self,
         setup: HostSetup,
         token: str,
-        size: int,
+        seats: Sequence[Seat],
         say: Callable[[str], None],
         vitals: Vitals,
         *,
@@ -117,16 +120,20 @@ class Crew:
         self._say = say
         self._room_s = room_s
         self._vitals = vitals
-        self._threads = setup.config.runtime.threads
-        options = {"num_cpus": setup.config.runtime.threads, "scheduling_strategy": "SPREAD"}
-        self._actor: Any = ray.remote(**options)(Host)
+        card = " and a part of a GPU" if setup.config.runtime.device == "cuda" else ""
+        self._wanted = f"{setup.config.runtime.threads} free cores{card}"
+        self._actor: Any = ray.remote(Host)
         self._said = False
-        self.workers = [self._worker() for _ in range(size)]
+        self.workers = [self._worker(seat) for seat in seats]
 
-    def _worker(self, starts: int = 1) -> Worker:
-        actor = self._actor.remote()
-        placed, begun = actor.is_placed.remote(), actor.begin.remote(self._setup, self._token)
-        return Worker(actor=actor, placed=placed, begun=begun, since=time.monotonic(), starts=starts)
+    def _worker(self, seat: Seat, starts: int = 1) -> Worker:
+        where = "SPREAD" if seat.node is None else NodeAffinitySchedulingStrategy(seat.node, soft=True)
+        options = {"num_cpus": seat.cpus, "num_gpus": seat.gpus, "scheduling_strategy": where}
+        actor = self._actor.options(**options).remote()
+        placed, begun = actor.placed.remote(), actor.begin.remote(self._setup, self._token)
+        return Worker(
+            seat=seat, actor=actor, placed=placed, begun=begun, since=time.monotonic(), starts=starts
+        )
 
     def free(self, depth: int) -> Worker | None:
         """The worker with the fewest jobs, if it has begun and has fewer than `depth`."""
@@ -224,7 +231,7 @@ class Crew:
             del self.workers[place]
             self._say(f"a Ray worker died {STARTS} times as it began; going on with {len(self.workers)}")
         else:
-            self.workers[place] = self._worker(starts)
+            self.workers[place] = self._worker(worker.seat, starts)
         if not self.workers:
             raise self.failed(error)
         return Ended(done=done, again=lost[1:], suspect=lost[0] if lost else None)
@@ -240,7 +247,7 @@ class Crew:
             self._say(f"{late} of {len(self.workers)} Ray workers found no room; going on with {here}")
         if len(homeless) == len(self.workers) and min(homeless) > self._room_s:
             raise IncompleteError(
-                f"no node of the Ray cluster had {self._threads} free cores for a worker in {self._room_s:.0f} s "
+                f"no node of the Ray cluster had {self._wanted} for a worker in {self._room_s:.0f} s "
                 "(runtime.threads; `ray status` shows who has them); every finished round is kept, "
                 f"go on with: fedlora resume {self._run_dir}"
             )

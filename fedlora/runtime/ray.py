@@ -21,6 +21,8 @@ from fedlora.runtime.crew import Crew, Ended
 from fedlora.runtime.host import HostSetup
 from fedlora.runtime.jobs import MOST, Job, Queue, cut, expected_tokens, singles
 from fedlora.runtime.parcel import Parcel, pack_request, unpack_replies
+from fedlora.runtime.probe import peaks_of
+from fedlora.runtime.seats import Seat, anywhere, gpu_nodes, on_cards
 from fedlora.values import Refusal, RefusalReason, Reply, TrainRequest
 
 log = logging.getLogger(__name__)
@@ -57,9 +59,9 @@ class RayCohort:
             vitals = opening.enter_context(connected(config.runtime, setup.run, setup.run_dir))
             token = uuid4().hex
             (setup.holdings / "token").write_text(token)
-            size = min(worker_slots(config.runtime), max(1, len(self._holdings)))
+            seats = _seats(setup, max(1, len(self._holdings)))
             self._window = min(WINDOW_BYTES, store_bytes() // 4)
-            self._crew = Crew(setup, token, size, lambda words: listener(Stage(name=words)), vitals)
+            self._crew = Crew(setup, token, seats, lambda words: listener(Stage(name=words)), vitals)
             opening.callback(self._crew.close)
             self._open = opening.pop_all()
 
@@ -85,6 +87,14 @@ class RayCohort:
     def close(self) -> None:
         """See Cohort."""
         self._open.close()
+
+
+def _seats(setup: HostSetup, clients: int) -> list[Seat]:
+    runtime = setup.config.runtime
+    if runtime.device == "cpu":
+        return anywhere(runtime, min(worker_slots(runtime), clients))
+    nodes = gpu_nodes(ray.nodes())
+    return on_cards(nodes, peaks_of(nodes, setup), runtime, clients)
 
 
 class _Asking:

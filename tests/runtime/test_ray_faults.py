@@ -20,6 +20,7 @@ from fedlora.runtime.cluster import connected
 from fedlora.runtime.crew import Crew
 from fedlora.runtime.prepare import prepare
 from fedlora.runtime.ray import ATTEMPTS
+from fedlora.runtime.seats import Seat
 from fedlora.runtime.simulate import resume, simulate
 
 MANY = {
@@ -87,7 +88,7 @@ def test_a_run_without_room_for_a_worker_ends_and_says_what_is_missing(tiny_conf
     with connected(runtime, setup.run, tmp_path) as vitals:
         taken = ray.remote(num_cpus=1)(threading.Event).remote()
         ray.get(taken.is_set.remote())
-        crew = Crew(setup, "token", 1, silent, vitals, room_s=1.0)
+        crew = Crew(setup, "token", [Seat(cpus=1)], silent, vitals, room_s=1.0)
         ends = time.monotonic() + 60
         with pytest.raises(IncompleteError, match=f"1 free cores .* fedlora resume {tmp_path}"):
             while time.monotonic() < ends:
