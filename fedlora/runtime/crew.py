@@ -5,6 +5,7 @@ import socket
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -200,18 +201,10 @@ class Crew:
             if isinstance(cause, FedLoraError):
                 raise cause from None
             if isinstance(cause, RayError):
-                raise self.failed(cause) from error
+                raise failed(cause, self._run_dir) from error
             raise FedLoraError(f"a Ray worker failed: {cause}") from None
         except RayError as error:
-            raise self.failed(error) from error
-
-    def failed(self, error: Exception) -> IncompleteError:
-        """What ends the run when Ray fails it: the cause, and how to go on."""
-        first = (str(error).strip().splitlines() or [""])[0]
-        return IncompleteError(
-            f"Ray failed ({type(error).__name__}: {first}); every finished round is kept, "
-            f"go on with: fedlora resume {self._run_dir}"
-        )
+            raise failed(error, self._run_dir) from error
 
     def _buried(self, worker: Worker, error: RayError) -> Ended:
         """Somebody stands in its place. Of its jobs, those it had finished count; it died with the first other."""
@@ -233,7 +226,7 @@ class Crew:
         else:
             self.workers[place] = self._worker(worker.seat, starts)
         if not self.workers:
-            raise self.failed(error)
+            raise failed(error, self._run_dir)
         return Ended(done=done, again=lost[1:], suspect=lost[0] if lost else None)
 
     def _look_for_room(self) -> None:
@@ -251,3 +244,12 @@ class Crew:
                 "(runtime.threads; `ray status` shows who has them); every finished round is kept, "
                 f"go on with: fedlora resume {self._run_dir}"
             )
+
+
+def failed(error: Exception, run_dir: Path) -> IncompleteError:
+    """What ends the run when Ray fails it: the cause, and how to go on."""
+    first = (str(error).strip().splitlines() or [""])[0]
+    return IncompleteError(
+        f"Ray failed ({type(error).__name__}: {first}); every finished round is kept, "
+        f"go on with: fedlora resume {run_dir}"
+    )

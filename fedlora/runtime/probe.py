@@ -7,11 +7,12 @@ from typing import Any
 import numpy as np
 import ray
 import torch
+from ray.exceptions import RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from fedlora.config.schema import RunConfig
 from fedlora.data.records import Examples
-from fedlora.errors import ConfigError
+from fedlora.errors import ConfigError, FedLoraError
 from fedlora.privacy.step import private_gradient
 from fedlora.runtime.host import Host, HostSetup, engine_of, runs_alone
 from fedlora.runtime.seats import GpuNode, Peak
@@ -34,7 +35,12 @@ def peaks_of(nodes: Sequence[GpuNode], setup: HostSetup) -> dict[str, Peak]:
 
 
 def _gathered(asked: dict[str, Any]) -> dict[str, tuple[int, int]]:
-    return dict(zip(asked, ray.get(list(asked.values())), strict=True))
+    try:
+        return dict(zip(asked, ray.get(list(asked.values())), strict=True))
+    except RayTaskError as error:
+        if isinstance(error.cause, FedLoraError):
+            raise error.cause from None
+        raise
 
 
 def _measuring(node: GpuNode, setup: HostSetup) -> Any:

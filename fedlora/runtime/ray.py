@@ -17,7 +17,7 @@ from fedlora.algebra.flat import Layout
 from fedlora.data.holdings import open_holdings
 from fedlora.federation.events import ClientDone, Listener, Stage, outcome
 from fedlora.runtime.cluster import connected, store_bytes, worker_slots
-from fedlora.runtime.crew import Crew, Ended
+from fedlora.runtime.crew import Crew, Ended, failed
 from fedlora.runtime.host import HostSetup
 from fedlora.runtime.jobs import MOST, Job, Queue, cut, expected_tokens, singles
 from fedlora.runtime.parcel import Parcel, pack_request, unpack_replies
@@ -50,7 +50,7 @@ class RayCohort:
     def __init__(self, setup: HostSetup, listener: Listener) -> None:
         config = setup.config
         self._listener = listener
-        self._run = setup.run
+        self._run_dir = setup.run_dir
         self._batch_size = config.federation.batch_size
         self._together = setup.together
         self._holdings = open_holdings(setup.holdings)
@@ -59,9 +59,12 @@ class RayCohort:
             vitals = opening.enter_context(connected(config.runtime, setup.run, setup.run_dir))
             token = uuid4().hex
             (setup.holdings / "token").write_text(token)
-            seats = _seats(setup, max(1, len(self._holdings)))
-            self._window = min(WINDOW_BYTES, store_bytes() // 4)
-            self._crew = Crew(setup, token, seats, lambda words: listener(Stage(name=words)), vitals)
+            try:
+                seats = _seats(setup, max(1, len(self._holdings)))
+                self._window = min(WINDOW_BYTES, store_bytes() // 4)
+                self._crew = Crew(setup, token, seats, lambda words: listener(Stage(name=words)), vitals)
+            except (RayError, ConnectionError) as error:
+                raise failed(error, self._run_dir) from error
             opening.callback(self._crew.close)
             self._open = opening.pop_all()
 
@@ -80,7 +83,7 @@ class RayCohort:
                 self._listener(ClientDone(round=request.round, client=reply.client, outcome=outcome(reply)))
                 yield reply
         except (RayError, ConnectionError) as error:
-            raise self._crew.failed(error) from error
+            raise failed(error, self._run_dir) from error
         finally:
             self._crew.drop_jobs()
 

@@ -111,9 +111,10 @@ def test_a_full_object_store_ends_the_run_and_it_is_resumed_to_the_same_state(ti
     try:
         ray.init(address=cluster.address, logging_level="error", log_to_driver=False)
         ballast = []
-        with suppress(RayError):
-            while len(ballast) < 100_000:
-                ballast.append(ray.put(bytes((8 << 20) if len(ballast) < 9 else (64 << 10))))
+        for size in (8 << 20, 64 << 10, 1 << 10):
+            with suppress(RayError):
+                while len(ballast) < 100_000:
+                    ballast.append(ray.put(os.urandom(size)))
         with pytest.raises(IncompleteError, match="fedlora resume"):
             simulate(config, tmp_path / "full", silent)
         ballast.clear()

@@ -109,7 +109,7 @@ def test_a_run_whose_cluster_has_lost_its_head_says_so(tiny_config, tmp_path):
 
 
 def _ends_when_this_dies(config: RunConfig, folder: Path, whose: str) -> dict[int, str]:
-    """A run in a process of its own that loses one of Ray's ends with status 4 and how to go on; all that it started."""
+    """A run that loses one of Ray's processes ends with status 4 and says how to go on; returns all that it started."""
     run_dir, said = Path(config.output), folder / "said.log"
     (folder / "run.yaml").write_text(dump_config(config))
     with said.open("wb") as file:
