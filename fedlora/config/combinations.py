@@ -67,6 +67,8 @@ def _runtime(config: "RunConfig") -> Iterator[str]:
     if config.runtime.address is not None and config.runtime.kind != "ray":
         kind = config.runtime.kind
         yield f"runtime.address: only Ray has one, but runtime.kind is {kind}; write null, or kind: ray"
+    if config.runtime.device == "cuda" and config.runtime.kind == "flower":
+        yield "runtime.device: cuda, but runtime.kind is flower, which deals out cores only; write kind: ray or local"
 
 
 def _world(config: "RunConfig") -> Iterator[str]:

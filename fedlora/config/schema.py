@@ -293,6 +293,9 @@ class Runtime(Section):
     """Worker processes; auto: on each machine one for every `threads` cores."""
     threads: Annotated[int, Field(ge=1)] = 1
     """BLAS threads of a worker. Final states are comparable bit for bit at equal thread counts."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where clients train; the server scores on cores. cuda: as many workers share a card as a measurement says that
+    its memory carries, and no more than there are cores for. Final states are comparable at equal devices only."""
     cache_prefix: bool = False
     """Each client's records pass through the layers below the lowest adapted one (`lora.layers_to_transform`) once,
     and what they leave is kept on disk beside the run: tokens x hidden size x 4 bytes, 0.9 GB for 600,000 tokens of

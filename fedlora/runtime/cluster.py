@@ -7,7 +7,7 @@ import socket
 import threading
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +17,20 @@ import fedlora
 from fedlora.config.schema import Runtime
 from fedlora.errors import ConfigError
 from fedlora.runtime.host import worker_count
+from fedlora.runtime.vitals import Vitals
 
 REACH_S = 10.0
 """Seconds that a cluster's head may take to be reached; Ray itself tries for minutes."""
+HEADLESS_S = 600
+"""Seconds that Ray tries to reach a head that is gone before it aborts this process; whoever waits for workers looks
+sooner, and ends the run with a message."""
 _HANDED_ON = ("HF_HUB_OFFLINE", "HF_HOME", "HF_TOKEN", "TRANSFORMERS_OFFLINE", "TOKENIZERS_PARALLELISM")
 """What a worker needs of this process's environment to find the same base model."""
 
 
 @contextmanager
-def connected(runtime: Runtime, run: str) -> Iterator[None]:
-    """Ray can be used, in a namespace of this run's own; afterwards it is as it was before.
+def connected(runtime: Runtime, run: str, run_dir: Path) -> Iterator[Vitals]:
+    """Ray can be used, in a namespace of this run's own, and is watched; afterwards it is as it was before.
 
     SIGTERM within ends the run as Ctrl-C does, so that no process stays behind; Ray's own handler would exit with 15.
 
@@ -34,18 +38,24 @@ def connected(runtime: Runtime, run: str) -> Iterator[None]:
         ConfigError: no cluster can be started, or none answers at runtime.address.
     """
     if ray.is_initialized():
-        yield
+        with closing(Vitals(run_dir)) as vitals:
+            yield vitals
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", str(HEADLESS_S))
     is_main = threading.current_thread() is threading.main_thread()
     before = signal.getsignal(signal.SIGTERM)
+    vitals: Vitals | None = None
     try:
         _connect(runtime, f"{run}-{uuid.uuid4().hex[:8]}")
         if is_main:
             signal.signal(signal.SIGTERM, _interrupt)
-        yield
+        vitals = Vitals(run_dir)
+        yield vitals
     finally:
+        if vitals is not None:
+            vitals.close()
         ray.shutdown()
         if is_main:
             signal.signal(signal.SIGTERM, before)

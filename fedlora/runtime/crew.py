@@ -5,6 +5,7 @@ import socket
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -17,6 +18,7 @@ from ray.exceptions import (
     RayTaskError,
     WorkerCrashedError,
 )
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from fedlora.algebra.flat import Layout
 from fedlora.errors import ConfigError, FedLoraError, IncompleteError
@@ -24,6 +26,8 @@ from fedlora.runtime.host import Host as Hosting
 from fedlora.runtime.host import HostSetup
 from fedlora.runtime.jobs import Job
 from fedlora.runtime.parcel import Parcel, pack_replies, unpack_request
+from fedlora.runtime.seats import Seat
+from fedlora.runtime.vitals import Vitals
 from fedlora.values import TrainRequest
 
 log = logging.getLogger(__name__)
@@ -32,6 +36,8 @@ GONE = (RayActorError, OutOfMemoryError, WorkerCrashedError, NodeDiedError, Obje
 """What Ray raises for work whose process or machine is no more: somebody else can do it."""
 PLACE_S = 60.0
 """Seconds after which a worker that no node takes is spoken of."""
+ROOM_S = 300.0
+"""Seconds in which the cluster must have room for one worker at least; then the run ends."""
 STARTS = 3
 """Times that a worker's process may die before it has ever begun; then its place is given up."""
 DEAD_S = 30.0
@@ -44,6 +50,10 @@ class Host:
     def __init__(self) -> None:
         self._host: Hosting | None = None
         self._asked: tuple[str, TrainRequest, Layout] | None = None
+
+    def placed(self) -> str:
+        """The node that has room for it."""
+        return ray.get_runtime_context().get_node_id()
 
     def begin(self, setup: HostSetup, token: str) -> None:
         """The base model is loaded.
@@ -71,9 +81,12 @@ class Host:
 
 @dataclass(slots=True, eq=False)
 class Worker:
-    """One actor and its jobs, the one in work first. begun: None once it has loaded the model."""
+    """One actor and its jobs, the one in work first. placed: ready once a node has it. begun: None once it has loaded
+    the model."""
 
+    seat: Seat
     actor: Any
+    placed: Any
     begun: Any | None
     since: float
     starts: int = 1
@@ -90,22 +103,38 @@ class Ended:
 
 
 class Crew:
-    """So many workers, as far as the cluster has room for them."""
+    """A worker in each seat, as far as the cluster has room for them."""
 
-    def __init__(self, setup: HostSetup, token: str, size: int, say: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        setup: HostSetup,
+        token: str,
+        seats: Sequence[Seat],
+        say: Callable[[str], None],
+        vitals: Vitals,
+        *,
+        room_s: float = ROOM_S,
+    ) -> None:
         self._setup = ray.put(setup)
         self._run_dir = setup.run_dir
         self._token = token
         self._say = say
-        options = {"num_cpus": setup.config.runtime.threads, "scheduling_strategy": "SPREAD"}
-        self._actor: Any = ray.remote(**options)(Host)
+        self._room_s = room_s
+        self._vitals = vitals
+        card = " and a part of a GPU" if setup.config.runtime.device == "cuda" else ""
+        self._wanted = f"{setup.config.runtime.threads} free cores{card}"
+        self._actor: Any = ray.remote(Host)
         self._said = False
-        self.workers = [self._worker() for _ in range(size)]
+        self.workers = [self._worker(seat) for seat in seats]
 
-    def _worker(self, starts: int = 1) -> Worker:
-        actor = self._actor.remote()
-        begun = actor.begin.remote(self._setup, self._token)
-        return Worker(actor=actor, begun=begun, since=time.monotonic(), starts=starts)
+    def _worker(self, seat: Seat, starts: int = 1) -> Worker:
+        where = "SPREAD" if seat.node is None else NodeAffinitySchedulingStrategy(seat.node, soft=True)
+        options = {"num_cpus": seat.cpus, "num_gpus": seat.gpus, "scheduling_strategy": where}
+        actor = self._actor.options(**options).remote()
+        placed, begun = actor.placed.remote(), actor.begin.remote(self._setup, self._token)
+        return Worker(
+            seat=seat, actor=actor, placed=placed, begun=begun, since=time.monotonic(), starts=starts
+        )
 
     def free(self, depth: int) -> Worker | None:
         """The worker with the fewest jobs, if it has begun and has fewer than `depth`."""
@@ -133,8 +162,9 @@ class Crew:
 
         Raises:
             FedLoraError: what a host raised.
-            IncompleteError: Ray itself failed, or there is no worker any more.
+            IncompleteError: Ray itself failed, or there is no worker any more, or room for none.
         """
+        self._vitals.require_head()
         owners = {ref: worker for worker in self.workers for ref in self._watched(worker)}
         refs = list(owners)
         if not refs:
@@ -171,17 +201,10 @@ class Crew:
             if isinstance(cause, FedLoraError):
                 raise cause from None
             if isinstance(cause, RayError):
-                raise self._failed(cause) from error
+                raise failed(cause, self._run_dir) from error
             raise FedLoraError(f"a Ray worker failed: {cause}") from None
         except RayError as error:
-            raise self._failed(error) from error
-
-    def _failed(self, error: Exception) -> IncompleteError:
-        first = (str(error).strip().splitlines() or [""])[0]
-        return IncompleteError(
-            f"Ray failed ({type(error).__name__}: {first}); every finished round is kept, "
-            f"go on with: fedlora resume {self._run_dir}"
-        )
+            raise failed(error, self._run_dir) from error
 
     def _buried(self, worker: Worker, error: RayError) -> Ended:
         """Somebody stands in its place. Of its jobs, those it had finished count; it died with the first other."""
@@ -201,17 +224,32 @@ class Crew:
             del self.workers[place]
             self._say(f"a Ray worker died {STARTS} times as it began; going on with {len(self.workers)}")
         else:
-            self.workers[place] = self._worker(starts)
+            self.workers[place] = self._worker(worker.seat, starts)
         if not self.workers:
-            raise self._failed(error)
+            raise failed(error, self._run_dir)
         return Ended(done=done, again=lost[1:], suspect=lost[0] if lost else None)
 
     def _look_for_room(self) -> None:
-        now = time.monotonic()
-        late = [
-            worker for worker in self.workers if worker.begun is not None and now - worker.since > PLACE_S
-        ]
+        waiting = [worker for worker in self.workers if worker.begun is not None]
+        placed = set(ray.wait([worker.placed for worker in waiting], num_returns=len(waiting), timeout=0)[0])
+        homeless = [time.monotonic() - worker.since for worker in waiting if worker.placed not in placed]
+        late = sum(waited_s > PLACE_S for waited_s in homeless)
         if late and not self._said:
             self._said = True
-            here = len(self.workers) - len(late)
-            self._say(f"{len(late)} of {len(self.workers)} Ray workers found no room; going on with {here}")
+            here = len(self.workers) - len(homeless)
+            self._say(f"{late} of {len(self.workers)} Ray workers found no room; going on with {here}")
+        if len(homeless) == len(self.workers) and min(homeless) > self._room_s:
+            raise IncompleteError(
+                f"no node of the Ray cluster had {self._wanted} for a worker in {self._room_s:.0f} s "
+                "(runtime.threads; `ray status` shows who has them); every finished round is kept, "
+                f"go on with: fedlora resume {self._run_dir}"
+            )
+
+
+def failed(error: Exception, run_dir: Path) -> IncompleteError:
+    """What ends the run when Ray fails it: the cause, and how to go on."""
+    first = (str(error).strip().splitlines() or [""])[0]
+    return IncompleteError(
+        f"Ray failed ({type(error).__name__}: {first}); every finished round is kept, "
+        f"go on with: fedlora resume {run_dir}"
+    )

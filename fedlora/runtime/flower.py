@@ -99,7 +99,9 @@ class SimulatedCohort:
         app = client_app(partial(greet, scene), partial(answer, scene))
         resources = {"num_cpus": threads, "num_gpus": 0.0}
         quiet = {"include_dashboard": False, "log_to_driver": False, "logging_level": "error"}
-        backend = {"init_args": {"num_cpus": workers * threads, **quiet}, "client_resources": resources}
+        # Without an address Ray would join any cluster that runs on this machine, and refuse our num_cpus.
+        here = {"address": "local", "num_cpus": workers * threads, **quiet}
+        backend = {"init_args": here, "client_resources": resources}
         try:
             run_simulation(server, app, clients, backend_config=backend)
         except BaseException as error:

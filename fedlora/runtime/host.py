@@ -1,8 +1,9 @@
 """One process that plays simulated clients: the base model is loaded once, clients come and go."""
 
 import logging
+import socket
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -69,6 +70,9 @@ class Host:
         self.setup = setup
         self.holdings = open_holdings(setup.holdings)
         self.model = load_model(config.model, config.task, config.lora, setup.classes, config.seed)
+        if config.runtime.device == "cuda":
+            require_gpu()
+            self.model.peft_model.to("cuda")
         self.prefix = frozen_prefix(self.model) if config.runtime.cache_prefix else None
         self.noise = SeededNoise(seed_for(config.seed, "client randomness"))
 
@@ -84,12 +88,11 @@ class Host:
         if self.setup.together > 1:
             try:
                 nodes = [self._node(client) for client in clients]
-                return train_together(nodes, request, [self._ledger(node) for node in nodes])
+                replies = train_together(nodes, request, [self._ledger(node) for node in nodes])
+                return [at_home(reply) for reply in replies]
             except (LedgerError, ConfigError):
                 raise
-            except (
-                Exception
-            ) as error:  # of one of them: each has its own answer when asked alone, and none pays twice
+            except Exception as error:  # each has its own answer when asked alone, and none pays twice
                 log.error("round %d: %s; one by one instead", request.round, without_records(error))
         return [self._answer(client, request) for client in clients]
 
@@ -107,7 +110,7 @@ class Host:
     def _answer(self, client: str, request: TrainRequest) -> Reply:
         try:
             node = self._node(client)
-            return train(node, request, self._ledger(node))
+            return at_home(train(node, request, self._ledger(node)))
         except (LedgerError, ConfigError):
             raise
         except Exception as error:  # words of a failure could carry a record
@@ -158,6 +161,29 @@ class Host:
             dataset_fingerprint=fingerprint(node.examples),
             noise_kind=self.noise.kind,
         )
+
+
+def require_gpu() -> None:
+    """This process can train on a GPU.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    if not torch.cuda.is_available():
+        raise ConfigError(
+            f"runtime.device: cuda, but torch finds no GPU on {socket.gethostname()}; write device: cpu, "
+            "or see what is missing: fedlora doctor"
+        )
+
+
+def at_home(reply: Reply) -> Reply:
+    """The reply with its numbers in main memory, where the server adds them up."""
+    if isinstance(reply, Refusal):
+        return reply
+    delta = reply.delta
+    sites = {site: change.cpu() for site, change in delta.sites.items()}
+    head = {name: change.cpu() for name, change in delta.head.items()}
+    return replace(reply, delta=replace(delta, sites=sites, head=head))
 
 
 def runs_alone(config: RunConfig, model: AdaptedModel) -> bool:

@@ -20,7 +20,7 @@ from fedlora.methods import Method, build
 from fedlora.privacy.budget import Budget
 from fedlora.privacy.sampling import poisson
 from fedlora.runs.beginning import first_state, origin
-from fedlora.runtime.host import HostSetup, Terms, shared_passes
+from fedlora.runtime.host import HostSetup, Terms, require_gpu, shared_passes
 from fedlora.training.client import calibrated
 from fedlora.training.model import AdaptedModel, load_model, load_tokenizer
 from fedlora.values import Mechanism, Member, Origin, ServerState
@@ -76,6 +76,8 @@ class Prepared:
 
 def prepare(config: RunConfig, listener: Listener) -> Prepared:
     """The run that `config` describes; every mistake that can be found before training is found here."""
+    if config.runtime.device == "cuda" and config.runtime.address is None:
+        require_gpu()
     # What public text says of the model must not depend on the number of cores.
     torch.set_num_threads(config.runtime.threads)
     clients = gather_clients(config, listener)

@@ -15,13 +15,14 @@ from ray.exceptions import RayError
 
 from fedlora.algebra.flat import Layout
 from fedlora.data.holdings import open_holdings
-from fedlora.errors import IncompleteError
 from fedlora.federation.events import ClientDone, Listener, Stage, outcome
 from fedlora.runtime.cluster import connected, store_bytes, worker_slots
-from fedlora.runtime.crew import Crew, Ended
+from fedlora.runtime.crew import Crew, Ended, failed
 from fedlora.runtime.host import HostSetup
 from fedlora.runtime.jobs import MOST, Job, Queue, cut, expected_tokens, singles
 from fedlora.runtime.parcel import Parcel, pack_request, unpack_replies
+from fedlora.runtime.probe import peaks_of
+from fedlora.runtime.seats import Seat, anywhere, gpu_nodes, on_cards
 from fedlora.values import Refusal, RefusalReason, Reply, TrainRequest
 
 log = logging.getLogger(__name__)
@@ -49,43 +50,54 @@ class RayCohort:
     def __init__(self, setup: HostSetup, listener: Listener) -> None:
         config = setup.config
         self._listener = listener
-        self._run = setup.run
+        self._run_dir = setup.run_dir
         self._batch_size = config.federation.batch_size
         self._together = setup.together
         self._holdings = open_holdings(setup.holdings)
         self._open = ExitStack()
         with ExitStack() as opening:
-            opening.enter_context(connected(config.runtime, setup.run))
+            vitals = opening.enter_context(connected(config.runtime, setup.run, setup.run_dir))
             token = uuid4().hex
             (setup.holdings / "token").write_text(token)
-            size = min(worker_slots(config.runtime), max(1, len(self._holdings)))
-            self._window = min(WINDOW_BYTES, store_bytes() // 4)
-            self._crew = Crew(setup, token, size, lambda words: listener(Stage(name=words)))
+            try:
+                seats = _seats(setup, max(1, len(self._holdings)))
+                self._window = min(WINDOW_BYTES, store_bytes() // 4)
+                self._crew = Crew(setup, token, seats, lambda words: listener(Stage(name=words)), vitals)
+            except (RayError, ConnectionError) as error:
+                raise failed(error, self._run_dir) from error
             opening.callback(self._crew.close)
             self._open = opening.pop_all()
 
     def ask(self, clients: Sequence[str], request: TrainRequest) -> Iterator[Reply]:
         """See Cohort. The replies come in the order of `clients`; one group of them is held at a time."""
-        asking = _Asking(
-            crew=self._crew,
-            clients=clients,
-            request=request,
-            costs=expected_tokens(self._holdings, clients, self._batch_size).tolist(),
-            together=self._together,
-            window_bytes=self._window,
-        )
         try:
+            asking = _Asking(
+                crew=self._crew,
+                clients=clients,
+                request=request,
+                costs=expected_tokens(self._holdings, clients, self._batch_size).tolist(),
+                together=self._together,
+                window_bytes=self._window,
+            )
             for reply in asking.replies():
                 self._listener(ClientDone(round=request.round, client=reply.client, outcome=outcome(reply)))
                 yield reply
-        except RayError as error:
-            raise IncompleteError(f"Ray failed: {error}") from error
+        except (RayError, ConnectionError) as error:
+            raise failed(error, self._run_dir) from error
         finally:
             self._crew.drop_jobs()
 
     def close(self) -> None:
         """See Cohort."""
         self._open.close()
+
+
+def _seats(setup: HostSetup, clients: int) -> list[Seat]:
+    runtime = setup.config.runtime
+    if runtime.device == "cpu":
+        return anywhere(runtime, min(worker_slots(runtime), clients))
+    nodes = gpu_nodes(ray.nodes())
+    return on_cards(nodes, peaks_of(nodes, setup), runtime, clients)
 
 
 class _Asking:
@@ -161,14 +173,18 @@ class _Asking:
     def _suspect(self, job: Job) -> None:
         """A worker died with it: once more, client by client; three deaths are refusals.
 
-        Clients that run together are never asked apart, since their results would then differ in the last bits from
-        those of a round in which nobody died: they are asked together again, and refused together.
+        Clients that run together are asked together once more, since apart their results differ in the last bits.
+        When a second worker has died with them, one of them is likely to blame: losing the others would move the
+        model by more, and whoever kills every worker parts them in every repetition of the run, so bits still agree.
         """
+        clients = self._clients[job.start : job.stop]
         if job.deaths >= ATTEMPTS:
-            log.error("%d workers died with %s", job.deaths, self._clients[job.start : job.stop])
+            log.error("%d workers died with %s", job.deaths, clients)
             self._finished[job.start] = (job, None)
-        elif self._together > 1:
+        elif self._together > 1 and job.deaths < ATTEMPTS - 1:
             self._queue.put_back(job)
         else:
+            if self._together > 1:
+                log.error("%d workers died with %s; one by one now: last bits differ", job.deaths, clients)
             for single in singles(job):
                 self._queue.put_back(single)

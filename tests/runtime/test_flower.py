@@ -56,7 +56,8 @@ def state(run_dir) -> str:
     return json.loads((run_dir / "summary.json").read_text())["state_sha256"]
 
 
-def test_flower_ends_in_the_state_of_the_local_reference(tiny_config, tmp_path):
+def test_flower_ends_in_the_state_of_the_local_reference(tiny_config, tmp_path, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")  # somebody else's cluster, which is not joined
     local = simulate(tiny_config(federation__rounds=2), tmp_path / "local", lambda event: None)
     config = tiny_config(federation__rounds=2, runtime={"kind": "flower", "workers": 1})
     heard = []

@@ -21,6 +21,7 @@ pytestmark = pytest.mark.slow
 
 PATIENCE_S = 240.0
 STORE_BYTES = 80 << 20
+CLIENT_PORT = 23001
 
 
 @pytest.fixture
@@ -31,7 +32,12 @@ def cluster() -> Iterator:
 
     found = Cluster(
         initialize_head=True,
-        head_node_args={"num_cpus": 0, "object_store_memory": STORE_BYTES, "include_dashboard": False},
+        head_node_args={
+            "num_cpus": 0,
+            "object_store_memory": STORE_BYTES,
+            "include_dashboard": False,
+            "ray_client_server_port": CLIENT_PORT,
+        },
     )
     found.workers = [found.add_node(num_cpus=1, object_store_memory=STORE_BYTES) for _ in range(2)]
     yield found
@@ -59,6 +65,16 @@ def test_a_run_goes_on_when_a_node_dies_in_mid_round(tiny_config, tmp_path, clus
     config = tiny_config(runtime={"kind": "ray", "address": cluster.address})
     assert state(simulate(config, tmp_path / "struck", kill_one)) == state(local)
     assert killed
+
+
+@pytest.mark.parametrize("address", ["auto", f"ray://127.0.0.1:{CLIENT_PORT}"])
+def test_the_cluster_of_this_machine_and_one_reached_from_outside_end_in_the_same_state(
+    tiny_config, tmp_path, cluster, address
+):
+    short = {"federation__rounds": 2, "privacy": "none"}
+    local = simulate(tiny_config(**short), tmp_path / "local", silent)
+    config = tiny_config(**short, runtime={"kind": "ray", "address": address})
+    assert state(simulate(config, tmp_path / "ray", silent)) == state(local)
 
 
 def test_two_runs_on_one_cluster_do_not_meet(tiny_config, tmp_path, cluster):
