@@ -13,11 +13,12 @@ from at_scale.cases import ACTORS, Case
 from fedlora.config.load import load_config
 from fedlora.training.model import load_model
 
-WORDS = (
-    "time year people way day man thing woman life child world school state family student group country problem "
-    "hand part place case week company system program question work government number night point home water room "
-    "mother area money story fact month lot right study book eye job word business issue side kind head house"
-).split()
+COMMON = """
+    time year people way day man thing woman life child world school state family student group country problem
+    hand part place case week company system program question work government number night point home water room
+    mother area money story fact month lot right study book eye job word business issue side kind head house
+"""
+WORDS = COMMON.split()
 """Each is one token of MiniLM's."""
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"

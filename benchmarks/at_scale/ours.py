@@ -1,6 +1,6 @@
 """Our side: `fedlora simulate` as a user calls it from Python, with a listener that looks at the clock.
 
-    python -m at_scale.ours MATERIAL SCRATCH
+python -m at_scale.ours MATERIAL SCRATCH
 """
 
 import json

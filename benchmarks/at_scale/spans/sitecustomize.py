@@ -1,7 +1,7 @@
 """Python reads this at its start: the client step of this process tells when it begins and ends.
 
 What trains one client, or several together, is wrapped as soon as its module is imported, so nothing of fedlora knows
-of it. With AT_SCALE_NULL the client answers with zeros at once, and what is left of a round is what it costs to run one.
+of it. With AT_SCALE_NULL the client answers with zeros at once, and what is left of a round is its overhead.
 """
 
 import importlib.abc
