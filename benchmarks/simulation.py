@@ -3,7 +3,8 @@
     python benchmarks/simulation.py --quick                  a minute or so: 100 clients, tiny local work, 0.3 MB
     python benchmarks/simulation.py --full                   hours: 10 to 100,000 clients, real MiniLM work, memory
     python benchmarks/simulation.py --full --only MiniLM     the cases whose name has the word; others are kept
-    python benchmarks/simulation.py --table                  the figures of the last run, as Markdown
+    python benchmarks/simulation.py --table                  the figures of the last run, as Markdown; with
+                                                             --into docs/performance.md they are put in there
 
 Each arm of a case is a tree of processes of its own, so that peak memory is its own; arms of a repeat follow each other
 and the order swaps. A round ends when its result is there (ours: on disk). The first round, in which actors still load,
@@ -25,10 +26,12 @@ from typing import Any
 
 from at_scale.arm import run
 from at_scale.cases import FULL, QUICK, Case, case_of
+from at_scale.cluster import extrapolated
 from at_scale.figures import goals, measured, table
 from at_scale.plot import plot
 
 RESULTS = Path(__file__).parent / "results"
+BEGIN, END = "<!-- figures of benchmarks/simulation.py -->", "<!-- end of figures -->"
 
 
 def main() -> int:
@@ -41,11 +44,11 @@ def main() -> int:
     what.add_argument("--full", action="store_true")
     what.add_argument("--table", action="store_true")
     parser.add_argument("--only", default="", metavar="WORD")
+    parser.add_argument("--into", type=Path, metavar="FILE")
     given = parser.parse_args()
     target = RESULTS / ("simulation-quick.json" if given.quick else "simulation.json")
     if given.table:
-        print(_table(json.loads(target.read_text())))
-        return 0
+        return _write(json.loads(target.read_text()), given.into)
     cases = [case for case in (QUICK if given.quick else FULL) if given.only in case.name]
     if not cases:
         parser.error(f"no case has {given.only!r} in its name; there are {[case.name for case in FULL]}")
@@ -90,6 +93,26 @@ def report(found: dict[str, Any], target: Path) -> int:
     for row in failed:
         print(f"{row['case']}: ours did not do it: {row.get('failed', 'somebody did not answer')}")
     return 0 if reached and not failed and all(goal.met for goal in reached) else 1
+
+
+def _write(found: dict[str, Any], into: Path | None) -> int:
+    """Prints the figures and what they come to on a cluster, or puts them between the two marks of a page."""
+    cases = [case_of(words) for words in found["cases"]]
+    text = f"{_machine(found)}\n\n{_table(found)}\n\n{extrapolated(found['rows'], cases)}"
+    if into is None:
+        print(text)
+        return 0
+    before, begin, rest = into.read_text().partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise SystemExit(f"{into} lacks the line {BEGIN!r} or, after it, {END!r}: put both where figures go")
+    into.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}")
+    return 0
+
+
+def _machine(found: dict[str, Any]) -> str:
+    versions = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
+    return f"{found['machine']['cores']} cores, {found['machine']['processor']}; {versions}"
 
 
 def _table(found: dict[str, Any]) -> str:

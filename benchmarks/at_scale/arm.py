@@ -18,6 +18,9 @@ BENCHMARKS = Path(__file__).parents[1]
 LOOK_EVERY_S = 0.5
 """The kernel keeps each process's peak, so only a process shorter than this is missed."""
 
+NO_ACTORS = ("IDLE", "Agent")
+"""Words in the titles of Ray's own processes that look like actors."""
+
 _HOW = {FLOWER: "kept", STEP: "step", GHOST: "ghost"}
 
 
@@ -106,7 +109,7 @@ def _look(process: psutil.Process, driver: int) -> tuple[str, float] | None:
     """(driver, actors or ray; peak MB) of a live process."""
     try:
         title = (process.cmdline() or [""])[0]
-        actor = title.startswith("ray::") and "IDLE" not in title
+        actor = title.startswith("ray::") and not any(word in title for word in NO_ACTORS)
         role = "driver" if process.pid == driver else "actors" if actor else "ray"
         peak = _peak_mb(process)
         return (role, peak) if peak else None

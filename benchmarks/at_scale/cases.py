@@ -16,6 +16,7 @@ class Case:
     """One federation.
 
     model: tiny is a random BERT of one layer, as wide as `megabytes` of B at rank 32 takes; minilm is real.
+    megabytes: of an update.
     clients, asked: registered, and taking part in a round.
     rounds: the first, in which actors still load, is not counted.
     records: of a client. null: a client answers with zeros instead of training. beta: of the stale memory.
@@ -78,12 +79,12 @@ FULL = (
     ),
     Case(
         name="MiniLM, 32 to 64 tokens, batch 2, 1 step",
-        model="minilm", clients=64, asked=64, rounds=5, records=64, batch_size=2, repeats=3,
+        model="minilm", megabytes=0.15, clients=64, asked=64, rounds=5, records=64, batch_size=2, repeats=3,
         arms=(OURS, FLOWER, STEP, GHOST),
     ),
     Case(
         name="MiniLM, 32 to 64 tokens, batch 8, 5 steps",
-        model="minilm", clients=16, asked=16, rounds=4, records=64, batch_size=8, local_steps=5,
+        model="minilm", megabytes=0.15, clients=16, asked=16, rounds=4, records=64, batch_size=8, local_steps=5,
         arms=(OURS, FLOWER, STEP, GHOST),
     ),
     Case(name="null, 1,000", megabytes=0.01, clients=1000, asked=1000, rounds=6, null=True, arms=(OURS,), repeats=3),

@@ -38,7 +38,8 @@ def measured(row: dict[str, Any], case: Case) -> dict[str, Any]:
     """The row with what follows from its stamps; the first round, in which actors load, counts as start-up.
 
     round_s: of each later round. start_s: of the process, to the end of the first round, less one later round.
-    busy: share of the actors' time in a client's step. overhead_ms: the rest of it, for each client.
+    job_s: of one client's step in its actor. busy: share of the actors' time in such steps. overhead_ms: what is left
+    of the round beside them, for each client.
     incomplete: rounds in which not everybody answered.
     """
     if "failed" in row:
@@ -58,6 +59,7 @@ def measured(row: dict[str, Any], case: Case) -> dict[str, Any]:
         shares = [work / ACTORS / span for work, span in zip(worked, seconds, strict=True)]
         rest = [span - work / ACTORS for work, span in zip(worked, seconds, strict=True)]
         found |= {
+            "job_s": statistics.median(worked) / case.asked,
             "busy": statistics.median(shares),
             "overhead_ms": 1e3 * statistics.median(rest) / case.asked,
         }
@@ -78,7 +80,7 @@ def pooled(rows: Rows, case: str, arm: str) -> dict[str, Any] | None:
     held = [row for row in rows if (row["case"], row["arm"]) == (case, arm) and "failed" not in row]
     if not held:
         return None
-    keys = ("start_s", "driver_mb", "actors_mb", "ray_mb", "busy", "overhead_ms")
+    keys = ("start_s", "driver_mb", "actors_mb", "ray_mb", "job_s", "busy", "overhead_ms")
     return {
         "round_s": statistics.median(statistics.median(row["round_s"]) for row in held),
         "incomplete": sum(row["incomplete"] for row in held),
