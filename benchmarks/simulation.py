@@ -20,6 +20,7 @@ import os
 import platform
 import sys
 import tempfile
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,7 @@ def main() -> int:
     what.add_argument("--full", action="store_true")
     what.add_argument("--table", action="store_true")
     parser.add_argument("--only", default="", metavar="WORD")
+    parser.add_argument("--repeats", type=int, metavar="N", help="of each case, instead of its own number")
     parser.add_argument("--into", type=Path, metavar="FILE")
     given = parser.parse_args()
     target = RESULTS / ("simulation-quick.json" if given.quick else "simulation.json")
@@ -56,7 +58,7 @@ def main() -> int:
     found = _kept(target, cases) if given.only else _empty()
     with tempfile.TemporaryDirectory(dir=RESULTS) as scratch:  # a disk, where /tmp may be memory
         for case in cases:
-            _measure(case, Path(scratch), found, target)
+            _measure(replace(case, repeats=given.repeats or case.repeats), Path(scratch), found, target)
     return report(found, target)
 
 

@@ -27,6 +27,7 @@ _HOW = {FLOWER: "kept", STEP: "step", GHOST: "ghost"}
 def run(case: Case, arm: str, material: Path, scratch: Path) -> dict[str, Any]:
     """What the arm wrote, and its peak memory by role in MB; `failed` says why there are no times.
 
+    whole_s of a failed one: at least so long it would have taken; unknown where it broke.
     Memory is resident, so a page of Ray's object store that two processes touch counts in both.
     """
     scratch.mkdir(parents=True)
@@ -49,7 +50,7 @@ def run(case: Case, arm: str, material: Path, scratch: Path) -> dict[str, Any]:
         return {**found, **json.loads((scratch / "times.json").read_text())}
     last = (scratch / "log").read_text().strip().splitlines()[-12:]
     why = f"not done in {case.limit_s:g} s" if late else f"exit {driver.returncode}"
-    return {**found, "failed": why, "log": last}
+    return {**found, "failed": why, "whole_s": case.limit_s if late else None, "log": last}
 
 
 def _environment(case: Case, arm: str, material: Path, scratch: Path, sockets: str) -> dict[str, str]:

@@ -1,5 +1,6 @@
 """From times to figures: rounds, client-rounds per second, what a round costs beside its jobs, goals met or missed."""
 
+import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -51,6 +52,7 @@ def measured(row: dict[str, Any], case: Case) -> dict[str, Any]:
     found = {
         **{key: value for key, value in row.items() if key not in ("stamps", "spans", "began")},
         "round_s": seconds,
+        "whole_s": stamps[-1] - row["began"],
         "start_s": stamps[1] - row["began"] - usual,
         "incomplete": sum(1 for count in row["answered"] if count != case.asked),
     }
@@ -89,10 +91,21 @@ def pooled(rows: Rows, case: str, arm: str) -> dict[str, Any] | None:
 
 
 def ratio(rows: Rows, case: str, peer: str) -> float | None:
-    """How many times the peer's client-rounds per second ours are: the median over repeats, each beside the other."""
+    """How many times the peer's client-rounds per second ours are: the median over repeats, each beside the other.
+
+    Of a peer that was not done in its time, a lower bound, start-up in it; NaN where one broke; None: not run.
+    """
     ours, theirs = (_medians(rows, case, arm) for arm in (OURS, peer))
     both = sorted(ours.keys() & theirs.keys())
-    return statistics.median(theirs[repeat] / ours[repeat] for repeat in both) if both else None
+    if both:
+        return statistics.median(theirs[repeat] / ours[repeat] for repeat in both)
+    ours_s, theirs_s = (_whole(rows, case, arm) for arm in (OURS, peer))
+    return statistics.median(theirs_s) / statistics.median(ours_s) if ours_s and theirs_s else None
+
+
+def _whole(rows: Rows, case: str, arm: str) -> list[float]:
+    held = [row for row in rows if (row["case"], row["arm"]) == (case, arm)]
+    return [row.get("whole_s") or math.nan for row in held]
 
 
 def _medians(rows: Rows, case: str, arm: str) -> dict[int, float]:

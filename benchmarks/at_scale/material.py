@@ -11,6 +11,7 @@ import yaml
 
 from at_scale.cases import ACTORS, Case
 from fedlora.config.load import load_config
+from fedlora.training.checkpoints import quiet
 from fedlora.training.model import load_model
 
 COMMON = """
@@ -110,4 +111,5 @@ def _save_tiny(path: Path, width: int) -> None:
         max_position_embeddings=64,
     )
     torch.manual_seed(11)
-    BertModel(config).save_pretrained(path)
+    with quiet():
+        BertModel(config).save_pretrained(path)

@@ -124,3 +124,14 @@ def test_a_ratio_is_taken_within_a_repeat():
         for repeat, seconds in enumerate(times)
     ]
     assert ratio(rows, "c", "flower") == 3.0
+
+
+def test_a_peer_that_is_not_done_gives_a_lower_bound_and_one_that_broke_none():
+    from at_scale.figures import Goal, ratio
+
+    ours = {"case": "c", "arm": "fedlora", "repeat": 0, "round_s": [1.0], "whole_s": 30.0}
+    late = {"case": "c", "arm": "flower", "repeat": 0, "failed": "not done in 900 s", "whole_s": 900.0}
+    assert ratio([ours, late], "c", "flower") == 30.0
+    broken = ratio([ours, {**late, "whole_s": None}], "c", "flower")
+    assert broken is not None and not Goal(name="", value=broken, goal=1.0).met
+    assert ratio([ours], "c", "flower") is None
