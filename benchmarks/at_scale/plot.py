@@ -10,7 +10,7 @@ from at_scale.figures import Rows, pooled
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 760, 420, 70, 190, 30, 56
 STYLE = (
-    "text{font:13px system-ui,sans-serif;fill:#444}line{stroke:#ddd}polyline{fill:none;stroke-width:2}"
+    "text{font:13px system-ui,sans-serif;fill:#444}line{stroke:#ddd}polyline{fill:none;stroke-width:2}circle{fill:#fff}"
     ".ours{stroke:#0b6e4f}.peer{stroke:#b3541e}.big{stroke-dasharray:6 4}"
 )
 
@@ -35,6 +35,7 @@ def plot(rows: Rows, cases: Sequence[Case]) -> str:
     for label, kind, held in curves:
         line = " ".join(f"{across(x):.1f},{up(y):.1f}" for x, y in held)
         parts.append(f'<polyline class="{kind}" points="{line}"/>')
+        parts += [f'<circle class="{kind}" cx="{across(x):.1f}" cy="{up(y):.1f}" r="3.5"/>' for x, y in held]
         parts.append(_text(across(held[-1][0]) + 8, up(held[-1][1]) + 4, label, "start"))
     opening = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img">'
     title = "<title>Seconds a round against participating clients, fedlora and stock Flower</title>"
