@@ -9,9 +9,10 @@ from at_scale.cases import FLOWER, OURS, Case
 from at_scale.figures import Rows, pooled
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 760, 420, 70, 190, 30, 56
+LINE = 16
 STYLE = (
     "text{font:13px system-ui,sans-serif;fill:#444}line{stroke:#ddd}polyline{fill:none;stroke-width:2}circle{fill:#fff}"
-    ".ours{stroke:#0b6e4f}.peer{stroke:#b3541e}.big{stroke-dasharray:6 4}"
+    ".ours{stroke:#0b6e4f}.peer{stroke:#b3541e}polyline.big{stroke-dasharray:6 4}"
 )
 
 
@@ -32,11 +33,13 @@ def plot(rows: Rows, cases: Sequence[Case]) -> str:
         parts.append(_text(LEFT - 8, y + 4, f"{10.0**power:g}", "end"))
     parts.append(_text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 12, "participating clients", "middle"))
     parts.append(_text(LEFT - 40, TOP - 12, "seconds a round", "start"))
-    for label, kind, held in curves:
+    lowest = math.inf
+    for label, kind, held in sorted(curves, key=lambda curve: curve[2][-1][1]):
         line = " ".join(f"{across(x):.1f},{up(y):.1f}" for x, y in held)
         parts.append(f'<polyline class="{kind}" points="{line}"/>')
         parts += [f'<circle class="{kind}" cx="{across(x):.1f}" cy="{up(y):.1f}" r="3.5"/>' for x, y in held]
-        parts.append(_text(across(held[-1][0]) + 8, up(held[-1][1]) + 4, label, "start"))
+        lowest = min(up(held[-1][1]) + 4, lowest - LINE)  # no label on another
+        parts.append(_text(across(held[-1][0]) + 8, lowest, label, "start"))
     opening = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img">'
     title = "<title>Seconds a round against participating clients, fedlora and stock Flower</title>"
     return "\n".join([opening, title, *parts, "</svg>"]) + "\n"
