@@ -18,6 +18,7 @@ import argparse
 import json
 import os
 import platform
+import signal
 import sys
 import tempfile
 from dataclasses import replace
@@ -54,6 +55,7 @@ def main() -> int:
     cases = [case for case in (QUICK if given.quick else FULL) if given.only in case.name]
     if not cases:
         parser.error(f"no case has {given.only!r} in its name; there are {[case.name for case in FULL]}")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the arm under way is ended, too
     RESULTS.mkdir(exist_ok=True)
     found = _kept(target, cases) if given.only else _empty()
     with tempfile.TemporaryDirectory(dir=RESULTS) as scratch:  # a disk, where /tmp may be memory
