@@ -12,7 +12,7 @@ from typing import Any
 
 import psutil
 
-from at_scale.cases import FLOWER, GHOST, OURS, STEP, Case
+from at_scale.cases import FLOWER, GHOST, OURS, STEP, TRIMMED, Case
 
 BENCHMARKS = Path(__file__).parents[1]
 LOOK_EVERY_S = 0.5
@@ -21,7 +21,7 @@ LOOK_EVERY_S = 0.5
 NO_ACTORS = ("IDLE", "Agent")
 """Words in the titles of Ray's own processes that look like actors."""
 
-_HOW = {FLOWER: "kept", STEP: "step", GHOST: "ghost"}
+_HOW = {FLOWER: "kept", STEP: "step", GHOST: "ghost", TRIMMED: "trimmed"}
 
 
 def run(case: Case, arm: str, material: Path, scratch: Path) -> dict[str, Any]:

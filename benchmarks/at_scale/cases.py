@@ -3,10 +3,13 @@
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-OURS, FLOWER, STEP, GHOST = "fedlora", "flower", "flower, no ledger", "flower, ghost"
+OURS, FLOWER, STEP = "fedlora", "flower", "flower, no ledger"
+GHOST, TRIMMED = "flower, ghost", "flower, ghost, trimmed"
 """fedlora: `simulate` on Ray. flower: stock Flower and Ray, model kept by the actor, the same `train()`.
-no ledger: the same, but the private step alone. ghost: as in a tutorial, the model loaded in every call, Opacus' ghost
-clipping."""
+no ledger: the same, but the private step alone. ghost: as in a tutorial, the model loaded in every call, records padded
+to `max_length`, Opacus' ghost clipping. trimmed: the same, but padded to the batch's longest record."""
+
+ARMS = (OURS, FLOWER, STEP, GHOST, TRIMMED)
 
 ACTORS = 2
 
@@ -20,6 +23,7 @@ class Case:
     clients, asked: registered, and taking part in a round.
     rounds: the first, in which actors still load, is not counted.
     records: of a client. null: a client answers with zeros instead of training. beta: of the stale memory.
+    together: our `runtime.clients_together`.
     """
 
     name: str
@@ -33,6 +37,7 @@ class Case:
     local_steps: int = 1
     null: bool = False
     beta: float = 0.0
+    together: int | Literal["auto"] = 1
     arms: tuple[str, ...] = (OURS, FLOWER)
     repeats: int = 1
     limit_s: float = 900.0
@@ -80,12 +85,12 @@ FULL = (
     Case(
         name="MiniLM, 32 to 64 tokens, batch 2, 1 step",
         model="minilm", megabytes=0.15, clients=64, asked=64, rounds=5, records=64, batch_size=2, repeats=3,
-        arms=(OURS, FLOWER, STEP, GHOST),
+        together="auto", arms=ARMS,
     ),
     Case(
         name="MiniLM, 32 to 64 tokens, batch 8, 5 steps",
         model="minilm", megabytes=0.15, clients=16, asked=16, rounds=4, records=64, batch_size=8, local_steps=5,
-        arms=(OURS, FLOWER, STEP, GHOST),
+        together="auto", arms=ARMS,
     ),
     Case(name="null, 1,000", megabytes=0.01, clients=1000, asked=1000, rounds=6, null=True, arms=(OURS,), repeats=3),
     Case(name="null, 0.3 MB, 1,000", clients=1000, asked=1000, rounds=6, null=True, arms=(OURS,)),

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from at_scale.cases import ACTORS, FLOWER, GHOST, OURS, STEP, Case
+from at_scale.cases import ACTORS, ARMS, FLOWER, GHOST, OURS, Case
 
 Rows = Sequence[dict[str, Any]]
 
@@ -39,8 +39,8 @@ def measured(row: dict[str, Any], case: Case) -> dict[str, Any]:
     """The row with what follows from its stamps; the first round, in which actors load, counts as start-up.
 
     round_s: of each later round. start_s: of the process, to the end of the first round, less one later round.
-    job_s: of one client's step in its actor. busy: share of the actors' time in such steps. overhead_ms: what is left
-    of the round beside them, for each client.
+    job_s: of one client in its host, its ledger with it. busy: share of the actors' time in such work. overhead_ms: what
+    is left of the round beside it, for each client; of null clients, the whole of it.
     incomplete: rounds in which not everybody answered.
     """
     if "failed" in row:
@@ -56,7 +56,9 @@ def measured(row: dict[str, Any], case: Case) -> dict[str, Any]:
         "start_s": stamps[1] - row["began"] - usual,
         "incomplete": sum(1 for count in row["answered"] if count != case.asked),
     }
-    if spans:
+    if case.null:
+        found["overhead_ms"] = 1e3 * usual / case.asked
+    elif spans:
         worked = [sum(_within(held, begin, end) for held in spans) for begin, end in rounds]
         shares = [work / ACTORS / span for work, span in zip(worked, seconds, strict=True)]
         rest = [span - work / ACTORS for work, span in zip(worked, seconds, strict=True)]
@@ -137,7 +139,7 @@ def _real(rows: Rows, cases: Sequence[Case]) -> Iterable[Goal]:
 def _costs(rows: Rows, cases: Sequence[Case]) -> Iterable[Goal]:
     for case in cases:
         found = pooled(rows, case.name, OURS)
-        if found is None or "busy" not in found:
+        if found is None:
             continue
         if case.null and case.megabytes < 0.1:
             yield Goal(
@@ -146,7 +148,7 @@ def _costs(rows: Rows, cases: Sequence[Case]) -> Iterable[Goal]:
                 goal=1.0,
                 at_least=False,
             )
-        if case.model == "minilm":
+        if case.model == "minilm" and "busy" in found:
             yield Goal(name=f"{case.name}: busy share of the actors", value=found["busy"], goal=0.9)
 
 
@@ -183,7 +185,7 @@ def table(rows: Rows, cases: Sequence[Case]) -> str:
     heads = ["case", "arm", *(head for _, head, _ in _COLUMNS), "ours / it"]
     lines = [heads, ["---", "---", *["---:"] * (len(heads) - 2)]]
     for case in cases:
-        for arm in (OURS, FLOWER, STEP, GHOST):
+        for arm in ARMS:
             if any((row["case"], row["arm"]) == (case.name, arm) for row in rows):
                 lines.append([case.name, arm, *_cells(rows, case, arm)])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

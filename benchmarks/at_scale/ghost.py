@@ -1,11 +1,12 @@
 """A client as a tutorial would have it: model and LoRA built in every call, Opacus' engine with ghost clipping.
 
 The same numbers are trained (every B, and the head), by the same expected batch, clip, noise and number of steps. No
-ledger, and noise from torch's generator.
+ledger, and noise from torch's generator. Records are tokenised once, which a tutorial does in every call.
 """
 
 import warnings
 from collections.abc import Iterator
+from functools import partial
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from opacus import PrivacyEngine
 from peft import LoraConfig, TaskType, get_peft_model
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 from transformers import AutoModelForSequenceClassification
@@ -29,19 +31,25 @@ def ghost_round(
     examples: Examples,
     start: NDArray[np.float32],
     mechanism: Mechanism,
+    *,
+    trimmed: bool = False,
 ) -> NDArray[np.float32]:
-    """What is trained, after the round's steps from `start`; both flat, every B in sorted order before the head."""
+    """What is trained, after the round's steps from `start`; both flat, every B in sorted order before the head.
+
+    trimmed: a batch is padded to its longest record instead of `max_length`.
+    """
     model = _model(config, len(classes))
     trained = _trained(model)
     _load(trained, start)
     federation = config.federation
+    collate = partial(_padded, length=None if trimmed else config.data.max_length)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of Opacus: no secure generator, hooks of frozen layers
         wrapped, optimizer, criterion, loader = PrivacyEngine().make_private(
             module=model.train(),
             optimizer=torch.optim.SGD(trained, lr=federation.optimizer.lr),
             criterion=nn.CrossEntropyLoss(),
-            data_loader=DataLoader(_rows(examples), batch_size=federation.batch_size, collate_fn=_padded),
+            data_loader=DataLoader(_rows(examples), batch_size=federation.batch_size, collate_fn=collate),
             noise_multiplier=mechanism.noise_multiplier,
             max_grad_norm=mechanism.max_grad_norm,
             grad_sample_mode="ghost",
@@ -94,10 +102,12 @@ def _rows(examples: Examples) -> list[tuple[Tensor, Tensor]]:
     return [(torch.from_numpy(row), label) for row, label in zip(tokens, labels, strict=True)]
 
 
-def _padded(rows: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
+def _padded(rows: list[tuple[Tensor, Tensor]], length: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens and mask (n, length), or as long as the longest; labels (n,)."""
     tokens = pad_sequence([row for row, _ in rows], batch_first=True)
     mask = pad_sequence([torch.ones_like(row) for row, _ in rows], batch_first=True)
-    return tokens, mask, torch.stack([label for _, label in rows])
+    beyond = 0 if length is None else length - tokens.shape[1]
+    return pad(tokens, (0, beyond)), pad(mask, (0, beyond)), torch.stack([label for _, label in rows])
 
 
 def _batches(loader: DataLoader, steps: int) -> Iterator[tuple[Tensor, ...]]:

@@ -90,7 +90,7 @@ def _config(case: Case, directory: Path) -> dict:
         },
         "method": {"name": "ffa", "stale": {"beta": case.beta}},  # A stays: the peers know no other
         "privacy": privacy if case.private else "none",
-        "runtime": {"kind": "ray", "workers": ACTORS},
+        "runtime": {"kind": "ray", "workers": ACTORS, "clients_together": case.together},
         "output": str(directory / "run"),
     }
 

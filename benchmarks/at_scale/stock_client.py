@@ -1,7 +1,7 @@
 """The peer's ClientApp, in a module that Ray's workers import: only there does a process keep what it loaded.
 
 AT_SCALE_HOW: kept (the model stays, `fedlora.training.client.train` with the client's ledger), step (the same private
-step without ledger and reply), ghost (the model loaded in every call, see `at_scale.ghost`).
+step without ledger and reply), ghost or trimmed (the model loaded in every call, see `at_scale.ghost`).
 """
 
 import os
@@ -30,8 +30,8 @@ def train(message: Message, context: Context) -> Message:
             trained = clients.train(number, round_, start)
         case "step":
             trained = clients.step(number, round_, start)
-        case _:
-            trained = clients.ghost(number, start)
+        case how:
+            trained = clients.ghost(number, start, trimmed=how == "trimmed")
     content = {
         "arrays": ArrayRecord({"trained": Array(trained.astype(np.float32, copy=False))}),
         "metrics": MetricRecord({"num-examples": clients.records(number)}),

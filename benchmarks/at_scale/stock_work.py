@@ -88,11 +88,12 @@ class Clients:
             optimizer.zero_grad(set_to_none=True)
         return _flat(self._ordered())
 
-    def ghost(self, number: int, start: Flat) -> Flat:
+    def ghost(self, number: int, start: Flat, *, trimmed: bool = False) -> Flat:
         """See `at_scale.ghost`."""
         mechanism = self._terms(self.records(number))[1]
         assert mechanism is not None
-        return ghost_round(self.config, self.classes, self._examples(number), start, mechanism)
+        examples = self._examples(number)
+        return ghost_round(self.config, self.classes, examples, start, mechanism, trimmed=trimmed)
 
     def _node(self, number: int) -> Node:
         examples = self._examples(number)

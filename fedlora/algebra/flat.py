@@ -42,14 +42,26 @@ class Layout:
         Raises:
             ShapeError: other names or shapes.
         """
-        if Layout.of(delta) != self:
-            raise ShapeError(f"a delta of {_told(Layout.of(delta))} where {_told(self)} is needed")
-        parts = [delta.sites[name] for name, _ in self.sites] + [delta.head[name] for name, _ in self.head]
+        parts = self._parts(delta)
         if not parts:
             return torch.zeros(0)
         if _lie_in_one_row(parts):
             return torch.as_strided(parts[0], (self.numbers,), (1,))
         return torch.cat([part.flatten() for part in parts])
+
+    def write(self, delta: Delta, row: Tensor) -> None:
+        """`row`, (numbers,) of the delta's type, holds the delta's numbers.
+
+        Raises:
+            ShapeError: other names or shapes.
+        """
+        if parts := self._parts(delta):
+            torch.cat([part.flatten() for part in parts], out=row)
+
+    def _parts(self, delta: Delta) -> list[Tensor]:
+        if Layout.of(delta) != self:
+            raise ShapeError(f"a delta of {_told(Layout.of(delta))} where {_told(self)} is needed")
+        return [delta.sites[name] for name, _ in self.sites] + [delta.head[name] for name, _ in self.head]
 
     def delta_of(self, flat: Tensor, basis: int) -> Delta:
         """The delta whose numbers these are, (numbers,); its tensors are views."""

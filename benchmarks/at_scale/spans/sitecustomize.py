@@ -1,7 +1,7 @@
-"""Python reads this at its start: the client step of this process tells when it begins and ends.
+"""Python reads this at its start: each host of simulated clients tells when it begins and ends to answer for some.
 
-What trains one client, or several together, is wrapped as soon as its module is imported, so nothing of fedlora knows
-of it. With AT_SCALE_NULL the client answers with zeros at once, and what is left of a round is its overhead.
+`Host.answer` is wrapped as soon as its module is imported, so nothing of fedlora knows of it. With AT_SCALE_NULL the
+client's training answers with zeros at once instead, and the whole of a round is its overhead.
 """
 
 import importlib.abc
@@ -11,7 +11,32 @@ import sys
 import time
 from pathlib import Path
 
-WRAPPED = {"fedlora.training.client": "train", "fedlora.training.together": "train_together"}
+
+def _tell_spans(module):
+    answer = module.Host.answer
+
+    def timed(*arguments, **named):
+        began = time.monotonic()
+        try:
+            return answer(*arguments, **named)
+        finally:
+            with (Path(os.environ["AT_SCALE_SPANS"]) / str(os.getpid())).open("a") as file:
+                file.write(f"{began!r} {time.monotonic()!r}\n")
+
+    module.Host.answer = timed
+
+
+def _train_nothing(module):
+    module.train = lambda node, request, ledger: _zeros(node, request)
+
+
+def _train_nothing_together(module):
+    module.train_together = lambda nodes, request, ledgers: [_zeros(node, request) for node in nodes]
+
+
+TOLD = {"fedlora.runtime.host": _tell_spans}
+NULL = {"fedlora.training.client": _train_nothing, "fedlora.training.together": _train_nothing_together}
+WRAPPED = NULL if os.environ.get("AT_SCALE_NULL") else TOLD
 
 
 class _Finder(importlib.abc.MetaPathFinder):
@@ -25,25 +50,10 @@ class _Finder(importlib.abc.MetaPathFinder):
 
         def exec_module(module):
             execute(module)
-            name = WRAPPED[fullname]
-            setattr(module, name, _timed(getattr(module, name), together=name == "train_together"))
+            WRAPPED[fullname](module)
 
         spec.loader.exec_module = exec_module
         return spec
-
-
-def _timed(work, *, together):
-    def timed(nodes, request, *rest, **named):
-        began = time.monotonic()
-        try:
-            if not os.environ.get("AT_SCALE_NULL"):
-                return work(nodes, request, *rest, **named)
-            return [_zeros(node, request) for node in nodes] if together else _zeros(nodes, request)
-        finally:
-            with (Path(os.environ["AT_SCALE_SPANS"]) / str(os.getpid())).open("a") as file:
-                file.write(f"{began!r} {time.monotonic()!r}\n")
-
-    return timed
 
 
 def _zeros(node, request):
