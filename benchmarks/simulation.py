@@ -47,6 +47,7 @@ def main() -> int:
     what.add_argument("--table", action="store_true")
     parser.add_argument("--only", default="", metavar="WORD")
     parser.add_argument("--repeats", type=int, metavar="N", help="of each case, instead of its own number")
+    parser.add_argument("--rounds", type=int, metavar="N", help="of each case, the first of which is start-up")
     parser.add_argument("--into", type=Path, metavar="FILE")
     given = parser.parse_args()
     target = RESULTS / ("simulation-quick.json" if given.quick else "simulation.json")
@@ -60,7 +61,8 @@ def main() -> int:
     found = _kept(target, cases) if given.only else _empty()
     with tempfile.TemporaryDirectory(dir=RESULTS) as scratch:  # a disk, where /tmp may be memory
         for case in cases:
-            _measure(replace(case, repeats=given.repeats or case.repeats), Path(scratch), found, target)
+            fewer = {"repeats": given.repeats or case.repeats, "rounds": given.rounds or case.rounds}
+            _measure(replace(case, **fewer), Path(scratch), found, target)
     return report(found, target)
 
 
