@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from at_scale.arm import run
-from at_scale.cases import FULL, QUICK, Case, case_of
+from at_scale.cases import ARMS, FULL, QUICK, Case, case_of
 from at_scale.cluster import extrapolated
 from at_scale.figures import goals, measured, table
 from at_scale.plot import plot
@@ -47,7 +47,10 @@ def main() -> int:
     what.add_argument("--table", action="store_true")
     parser.add_argument("--only", default="", metavar="WORD")
     parser.add_argument("--repeats", type=int, metavar="N", help="of each case, instead of its own number")
-    parser.add_argument("--rounds", type=int, metavar="N", help="of each case, the first of which is start-up")
+    parser.add_argument(
+        "--rounds", type=int, metavar="N", help="of each case, the first of which is start-up"
+    )
+    parser.add_argument("--arms", nargs="+", choices=ARMS, help="of each case, those alone")
     parser.add_argument("--into", type=Path, metavar="FILE")
     given = parser.parse_args()
     target = RESULTS / ("simulation-quick.json" if given.quick else "simulation.json")
@@ -61,7 +64,12 @@ def main() -> int:
     found = _kept(target, cases) if given.only else _empty()
     with tempfile.TemporaryDirectory(dir=RESULTS) as scratch:  # a disk, where /tmp may be memory
         for case in cases:
-            fewer = {"repeats": given.repeats or case.repeats, "rounds": given.rounds or case.rounds}
+            arms = tuple(arm for arm in case.arms if not given.arms or arm in given.arms)
+            fewer = {
+                "arms": arms,
+                "repeats": given.repeats or case.repeats,
+                "rounds": given.rounds or case.rounds,
+            }
             _measure(replace(case, **fewer), Path(scratch), found, target)
     return report(found, target)
 

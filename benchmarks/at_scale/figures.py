@@ -39,7 +39,7 @@ def measured(row: dict[str, Any], case: Case) -> dict[str, Any]:
     """The row with what follows from its stamps; the first round, in which actors load, counts as start-up.
 
     round_s: of each later round. start_s: of the process, to the end of the first round, less one later round.
-    job_s: of one client in its host, its ledger with it. busy: share of the actors' time in such work. overhead_ms: what
+    job_s: of one client in its host, with its ledger. busy: share of the actors' time in such work. overhead_ms: what
     is left of the round beside it, for each client; of null clients, the whole of it.
     incomplete: rounds in which not everybody answered.
     """

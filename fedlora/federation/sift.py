@@ -61,7 +61,7 @@ def _fault_of_tensors(delta: Delta, adapters: Adapters) -> str | None:
             fault = _fault_of_shape(name, got[name], wanted[name])
             if fault is not None:
                 return fault
-    # One pass over all numbers, since a round may hear thousands; one NaN makes both ends NaN, which is within no bound.
+    # One pass over all numbers, since a round may hear thousands; one NaN makes both ends NaN, within no bound.
     row = Layout.of(delta).flat(delta)
     if not row.numel() or all(abs(float(end)) <= MOST_ENTRY for end in torch.aminmax(row)):
         return None
