@@ -126,7 +126,13 @@ def _write(found: dict[str, Any], into: Path | None) -> int:
 
 def _machine(found: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
-    return f"{found['machine']['cores']} cores, {found['machine']['processor']}; {versions}"
+    loads = [row["load"] for row in found["rows"]]
+    load = (
+        f"load average {min(loads):.1f} to {max(loads):.1f} as the arms ended"
+        if loads
+        else "nothing measured"
+    )
+    return f"{found['machine']['cores']} cores, {found['machine']['processor']}; {versions}; {load}"
 
 
 def _table(found: dict[str, Any]) -> str:
