@@ -43,6 +43,27 @@ class Layout:
         Raises:
             ShapeError: other names or shapes.
         """
+        parts = self._parts(delta)
+        place = parts[0].data_ptr() if parts else 0
+        for part in parts:
+            if part.data_ptr() != place or not part.is_contiguous() or part.dtype != parts[0].dtype:
+                break
+            place += part.nbytes
+        else:
+            if parts and _holds(parts[0], self.numbers):
+                return parts[0].as_strided((self.numbers,), (1,))
+        return torch.cat([part.flatten() for part in parts]) if parts else torch.zeros(0)
+
+    def write(self, delta: Delta, row: Tensor) -> None:
+        """`row`, (numbers,) of the delta's type, holds the delta's numbers.
+
+        Raises:
+            ShapeError: other names or shapes.
+        """
+        if parts := self._parts(delta):
+            torch.cat([part.flatten() for part in parts], out=row)
+
+    def _parts(self, delta: Delta) -> list[Tensor]:
         sites, head = delta.sites, delta.head
         if len(sites) != len(self.sites) or len(head) != len(self.head):
             raise ShapeError(f"a delta of {_told(Layout.of(delta))} where {_told(self)} is needed")
@@ -50,15 +71,10 @@ class Layout:
             parts = [sites[name] for name, _ in self.sites] + [head[name] for name, _ in self.head]
         except KeyError as error:
             raise ShapeError(f"a delta without {error} where {_told(self)} is needed") from None
-        in_one_row, place = bool(parts), parts[0].data_ptr() if parts else 0
         for part, (name, shape) in zip(parts, (*self.sites, *self.head), strict=True):
             if part.shape != shape:
                 raise ShapeError(f"{name!r} is {tuple(part.shape)} where {shape} is needed")
-            in_one_row = in_one_row and part.data_ptr() == place and part.is_contiguous()
-            place += part.nbytes
-        if in_one_row and _holds(parts[0], self.numbers) and len({part.dtype for part in parts}) == 1:
-            return parts[0].as_strided((self.numbers,), (1,))
-        return torch.cat([part.flatten() for part in parts]) if parts else torch.zeros(0)
+        return parts
 
     def delta_of(self, flat: Tensor, basis: int) -> Delta:
         """The delta whose numbers these are, (numbers,); its tensors are views."""

@@ -1,6 +1,6 @@
 """What computes a clipped sum of per-example gradients, and the rules that every such engine keeps."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -63,9 +63,9 @@ def trained_linears(
     _require_same_set(model, trained)
     names = {id(parameter): name for name, parameter in trained.items()}
     linears = []
-    for path, module in model.named_modules():
+    for path, module in _modules(model):
         _refuse_batch_norm(path, module)
-        own = {kind: names[id(p)] for kind, p in module.named_parameters(recurse=False) if id(p) in names}
+        own = {kind: names[id(p)] for kind, p in module._parameters.items() if id(p) in names}
         if not own:
             continue
         # The exact type: a subclass may compute something else than x @ weight.T + bias.
@@ -93,8 +93,31 @@ def require_per_record(losses: Tensor) -> None:
         )
 
 
+def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """What `model.named_modules()` gives, at a tenth of its time, since every private step asks anew."""
+    seen: set[int] = set()
+    ahead = [("", model)]
+    while ahead:
+        path, module = ahead.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        yield path, module
+        inside = [
+            (f"{path}.{name}" if path else name, child)
+            for name, child in module._modules.items()
+            if child is not None
+        ]
+        ahead += reversed(inside)
+
+
 def _require_same_set(model: nn.Module, trained: Mapping[str, nn.Parameter]) -> None:
-    trainable = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
+    trainable = {
+        id(p): f"{path}.{name}" if path else name
+        for path, module in _modules(model)
+        for name, p in module._parameters.items()
+        if p is not None and p.requires_grad
+    }
     listed = {id(p): name for name, p in trained.items()}
     unlisted = sorted(name for key, name in trainable.items() if key not in listed)
     frozen = sorted(name for key, name in listed.items() if key not in trainable)

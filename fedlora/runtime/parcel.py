@@ -86,7 +86,7 @@ def pack_replies(replies: Sequence[Reply], layout: Layout) -> Parcel:
     dtype = tensors[0].dtype if tensors else torch.float32
     rows = torch.empty(len(updates), layout.numbers, dtype=dtype)
     for row, update in zip(rows, updates, strict=True):
-        row.copy_(layout.flat(update.delta))
+        layout.write(update.delta, row)
     return [_words(reply) for reply in replies], rows.numpy()
 
 

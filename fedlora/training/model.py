@@ -29,6 +29,7 @@ class AdaptedModel:
     """One process's copy of the model. Its weights change in place by `load` and by whoever steps `trained`.
 
     sites: adapted modules, sorted, named as in the base model. scale: lora_alpha / r.
+    live: the A (r, d_in) and the B (d_out, r) of every site that the model computes with.
     trained: the parameters that require a gradient, by name: `<site>.lora_B`, and the head's own names.
     causal: a language model, not a classifier. pad_token: what fills short rows up; masked, so never learned.
     """
@@ -36,14 +37,14 @@ class AdaptedModel:
     peft_model: PeftModel
     sites: tuple[Site, ...]
     scale: float
+    live: Mapping[Site, tuple[nn.Parameter, nn.Parameter]]
     trained: Mapping[str, nn.Parameter]
     causal: bool
     pad_token: int
 
     def factors(self) -> dict[Site, tuple[nn.Parameter, nn.Parameter]]:
         """The live A (r, d_in) and B (d_out, r) of every site."""
-        layers = _lora_layers(self.peft_model)
-        return {site: (_weight(layers[site].lora_A), _weight(layers[site].lora_B)) for site in self.sites}
+        return dict(self.live)
 
     def shapes(self) -> dict[Site, tuple[int, int]]:
         """(d_out, d_in) of every site."""
@@ -150,6 +151,7 @@ def load_model(
         peft_model=peft_model.eval(),
         sites=tuple(layers),
         scale=lora_cfg.lora_alpha / lora_cfg.r,
+        live={site: (_weight(layer.lora_A), _weight(layer.lora_B)) for site, layer in layers.items()},
         trained=_only_trained(peft_model, layers, head if trained_head else {}),
         causal=isinstance(task_cfg, schema.CausalLm),
         pad_token=model.config.pad_token_id,

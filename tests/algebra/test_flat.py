@@ -47,6 +47,17 @@ def test_what_lies_in_one_row_is_not_copied_and_what_does_not_is():
     assert layout.flat(swapped)[layout.numbers - 12 :][:2].tolist() == [1.0, 1.0]
 
 
+def test_a_delta_is_written_into_its_row_and_into_no_other():
+    one = delta()
+    layout = Layout.of(one)
+    rows = torch.zeros(3, layout.numbers)
+    layout.write(one, rows[1])
+    assert torch.equal(rows[1], layout.flat(one))
+    assert not rows[0].any() and not rows[2].any()
+    with pytest.raises(ShapeError, match="1 sites"):
+        layout.write(Delta(basis=3, sites={"x": torch.zeros(3, 2)}), rows[0])
+
+
 def test_another_shape_is_refused():
     layout = Layout.of(delta())
     with pytest.raises(ShapeError, match="25"):

@@ -114,6 +114,8 @@ def with_nan(tensor):
 
 REJECTED = {
     "nan": (lambda update: with_tensor(update, with_nan), ["'x'", "1 entries"]),
+    "far below": (lambda update: with_tensor(update, lambda t: t - 1e7), ["'x'", "beyond 1e+06"]),
+    "far above": (lambda update: with_tensor(update, lambda t: t + 1e7), ["'x'", "beyond 1e+06"]),
     "infinite": (lambda update: with_tensor(update, lambda t: t / 0), ["'x'", "not finite"]),
     "shape": (lambda update: with_tensor(update, lambda t: t[:, :2]), ["'x'", "(7, 2)", "(7, 3)"]),
     "broadcastable": (lambda update: with_tensor(update, lambda t: t[:1]), ["(1, 3)"]),

@@ -8,6 +8,7 @@ from torch import nn
 
 from fedlora.errors import PrivacyError
 from fedlora.privacy.direct_engine import DirectEngine
+from fedlora.privacy.engine import trained_linears
 from fedlora.privacy.opacus_engine import OpacusEngine
 
 from .models import bert, llama, one_at_a_time, perceptron, trainable
@@ -181,6 +182,17 @@ def test_only_linear_layers_are_covered(engine):
         model = _model_with(module)
         with pytest.raises(PrivacyError, match=type(module).__name__):
             engine.clipped_sum(model, trainable(model), [], 1.0)
+
+
+def test_each_trained_layer_is_found_once_under_the_first_name_that_torch_gives_it():
+    shared = nn.Linear(3, 3)
+    inner = nn.Sequential(nn.Linear(3, 3), shared, nn.ReLU())
+    model = nn.ModuleDict(
+        {"one": inner, "two": nn.Sequential(inner, shared, nn.Linear(3, 2)), "last": shared}
+    )
+    model["one"].register_module("none", None)
+    found = [layer.path for layer in trained_linears(model, dict(model.named_parameters()))]
+    assert found == [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
 
 
 @engines
