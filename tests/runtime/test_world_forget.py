@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+from dataclasses import replace
 
 import pytest
 
@@ -16,7 +17,7 @@ from fedlora.runtime.prepare import HOLDINGS
 from fedlora.runtime.simulate import resume, simulate
 from fedlora.runtime.world import clock as clock_module
 from fedlora.runtime.world.clock import told
-from fedlora.transport.wire import decode_reply
+from fedlora.transport.wire import decode_reply, encode_reply
 from tests.faults.kills import die
 
 GONE = "client-0"
@@ -138,11 +139,19 @@ def test_a_finished_run_keeps_no_reply_that_came_too_late_for_it(config, tmp_pat
 
 
 def test_replies_of_others_stay_and_what_no_round_waits_for_goes(under_way):
-    half = under_way / "world" / "replies" / "round-000003" / "1.frame"
-    half.parent.mkdir()
-    half.write_bytes(frames(under_way)[0].read_bytes()[:-1])  # killed in mid-round
-    assert forget(under_way, "client-1").updates == 0
-    assert senders(under_way) == [GONE]
+    (waiting,) = frames(under_way)
+    reply = decode_reply(waiting.read_bytes())
+    replies = {"1": encode_reply(replace(reply, client="client-1", round=3)), "2": waiting.read_bytes()[:-1]}
+    for name, content in replies.items():  # killed in mid-round
+        path = waiting.parent.with_name("round-000003") / f"{name}.frame"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(content)
+    assert forget(under_way, "client-1").updates == 1
+    assert frames(under_way) == [waiting]
+    # Where a round killed twice left the reply of another than its file names.
+    waiting.write_bytes(encode_reply(replace(reply, client="client-2")))
+    forgetting.forget(under_way, "client-2", erasers(under_way))
+    assert frames(under_way) == []
 
 
 KILLS = {

@@ -221,7 +221,7 @@ def test_a_reply_that_the_gauges_do_not_carry_is_no_answer_and_its_client_is_fre
         third = play.round("abc")
         assert (names(third.late), names(third.dropped)) == (late, dropped)
         assert (names(third.fresh), play.moment.began_s) == (fresh, ends_s)
-        # Done at 250, a is asked anew when the round is prolonged, at 300; c, whose work was lost at 205, is back for 500.
+        # Done at 250, a is asked anew at 300, when the round is prolonged; c, lost at 205, is back for 500.
         assert play.asked[2] == ("bca" if dropped else "bc")
 
 

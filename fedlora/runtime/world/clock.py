@@ -142,31 +142,35 @@ def told(run_dir: Path, round_: int) -> dict[str, Any]:
 
 
 def erase_replies(run_dir: Path, client: str) -> int:
-    """No reply of the client is on its way in the run, and none lies there that no round waits for.
+    """No reply of the client is left in the run's world, and none that no round waits for; how many were the client's.
 
-    Where no world is, nothing is done. A frame is on the disk as long as a file names it, so that this may be killed
-    at any moment and called again.
-
-    Returns:
-        How many replies of the client were on their way.
+    Where no world is, nothing is done. The files stop naming a frame before it goes, so that this may be killed at any
+    moment and called again.
     """
     directory = run_dir / "world"
-    mine: set[Path] = set()
-    others: set[Path] = set()
+    awaited: set[Path] = set()
     for path in sorted(directory.glob("round-*.json")):
         words = json.loads(path.read_text())
-        errands = [Errand(**pending) for pending in words["pending"]]
-        kept = [errand for errand in errands if errand.client != client]
-        if len(kept) < len(errands):
-            write_durably(path, _json({**words, "pending": [asdict(errand) for errand in kept]}))
-        mine |= {_frame(directory, errand) for errand in errands if errand.client == client}
-        others |= {_frame(directory, errand) for errand in kept}
-    lying = set((directory / "replies").glob("round-*/*.frame"))
-    for frame in lying - others:
-        frame.unlink()
+        pending = [Errand(**errand) for errand in words["pending"]]
+        others = [errand for errand in pending if errand.client != client]
+        if len(others) < len(pending):
+            write_durably(path, _json({**words, "pending": [asdict(errand) for errand in others]}))
+        awaited |= {_frame(directory, errand) for errand in others}
+    senders = {frame: _sender(frame) for frame in (directory / "replies").glob("round-*/*.frame")}
+    for frame, sender in senders.items():
+        if sender == client or frame not in awaited:
+            frame.unlink()
     for folder in (directory / "replies").glob("round-*"):
         fsync(folder)
-    return len(lying & mine)
+    return sum(sender == client for sender in senders.values())
+
+
+def _sender(frame: Path) -> str | None:
+    """Whose reply it is; None where a kill left half of one."""
+    try:
+        return decode_reply(frame.read_bytes()).client
+    except WireError:
+        return None
 
 
 def _told(round_: int, began: Moment, window: Window) -> dict[str, Any]:
