@@ -1,5 +1,7 @@
 """The command for a client that withdrew from a run."""
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -24,12 +26,10 @@ def forget(
     from dataclasses import asdict
 
     from fedlora.cli.run import usable
-    from fedlora.deploy.journal import erase_updates
     from fedlora.runs import forgetting
-    from fedlora.runs.rundir import SPENT
 
     with only_ours(), usable(run_dir):
-        done = forgetting.forget(run_dir, client, lambda name: erase_updates(run_dir / SPENT, name))
+        done = forgetting.forget(run_dir, client, erasers(run_dir))
     heading = (
         f"{client} was forgotten already; nothing was done" if done.already else f"{client} is forgotten"
     )
@@ -40,6 +40,18 @@ def forget(
     ]
     text = heading if done.already else f"{heading}\n{pairs(rows)}"
     show({**asdict(done), "unlearned": False}, f"{text}\n{_KEPT}", form)
+
+
+def erasers(run_dir: Path) -> list[Callable[[str], int]]:
+    """Erase a client's updates wherever a run of any kind may store them: as a server heard them, or under way."""
+    from fedlora.deploy.journal import erase_updates
+    from fedlora.runs.rundir import SPENT
+    from fedlora.runtime.world.clock import erase_replies
+
+    return [
+        lambda client: erase_updates(run_dir / SPENT, client),
+        lambda client: erase_replies(run_dir, client),
+    ]
 
 
 _KEPT = (

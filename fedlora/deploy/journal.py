@@ -19,7 +19,7 @@ from pathlib import Path
 
 from fedlora.deploy.soundness import Soundness
 from fedlora.disk import append_durably, fsync, make_directory, whole_lines, write_durably
-from fedlora.errors import ConfigError, IncompleteError
+from fedlora.errors import ConfigError, IncompleteError, WireError
 from fedlora.federation.cohort import Cohort
 from fedlora.transport.wire import decode_reply, encode_reply
 from fedlora.values import ClientUpdate, Refusal, RefusalReason, Reply, TrainRequest, Witness
@@ -116,18 +116,26 @@ class Journal:
 def erase_updates(path: Path, client: str) -> int:
     """No update of the client is stored beside this journal; how many there were. The journal's lines stay.
 
-    What the client spent, and the places in its ledger that it told, are no part of its updates.
+    What the client spent, and the places in its ledger that it told, are no part of its updates. What a crash left
+    without a line, whole or by half, counts nowhere: it is gone too where it is the client's, or nobody can tell whose.
     """
     replies = path.parent / "replies"
-    frames = [
-        replies / f"{words['payload']}.frame" for words in whole_lines(path) if words["client"] == client
-    ]
-    erased = [frame for frame in frames if frame.exists()]
-    for frame in erased:
-        frame.unlink()
-    if erased:
+    senders = {f"{words['payload']}.frame": words["client"] for words in whole_lines(path)}
+    held = list(replies.iterdir()) if replies.is_dir() else []
+    whose = {file: senders[file.name] if file.name in senders else _sender(file) for file in held}
+    for file in (file for file in held if whose[file] in (client, None)):
+        file.unlink()
+    if held:  # whether or not by this process: an earlier one may have died before
         fsync(replies)
-    return len(erased)
+    return sum(sender == client for sender in whose.values())
+
+
+def _sender(file: Path) -> str | None:
+    """Who gave the reply in a file; None where it holds no whole one."""
+    try:
+        return decode_reply(file.read_bytes()).client
+    except WireError:
+        return None
 
 
 class Reported:

@@ -129,8 +129,9 @@ class Store:
     def forget(self, client: str, weight: float) -> int:
         """No state and no record of the memory holds anything of the client; how many records there were.
 
-        The newest checkpoint is replaced by one of the same round without it, and older ones are gone. Killed at any
-        moment and done again it ends the same: what the newest checkpoint refers to is there throughout.
+        The newest checkpoint is replaced by one of the same round without it; older ones, and those that a crash left
+        by half, are gone. Killed at any moment and done again it ends the same: what the newest checkpoint refers to
+        is there throughout.
 
         Args:
             client: who leaves.
@@ -153,7 +154,7 @@ class Store:
             path = self.checkpoints / f"{_round(state.round)}-without-{number:03d}"
             kept = {name: words[name] for name in ("run", "noise", "line")}
             self._write(path, forget(state, client, held, weight), {**kept, "without": client})
-        for other in set(self.checkpoints.glob("round-*")) - {path}:
+        for other in {*self.checkpoints.glob("round-*"), *self.checkpoints.glob(".round-*.part")} - {path}:
             shutil.rmtree(other)
         fsync(self.checkpoints)
         return self.memory.forget(client)

@@ -5,6 +5,7 @@ and a run does not go on while something is left to erase, so a command that was
 """
 
 import json
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from pathlib import Path
 from fedlora.config.schema import Federation, RunConfig
 from fedlora.data import load_corpus
 from fedlora.data.partition import client_names, partition
-from fedlora.disk import write_durably
+from fedlora.disk import fsync, write_durably
 from fedlora.errors import ConfigError, IncompleteError
 from fedlora.federation.plan import weights
 from fedlora.federation.store import Store
@@ -20,11 +21,18 @@ from fedlora.runs.rundir import finished_summary, load_roster, locked, run_confi
 from fedlora.values import Member
 
 MOST_NAMED = 8
+HOLDINGS = ".holdings"
+"""All clients' tokenised records, where a simulation was interrupted; going on with it writes them anew."""
+STATES = ".states"
+"""What the frozen layers make of a client's records, a file a client: `NAME`, or `.NAME.*` while it is written."""
+
+Eraser = Callable[[str], int]
+"""Erases the updates of a client that lie in one place, safe to kill and to call again; how many there were."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Erased:
-    """What `forget` did. records: of the memory; updates: as they came to a server; left: clients that go on."""
+    """What `forget` did. records: of the memory; updates: what the erasers erased; left: clients that go on."""
 
     client: str
     already: bool
@@ -63,8 +71,8 @@ def remaining(run_dir: Path, members: Sequence[Member]) -> tuple[Member, ...]:
     return tuple(member for member in members if member.client not in gone)
 
 
-def forget(run_dir: Path, client: str, erase_updates: Callable[[str], int]) -> Erased:
-    """Nothing of the client is left in memory, checkpoints and stored updates; the model keeps what it learned.
+def forget(run_dir: Path, client: str, erasers: Sequence[Eraser]) -> Erased:
+    """Nothing of the client is left in memory, checkpoints, stored updates and caches; the model keeps what it learned.
 
     Its remembered update is subtracted from the running sum, and the shares of all others grow. Given again it changes
     nothing; killed at any moment and given again it ends the same. A finished run is erased likewise, its model stays.
@@ -72,7 +80,7 @@ def forget(run_dir: Path, client: str, erase_updates: Callable[[str], int]) -> E
     Args:
         run_dir: of a simulation or of a server.
         client: who withdrew.
-        erase_updates: erases the updates of a client as a server stored them; how many there were.
+        erasers: one for each place where updates of the client may be stored.
 
     Raises:
         ConfigError: no run, no such client, a process at work on the run, or too few clients would be left.
@@ -93,11 +101,25 @@ def forget(run_dir: Path, client: str, erase_updates: Callable[[str], int]) -> E
             before = [member for member in members if member.client == client or member.client not in gone]
             share = weights(before, config.federation.weighting)[client]
             records = Store(run_dir, kept=config.method.stale.dtype).forget(client, share)
-            updates = erase_updates(client)
+            updates = sum(erase(client) for erase in erasers)
+            _erase_caches(run_dir, client)
             _save(run_dir, {**gone, client: True})
     return Erased(
         client=client, already=already, records=records, updates=updates, left=len(left), finished=finished
     )
+
+
+def _erase_caches(run_dir: Path, client: str) -> None:
+    """Nothing that an interrupted simulation made of the client's records is left."""
+    holdings, states = run_dir / HOLDINGS, run_dir / STATES
+    if holdings.is_dir():
+        shutil.rmtree(holdings)
+        fsync(run_dir)
+    if states.is_dir():
+        for path in states.iterdir():
+            if path.name == client or path.name.startswith(f".{client}."):
+                path.unlink()
+        fsync(states)
 
 
 def _members(run_dir: Path, config: RunConfig) -> tuple[Member, ...]:

@@ -11,13 +11,14 @@ from torch.testing import assert_close
 
 from fedlora.algebra.deltas import add, scale
 from fedlora.cli.app import main
+from fedlora.cli.forget import erasers
 from fedlora.deploy import journal as journal_module
 from fedlora.errors import ConfigError, IncompleteError
 from fedlora.federation import store as store_module
 from fedlora.federation.memory import StaleMemory
 from fedlora.federation.store import Store, state_digest
 from fedlora.runs import forgetting
-from fedlora.runs.rundir import SPENT, locked
+from fedlora.runs.rundir import locked
 from fedlora.runtime.simulate import resume, simulate
 from tests.faults.kills import die
 
@@ -53,9 +54,7 @@ def stopped(tiny_config, tmp_path):
 
 
 def forget(run_dir, client=GONE):
-    return forgetting.forget(
-        run_dir, client, lambda name: journal_module.erase_updates(run_dir / SPENT, name)
-    )
+    return forgetting.forget(run_dir, client, erasers(run_dir))
 
 
 def mine(run_dir):
@@ -202,3 +201,24 @@ def test_a_lost_record_is_not_subtracted_as_if_it_were_nothing(stopped):
         forget(stopped)
     with pytest.raises(IncompleteError, match="forgotten by half"):
         resume(stopped, lambda event: None)
+
+
+def test_a_checkpoint_that_a_kill_left_by_half_does_not_keep_the_client(tiny_config, tmp_path, monkeypatch):
+    """The sum of the round that was to be committed is in it."""
+    config = tiny_config(privacy="none", federation__rounds=3, method__stale__beta=0.5)
+    real = store_module.write_durably
+
+    def dying(path, content):
+        if path.parent.name == ".round-000002.part":
+            raise StoppedError
+        real(path, content)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(store_module, "write_durably", dying)
+        with pytest.raises(StoppedError):
+            simulate(config, tmp_path / "run", lambda event: None)
+    checkpoints = tmp_path / "run" / "checkpoints"
+    assert (checkpoints / ".round-000002.part" / "state.safetensors").exists()
+    forget(tmp_path / "run")
+    assert [path.name for path in checkpoints.iterdir()] == ["round-000001-without-001"]
+    resume(tmp_path / "run", lambda event: None)

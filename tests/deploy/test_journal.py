@@ -7,10 +7,12 @@ import pytest
 import torch
 
 from fedlora.config.schema import Federation, Sgd
+from fedlora.deploy import journal as journal_module
 from fedlora.deploy.journal import Journal, Reported, erase_updates
 from fedlora.deploy.soundness import Soundness
 from fedlora.errors import ConfigError, IncompleteError
 from fedlora.runs.evidence import reported
+from fedlora.transport.wire import decode_reply, encode_reply
 from fedlora.values import (
     Adapters,
     ClientUpdate,
@@ -177,3 +179,28 @@ def test_erased_updates_leave_what_was_spent_and_where(tmp_path):
     assert again.furthest("site-0") == Witness(seq=5, head=f"{5:064d}")
     assert len([*(tmp_path / "replies").iterdir()]) == 1
     assert [update.client for update in Journal(path, {"site-0"}).heard(3)] == []
+
+
+def test_an_update_whose_line_was_never_written_is_erased_too(tmp_path, monkeypatch):
+    """A server killed between the two leaves a frame that no line names, or half a frame."""
+
+    class KilledError(Exception):
+        pass
+
+    def kill(*arguments: object) -> None:
+        raise KilledError
+
+    path, claims, replies = tmp_path / "spent.jsonl", Claims(SOUND), tmp_path / "replies"
+    journal = Journal(path)
+    assert answered(Reported(claims, journal, SOUNDNESS), claims, 1, 1) is None
+    (update,) = claims.ask(["site-0"], asked_in(2))
+    with monkeypatch.context() as patched:
+        patched.setattr(journal_module, "append_durably", kill)
+        for client in ("site-0", "site-1"):
+            with pytest.raises(KilledError):
+                journal.write(replace(update, client=client), 2)
+    (replies / ".half.frame.part").write_bytes(encode_reply(update)[:-1])
+    assert len([*replies.iterdir()]) == 4
+    assert erase_updates(path, "site-0") == 2 and erase_updates(path, "site-0") == 0
+    assert [decode_reply(file.read_bytes()).client for file in replies.iterdir()] == ["site-1"]
+    assert erase_updates(path, "site-1") == 1 and not [*replies.iterdir()]

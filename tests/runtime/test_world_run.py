@@ -115,13 +115,15 @@ def test_a_late_reply_counts_in_the_round_it_arrives_in_with_its_staleness_told(
     assert paid(run_dir) == {"client-0": [1, 4], "client-1": [1, 2, 3, 4], "client-2": [1, 2, 3, 4]}
 
 
-def test_a_late_reply_of_another_basis_moves_the_model_as_the_gauges_carry_it(tiny_config, tmp_path):
+def test_a_late_reply_of_another_basis_moves_the_model_as_the_gauges_carry_it(tiny_config, tmp_path, caplog):
     world = {"speed": speeds(tmp_path, 250, 100, 70)}
     heard = simulate(tiny_config(**SMALL, world=world), tmp_path / "heard", quiet)
     few = simulate(tiny_config(**SMALL, world=world, federation__keep_gauges=1), tmp_path / "few", quiet)
     assert lines(heard)[2]["rejected"] == {}
-    assert "gauges reach back only to" in lines(few)[2]["rejected"]["client-0"]
-    assert lines(few)[2]["answered"] == ["client-1", "client-2"]
+    assert lines(few)[2]["answered"] == ["client-1", "client-2"] and lines(few)[2]["rejected"] == {}
+    assert told(few, 3)["dropped"] == ["client-0"] and told(few, 3)["late"] == {}
+    assert "client-0 to round 1 counts no more: trained in basis 0, gauges reach back to 1" in caplog.text
+    assert not (few / "world" / "replies" / "round-000001" / "0.frame").exists()
 
 
 def test_with_enough_the_fast_end_the_round(tiny_config, tmp_path):

@@ -8,7 +8,7 @@ from fedlora.config.schema import Federation, Sgd
 from fedlora.errors import IncompleteError
 from fedlora.runtime.world import window as window_module
 from fedlora.runtime.world.availability import Always, Trace
-from fedlora.runtime.world.window import Moment, window
+from fedlora.runtime.world.window import Errand, Moment, window
 from fedlora.runtime.world.world import World
 
 LONG = 1e9
@@ -35,7 +35,13 @@ class Play:
         self.number += 1
         self.asked.append("")
         over = window(
-            self.moment, [*clients], self.number, world=self.place, federation=self.terms, ask=self._ask
+            self.moment,
+            [*clients],
+            self.number,
+            basis=self.number - 1,  # A moves after every round
+            world=self.place,
+            federation=self.terms,
+            ask=self._ask,
         )
         self.moment = over.after
         return over
@@ -203,3 +209,38 @@ def test_every_reply_is_heard_once_or_lost_or_still_on_its_way(seconds, cuts, co
     assert len(heard) == len(set(heard))
     assert asked == set(heard) | lost | coming
     assert not (set(heard) & lost) and not (set(heard) & coming) and not (lost & coming)
+
+
+def test_a_reply_that_the_gauges_do_not_carry_is_no_answer_and_its_client_is_free_when_done():
+    # c is away from 205 to 450: in round 3, from 200 on, b and one more have to answer.
+    there = {"c": [(0.0, 205.0), (450.0, LONG)]}
+    seconds, terms = {"a": 250.0, "b": 100.0, "c": 70.0}, {"min_clients": 2}
+    for keep_gauges, late, dropped, fresh, ends_s in ((2, "a", "", "b", 300.0), (1, "", "a", "abc", 570.0)):
+        play = Play(world(seconds, there), keep_gauges=keep_gauges, **terms)
+        assert names(play.round("abc").fresh) == names(play.round("abc").fresh) == "bc"
+        third = play.round("abc")
+        assert (names(third.late), names(third.dropped)) == (late, dropped)
+        assert (names(third.fresh), play.moment.began_s) == (fresh, ends_s)
+        # Done at 250, a is asked anew at 300, when the round is prolonged; c, lost at 205, is back for 500.
+        assert play.asked[2] == ("bca" if dropped else "bc")
+
+
+def test_of_two_clients_one_whose_reply_is_too_old_is_waited_for_to_answer_anew():
+    play = Play(world({"a": 250.0, "b": 100.0}), keep_gauges=1, min_clients=2)
+    play.moment = Moment(pending=(errand("a", until_s=250.0, basis=-2),))
+    over = play.round("ab")
+    assert (names(over.dropped), names(over.fresh), names(over.late)) == ("a", "ab", "")
+    assert play.moment == Moment(began_s=550.0)  # a is done at 250, and asked again at 300
+
+
+def test_who_went_away_and_is_not_asked_again_is_not_waited_for():
+    """Else a round that cannot get its answers would take thousands of deadlines to say so."""
+    play = Play(world({"a": 10.0, "b": 10.0}), refuse=("b",), min_clients=2)
+    play.moment = Moment(pending=(errand("c", until_s=5.0, arrives=False),))
+    assert names(play.round("ab").fresh) == "ab" and play.moment.began_s <= 200.0
+
+
+def errand(client: str, *, until_s: float, arrives: bool = True, basis: int = 0) -> Errand:
+    return Errand(
+        client=client, round=0, number=0, basis=basis, asked_s=0.0, until_s=until_s, arrives=arrives
+    )

@@ -62,16 +62,16 @@ class Clock:
         """The round is over: its late replies and the moment after it are durable."""
         waiting = [errand for errand in window.after.pending if errand.round == round_ and errand.arrives]
         for errand in waiting:
-            fsync(self._frame(errand))
+            fsync(_frame(self.directory, errand))
         if waiting:
-            directory = self._frame(waiting[0]).parent
+            directory = _frame(self.directory, waiting[0]).parent
             fsync(directory)
             fsync(directory.parent)
         self._write(round_ + 1, window.after, _told(round_, began, window))
 
     def keep(self, reply: Reply, number: int) -> None:
         """The reply of the cohort's client `number` is on the disk, but not yet durable."""
-        path = self.directory / "replies" / _round(reply.round) / f"{number}.frame"
+        path = _frame_of(self.directory, reply.round, number)
         make_directory(path.parent)
         path.write_bytes(encode_reply(reply))
 
@@ -81,7 +81,7 @@ class Clock:
         Raises:
             IncompleteError: its frame is gone or damaged.
         """
-        path = self._frame(errand)
+        path = _frame(self.directory, errand)
         try:
             return decode_reply(path.read_bytes())
         except (OSError, WireError) as error:
@@ -91,7 +91,7 @@ class Clock:
 
     def forget(self, errand: Errand) -> None:
         """The reply is off the disk: whoever wants it again asks the client again."""
-        self._frame(errand).unlink(missing_ok=True)
+        _frame(self.directory, errand).unlink(missing_ok=True)
 
     def prune(self, round_: int) -> None:
         """Only what a run may still ask for is left, now that `round_` begins.
@@ -99,7 +99,7 @@ class Clock:
         The newest checkpoint may turn out to be damaged, so the round before may be done once more.
         """
         kept: Set[Path] = {
-            self._frame(errand)
+            _frame(self.directory, errand)
             for begins in {max(1, round_ - 1), round_}
             for errand in self.moment(begins).pending
             if errand.arrives
@@ -111,9 +111,6 @@ class Clock:
                     path.unlink()
             if kept.isdisjoint(frames):
                 shutil.rmtree(directory)
-
-    def _frame(self, errand: Errand) -> Path:
-        return self.directory / "replies" / _round(errand.round) / f"{errand.number}.frame"
 
     def _newest(self, at_most: int) -> dict[str, Any] | None:
         path = _file(self.directory, at_most)
@@ -130,18 +127,50 @@ class Clock:
             "pending": [asdict(errand) for errand in moment.pending],
             "before": before,
         }
-        write_durably(_file(self.directory, round_), json.dumps(words, sort_keys=True) + "\n")
+        write_durably(_file(self.directory, round_), _json(words))
 
 
 def told(run_dir: Path, round_: int) -> dict[str, Any]:
     """What became of a round by the virtual clock; empty where nobody was asked, or there is no world.
 
     virtual_seconds: how long it took; virtual_s: the time at its end; late: by client, how stale each reply to an
-    earlier round is by then, in rounds and in virtual seconds since it was asked; away, busy, lost: clients,
+    earlier round is by then, in rounds and in virtual seconds since it was asked; away, busy, lost, dropped: clients,
     see Window.
     """
     path = _file(run_dir / "world", round_ + 1)
     return json.loads(path.read_text())["before"] if path.exists() else {}
+
+
+def erase_replies(run_dir: Path, client: str) -> int:
+    """No reply of the client is left in the run's world, and none that no round waits for; how many were the client's.
+
+    Where no world is, nothing is done. The files stop naming a frame before it goes, so that this may be killed at any
+    moment and called again.
+    """
+    directory = run_dir / "world"
+    awaited: set[Path] = set()
+    for path in sorted(directory.glob("round-*.json")):
+        words = json.loads(path.read_text())
+        pending = [Errand(**errand) for errand in words["pending"]]
+        others = [errand for errand in pending if errand.client != client]
+        if len(others) < len(pending):
+            write_durably(path, _json({**words, "pending": [asdict(errand) for errand in others]}))
+        awaited |= {_frame(directory, errand) for errand in others}
+    senders = {frame: _sender(frame) for frame in (directory / "replies").glob("round-*/*.frame")}
+    for frame, sender in senders.items():
+        if sender == client or frame not in awaited:
+            frame.unlink()
+    for folder in (directory / "replies").glob("round-*"):
+        fsync(folder)
+    return sum(sender == client for sender in senders.values())
+
+
+def _sender(frame: Path) -> str | None:
+    """Whose reply it is; None where a kill left half of one."""
+    try:
+        return decode_reply(frame.read_bytes()).client
+    except WireError:
+        return None
 
 
 def _told(round_: int, began: Moment, window: Window) -> dict[str, Any]:
@@ -156,7 +185,20 @@ def _told(round_: int, began: Moment, window: Window) -> dict[str, Any]:
         "away": list(window.away),
         "busy": list(window.busy),
         "lost": [errand.client for errand in window.lost],
+        "dropped": [errand.client for errand in window.dropped],
     }
+
+
+def _json(words: dict[str, Any]) -> str:
+    return json.dumps(words, sort_keys=True) + "\n"
+
+
+def _frame(directory: Path, errand: Errand) -> Path:
+    return _frame_of(directory, errand.round, errand.number)
+
+
+def _frame_of(directory: Path, round_: int, number: int) -> Path:
+    return directory / "replies" / _round(round_) / f"{number}.frame"
 
 
 def _file(directory: Path, round_: int) -> Path:

@@ -1,15 +1,20 @@
 """A Cohort whose clients come, go and take their time, around one that really works."""
 
+import logging
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from fedlora.config.schema import Federation
 from fedlora.errors import IncompleteError
 from fedlora.federation.cohort import Cohort
+from fedlora.runs.forgetting import forgotten
 from fedlora.runtime.world.clock import Clock
 from fedlora.runtime.world.window import Moment, Window, window
 from fedlora.runtime.world.world import World
 from fedlora.values import Refusal, Reply, TrainRequest
+
+log = logging.getLogger(__name__)
 
 
 class VirtualCohort:
@@ -17,7 +22,8 @@ class VirtualCohort:
 
     Who is away is not asked: its records and its ledger stay untouched. Who is asked works, and pays, whether its
     reply comes in time, late or never. Nothing here reads a clock of the machine, and no more than one reply is held
-    in memory. A round done again, after any interruption, yields the same.
+    in memory. A round done again, after any interruption, yields the same. A late reply that no server would count,
+    since its client was forgotten or the gauges do not reach back to it, is never heard.
     """
 
     def __init__(
@@ -27,6 +33,7 @@ class VirtualCohort:
         self.inner = inner
         self.world = world
         self.federation = federation
+        self.gone = frozenset(forgotten(run_dir))
         self.clock = Clock(run_dir, world.digest, completed)
 
     def ask(self, clients: Sequence[str], request: TrainRequest) -> Iterator[Reply]:
@@ -35,11 +42,14 @@ class VirtualCohort:
         All that the next round has to know is durable before the first of them.
         """
         self.clock.prune(request.round)
-        began = self.clock.moment(request.round)
+        moment = self.clock.moment(request.round)
+        gone = [errand for errand in moment.pending if errand.client in self.gone]
+        began = replace(moment, pending=tuple(errand for errand in moment.pending if errand not in gone))
         over = self._over(began, clients, request)
         self.clock.advance(request.round, began, over)
-        for errand in over.lost:
+        for errand in (*gone, *over.lost, *over.dropped):
             self.clock.forget(errand)
+        self._warn_of(over, request)
         for errand in over.fresh:
             reply = self.clock.reply(errand)
             self.clock.forget(errand)
@@ -50,6 +60,15 @@ class VirtualCohort:
     def close(self) -> None:
         """See Cohort."""
         self.inner.close()
+
+    def _warn_of(self, over: Window, request: TrainRequest) -> None:
+        now, reach = request.adapters.basis, self.federation.keep_gauges
+        for errand in over.dropped:
+            log.warning(
+                "round %d: the reply of %s to round %d counts no more: trained in basis %d, gauges reach back to %d "
+                "(now %d); raise federation.keep_gauges or lower federation.deadline_s",
+                request.round, errand.client, errand.round, errand.basis, now - reach, now,
+            )  # fmt: skip
 
     def _over(self, began: Moment, clients: Sequence[str], request: TrainRequest) -> Window:
         numbers = {client: number for number, client in enumerate(clients)}
@@ -70,4 +89,12 @@ class VirtualCohort:
                 )
             return refused
 
-        return window(began, clients, request.round, world=self.world, federation=self.federation, ask=ask)
+        return window(
+            began,
+            clients,
+            request.round,
+            basis=request.adapters.basis,
+            world=self.world,
+            federation=self.federation,
+            ask=ask,
+        )

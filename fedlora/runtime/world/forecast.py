@@ -18,7 +18,7 @@ class Forecast:
     """Of a whole run, as if nobody refused.
 
     asked: replies that a world without absence would bring. answered, late, lost: replies that come, those of them
-    that come in a later round, and work that is paid for and never heard of. virtual_s: seconds on the clock.
+    that come in a later round, and work that is paid for and never counts. virtual_s: seconds on the clock.
     stuck: the round that would never end, if there is one.
     """
 
@@ -42,7 +42,7 @@ def forecast(prepared: Prepared, world: World) -> Forecast:
     """What the cohorts that the run will draw meet in its world: exact, but for refusals and rounds not played."""
     federation = prepared.config.federation
     state, moment, over = prepared.first_state(), Moment(), []
-    asked, stuck = 0, None
+    asked, stuck, every = 0, None, prepared.method.subspace.refactor_every
     for number in range(min(federation.rounds, MOST_ROUNDS)):
         planned = plan(
             replace(state, round=number),
@@ -57,6 +57,7 @@ def forecast(prepared: Prepared, world: World) -> Forecast:
                     moment,
                     planned.cohort,
                     number + 1,
+                    basis=number // every if every else 0,
                     world=world,
                     federation=federation,
                     ask=_nobody_refuses,
@@ -79,7 +80,8 @@ def note(found: Forecast) -> str:
         )
     return (
         f"in this world {_share(found.answered, found.asked)} of those asked answer, {_share(found.late, found.asked)} "
-        f"in a later round, {_share(found.lost, found.asked)} go away at work, which they pay for; "
+        f"in a later round, {_share(found.lost, found.asked)} go away at work or answer too late to count, "
+        f"which they pay for; "
         f"the run takes {found.virtual_s / 3600:.1f} virtual hours"
     )
 
@@ -94,7 +96,7 @@ def _scaled(over: Sequence[Window], asked: int, times: float, stuck: int | None)
         asked=times * asked,
         answered=times * (late + sum(len(window.fresh) for window in over)),
         late=times * late,
-        lost=times * sum(len(window.lost) for window in over),
+        lost=times * sum(len(window.lost) + len(window.dropped) for window in over),
         virtual_s=times * (over[-1].after.began_s if over else 0.0),
         stuck=stuck,
     )

@@ -7,11 +7,12 @@ A round asks those of its cohort who are there and free, and lasts
 - where fewer than `federation.min_clients` updates came, one deadline more, and again: each time those of the cohort
   who have come back are asked, too. A clock that stood still would find the same clients away for ever.
 
-A refusal takes no time. Who goes away at work is never heard of this round, and free again from then on.
+A refusal takes no time. Who goes away at work is never heard of this round, and free again from then on; so is a
+client whose reply would come too late for the gauges to carry it, which no round may wait for or count.
 """
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fedlora.config.schema import Federation
 from fedlora.errors import IncompleteError
@@ -26,9 +27,11 @@ Asked = Callable[[Sequence[str]], Collection[str]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Errand:
-    """A client's work of a round. number: its place in the cohort. arrives: False if it goes away before, at `until_s`.
+    """A client's work of a round. number: its place in the cohort. basis: what the work is done in.
 
     One client has one errand at a time.
+
+    arrives: False if nothing comes of it, and at `until_s` the client goes away or is done.
 
     refused: nothing was worked, and the answer came at once.
     """
@@ -36,6 +39,7 @@ class Errand:
     client: str
     round: int
     number: int
+    basis: int
     asked_s: float
     until_s: float
     arrives: bool
@@ -56,7 +60,7 @@ class Window:
 
     fresh: replies of this round to it, in the order of the cohort. late: replies to earlier rounds that arrived in
     it, as they came. away, busy: of its cohort, who was never there, who was at work still. lost: those of its errands
-    that nothing comes of.
+    that nothing comes of. dropped: errands of earlier rounds whose replies came to be too old to count in this one.
     after: where the next round begins.
     """
 
@@ -65,11 +69,19 @@ class Window:
     away: tuple[str, ...]
     busy: tuple[str, ...]
     lost: tuple[Errand, ...]
+    dropped: tuple[Errand, ...]
     after: Moment
 
 
 def window(
-    moment: Moment, clients: Sequence[str], round_: int, *, world: World, federation: Federation, ask: Asked
+    moment: Moment,
+    clients: Sequence[str],
+    round_: int,
+    *,
+    basis: int,
+    world: World,
+    federation: Federation,
+    ask: Asked,
 ) -> Window:
     """The round that began at `moment`.
 
@@ -77,13 +89,15 @@ def window(
         moment: where it begins.
         clients: its cohort, nobody twice.
         round_: its number.
+        basis: what its requests are sent in.
         world: who is there, and how long whom a round takes.
-        federation: `deadline_s`, `enough` and `min_clients` are read.
+        federation: `deadline_s`, `enough`, `min_clients` and `keep_gauges` are read.
         ask: called any number of times, never twice for a client.
 
     Raises:
         IncompleteError: nobody came back for MOST_DEADLINES deadlines.
     """
+    moment, dropped = _within_reach(moment, basis - federation.keep_gauges)
     numbers = {client: number for number, client in enumerate(clients)}
     least = min(federation.min_clients, len(clients))
     errands: dict[str, Errand] = {}
@@ -95,15 +109,20 @@ def window(
         unasked = [client for client in there if client not in errands]
         refused = ask(unasked) if unasked else ()
         for client in there:
-            number = numbers[client]
-            errands[client] = _errand(client, round_, number, start_s, world, client in refused)
+            asked = Errand(
+                client=client, round=round_, number=numbers[client], basis=basis,
+                asked_s=start_s, until_s=start_s, arrives=True, refused=client in refused,
+            )  # fmt: skip
+            errands[client] = _sent(asked, world)
         taken, ends_s = _end(start_s, [*moment.pending, *errands.values()], round_, federation)
         answers = [errand for errand in taken if not errand.refused]
         heard = {errand.client for errand in taken}
-        waits = {errand.client for errand in (*moment.pending, *errands.values())} - heard
+        at_work = [e for e in (*moment.pending, *errands.values()) if not _is_lost(e, start_s)]
+        waits = {errand.client for errand in at_work} - heard
         hopeless = len(idle) == len(there) and not waits  # nobody is away or at work
         if len(answers) >= least or hopeless:
-            return _window(moment, clients, tuple(errands.values()), taken, ends_s, round_)
+            ours = tuple(errands.values())
+            return _window(moment, clients, ours, taken, ends_s, round_, dropped=dropped)
         start_s += federation.deadline_s
     raise IncompleteError(
         f"round {round_}: fewer than {least} of {len(clients)} clients answered in {MOST_DEADLINES} deadlines of "
@@ -116,18 +135,25 @@ def _is_lost(errand: Errand, at_s: float) -> bool:
     return not errand.arrives and errand.until_s <= at_s
 
 
-def _errand(client: str, round_: int, number: int, at_s: float, world: World, refused: bool) -> Errand:
-    done_s = at_s if refused else at_s + world.seconds(client, round_)
-    gone_s = None if refused else world.availability.leaves(client, at_s, done_s)
-    return Errand(
-        client=client,
-        round=round_,
-        number=number,
-        asked_s=at_s,
-        until_s=done_s if gone_s is None else gone_s,
-        arrives=gone_s is None,
-        refused=refused,
+def _within_reach(moment: Moment, oldest: int) -> tuple[Moment, tuple[Errand, ...]]:
+    """The moment with nothing to come of errands in a basis before the oldest that gauges reach; and those errands.
+
+    Bases only grow, so what is out of reach once will not count in any later round either.
+    """
+    dropped = tuple(errand for errand in moment.pending if errand.arrives and errand.basis < oldest)
+    pending = tuple(
+        replace(errand, arrives=False) if errand in dropped else errand for errand in moment.pending
     )
+    return replace(moment, pending=pending), dropped
+
+
+def _sent(errand: Errand, world: World) -> Errand:
+    """The errand with what becomes of it, unless it was refused."""
+    if errand.refused:
+        return errand
+    done_s = errand.asked_s + world.seconds(errand.client, errand.round)
+    gone_s = world.availability.leaves(errand.client, errand.asked_s, done_s)
+    return replace(errand, until_s=done_s if gone_s is None else gone_s, arrives=gone_s is None)
 
 
 def _end(
@@ -155,6 +181,8 @@ def _window(
     taken: Sequence[Errand],
     ends_s: float,
     round_: int,
+    *,
+    dropped: tuple[Errand, ...],
 ) -> Window:
     heard = {errand.client for errand in taken}
     asked = {errand.client for errand in errands}
@@ -165,6 +193,7 @@ def _window(
         away=tuple(client for client in clients if client not in asked | busy),
         busy=tuple(client for client in clients if client in busy - asked),
         lost=tuple(errand for errand in errands if not errand.arrives),
+        dropped=dropped,
         after=Moment(
             began_s=ends_s,
             pending=tuple(
