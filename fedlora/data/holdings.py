@@ -7,7 +7,7 @@ holdings/bounds.npy, clients.json                                     client i h
 import json
 import shutil
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -37,6 +37,12 @@ class Holdings(Mapping[str, Examples]):
         for client, start in zip(clients, bounds, strict=False):  # there is a bound more than clients
             order[start : start + len(parts[client])] = parts[client]
         return cls(clients=clients, examples=examples.select(order), bounds=bounds)
+
+    def only(self, clients: Collection[str]) -> "Holdings":
+        """What these clients hold, in arrays of its own."""
+        places = [place for place, client in enumerate(self.clients) if client in clients]
+        parts = {self.clients[n]: np.arange(self.bounds[n], self.bounds[n + 1]) for n in places}
+        return Holdings.of(self.examples, parts)
 
     def __getitem__(self, client: str) -> Examples:
         place = bisect_left(self.clients, client)

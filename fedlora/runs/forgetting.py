@@ -17,14 +17,10 @@ from fedlora.disk import fsync, write_durably
 from fedlora.errors import ConfigError, IncompleteError
 from fedlora.federation.plan import weights
 from fedlora.federation.store import Store
-from fedlora.runs.rundir import finished_summary, load_roster, locked, run_config
+from fedlora.runs.rundir import HOLDINGS, STATES, finished_summary, load_roster, locked, run_config
 from fedlora.values import Member
 
 MOST_NAMED = 8
-HOLDINGS = ".holdings"
-"""All clients' tokenised records, where a simulation was interrupted; going on with it writes them anew."""
-STATES = ".states"
-"""What the frozen layers make of a client's records, a file a client: `NAME`, or `.NAME.*` while it is written."""
 
 Eraser = Callable[[str], int]
 """Erases the updates of a client that lie in one place, safe to kill and to call again; how many there were."""

@@ -17,6 +17,10 @@ from fedlora.values import Adapters, Member
 
 SPENT = "spent.jsonl"
 """What nodes said they spent, in a server's run."""
+HOLDINGS = ".holdings"
+"""The clients' tokenised records, while a simulation is at work; going on with it writes them anew."""
+STATES = ".states"
+"""What frozen layers make of a client's records, a file a client: `NAME`, or `.NAME.*` while it is written."""
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from fedlora.privacy.engine import Engine
 from fedlora.privacy.ledger import Ledger, open_ledger
 from fedlora.privacy.noise import SeededNoise
 from fedlora.privacy.stacked import stackable
+from fedlora.runs.rundir import STATES
 from fedlora.seeds import seed_for
 from fedlora.training.checkpoints import weights_digest
 from fedlora.training.client import Node, train
@@ -31,9 +32,6 @@ from fedlora.transport.wire import decode_request, encode_reply
 from fedlora.values import Mechanism, Refusal, RefusalReason, Reply, Sampling, TrainRequest
 
 log = logging.getLogger(__name__)
-
-STATES = ".states"
-"""What the frozen layers make of each client's records, in the run's directory while it is at work."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -20,13 +20,12 @@ from fedlora.methods import Method, build
 from fedlora.privacy.budget import Budget
 from fedlora.privacy.sampling import poisson
 from fedlora.runs.beginning import first_state, origin
+from fedlora.runs.forgetting import remaining
+from fedlora.runs.rundir import HOLDINGS
 from fedlora.runtime.host import HostSetup, Terms, require_gpu, shared_passes
 from fedlora.training.client import calibrated
 from fedlora.training.model import AdaptedModel, load_model, load_tokenizer
 from fedlora.values import Mechanism, Member, Origin, ServerState
-
-HOLDINGS = ".holdings"
-"""The clients' tokenised records, in the run's directory while it is at work."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,9 +54,16 @@ class Prepared:
         return first_state(self.config, self.model, self.method)
 
     def host_setup(self, run_dir: Path) -> HostSetup:
-        """What hosts are told; the clients' records lie under `run_dir`, readable by its owner, from here on."""
+        """What hosts are told; the clients' records lie under `run_dir`, readable by its owner, from here on.
+
+        Not those of clients that the run has forgotten.
+        """
         clients, directory = self.clients, run_dir.absolute() / HOLDINGS
-        clients.examples.save(directory)
+        members = remaining(run_dir, clients.members)
+        held = clients.examples
+        if len(members) < len(held):
+            held = held.only({member.client for member in members})
+        held.save(directory)
         return HostSetup(
             config=self.config,
             run=self.origin.run,

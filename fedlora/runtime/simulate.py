@@ -21,9 +21,9 @@ from fedlora.privacy.noise import SEEDED
 from fedlora.runs.evidence import require_debits
 from fedlora.runs.forgetting import remaining
 from fedlora.runs.promise import Spending
-from fedlora.runs.rundir import finished_summary, locked, run_config
+from fedlora.runs.rundir import STATES, finished_summary, locked, run_config
 from fedlora.runs.summary import write_summary
-from fedlora.runtime.host import STATES, HostSetup
+from fedlora.runtime.host import HostSetup
 from fedlora.runtime.prepare import Prepared, prepare
 from fedlora.runtime.summarise import summarise
 from fedlora.runtime.world.clock import told

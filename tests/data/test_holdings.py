@@ -43,6 +43,15 @@ def test_what_was_saved_is_read_from_the_disk_by_its_owner_only(tmp_path):
     assert not found["a"].input_ids.flags.owndata and not found["a"].input_ids.flags.writeable
 
 
+def test_the_records_of_some_are_those_and_nobody_elses():
+    holdings = Holdings.of(
+        examples_of([3, 1, 2]), {"a": np.array([1]), "b": np.array([0]), "c": np.array([2])}
+    )
+    some = holdings.only({"a", "c"})
+    assert list(some) == ["a", "c"] and all(same(some[client], holdings[client]) for client in some)
+    assert len(some.examples.input_ids) == 3
+
+
 def test_nobody_holds_the_records_of_a_stranger():
     holdings = Holdings.of(examples_of([1, 1]), {"a": np.array([0]), "c": np.array([1])})
     for stranger in ("_", "b", "d"):

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from fedlora.federation.loop import work
-from fedlora.runtime.host import STATES, Host
+from fedlora.runs.rundir import STATES
+from fedlora.runtime.host import Host
 from fedlora.runtime.prepare import prepare
 from fedlora.training.states import with_states
 from fedlora.values import ClientUpdate, RefusalReason, TrainRequest

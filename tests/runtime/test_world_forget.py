@@ -12,8 +12,7 @@ from fedlora.cli.forget import erasers
 from fedlora.disk import write_durably
 from fedlora.errors import IncompleteError
 from fedlora.runs import forgetting
-from fedlora.runtime.host import STATES
-from fedlora.runtime.prepare import HOLDINGS
+from fedlora.runs.rundir import HOLDINGS, STATES
 from fedlora.runtime.simulate import resume, simulate
 from fedlora.runtime.world import clock as clock_module
 from fedlora.runtime.world.clock import told
@@ -195,7 +194,6 @@ def test_a_kill_while_replies_are_erased_and_the_command_again_ends_the_same(und
 
 
 def test_what_an_interrupted_simulation_made_of_a_clients_records_goes(under_way):
-    assert (forgetting.HOLDINGS, forgetting.STATES) == (HOLDINGS, STATES)
     for name in (GONE, f".{GONE}.x7f", "client-1", ".client-1.y3"):
         (under_way / STATES).mkdir(exist_ok=True)
         write_durably(under_way / STATES / name, b"states")
