@@ -44,10 +44,15 @@ class Holdings(Mapping[str, Examples]):
         parts = {self.clients[n]: np.arange(self.bounds[n], self.bounds[n + 1]) for n in places}
         return Holdings.of(self.examples, parts)
 
-    def __getitem__(self, client: str) -> Examples:
+    def place(self, client: str) -> int:
+        """Which of `clients` it is; KeyError if none."""
         place = bisect_left(self.clients, client)
         if place == len(self.clients) or self.clients[place] != client:
             raise KeyError(client)
+        return place
+
+    def __getitem__(self, client: str) -> Examples:
+        place = self.place(client)
         return self.examples.between(int(self.bounds[place]), int(self.bounds[place + 1]))
 
     def __iter__(self) -> Iterator[str]:

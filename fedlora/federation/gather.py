@@ -146,9 +146,8 @@ class Gathering:
             self._reject(reply.client, f"another update for round {reply.round} came first; only one counts")
         else:
             self._waiting[reply.client] = reply
-        if (
-            fault is None and reply.round == self._plan.round
-        ):  # a faulty one may be followed by one that counts
+        # A faulty one may be followed by one that counts, so it does not end its sender's turn.
+        if fault is None and reply.round == self._plan.round:
             self._spoken.add(reply.client)
             self._fold_whose_turn_it_is()
 

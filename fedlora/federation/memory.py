@@ -16,7 +16,7 @@ from pathlib import Path
 
 from fedlora.disk import make_directory
 from fedlora.errors import ConfigError, IncompleteError, ShapeError
-from fedlora.federation.record import Kept, Layout
+from fedlora.federation.record import Codec, Kept
 from fedlora.values import Delta
 
 FORMAT = 1
@@ -44,7 +44,7 @@ class StaleMemory:
         self.path = path
         self.kept: Kept = kept
         self._opened: sqlite3.Connection | None = None
-        self._layout: Layout | None = None
+        self._codec: Codec | None = None
         # Places that may be written over; those replaced in rounds that a checkpoint is kept of; those of this round.
         self._free: dict[int, None] = {}
         self._waiting: deque[dict[int, None]] = deque()
@@ -68,8 +68,8 @@ class StaleMemory:
         """
         with self._explained():
             connection = self._writing()
-            layout = self._layout_for(connection, update)
-            record = layout.encode(update)
+            codec = self._codec_for(connection, update)
+            record = codec.encode(update)
             place = self._place(connection, client, at)
             connection.execute(
                 "INSERT OR REPLACE INTO place VALUES (?, ?, ?, ?)",
@@ -80,7 +80,7 @@ class StaleMemory:
                 "UPDATE value SET record = ? WHERE place = ?", (record, place)
             ).rowcount:
                 connection.execute("INSERT INTO value VALUES (?, ?)", (place, record))
-        return layout.rounded(update)
+        return codec.rounded(update)
 
     def recall(self, client: str, at: int) -> Delta:
         """The client's update of round `at`, in the frame.
@@ -99,12 +99,12 @@ class StaleMemory:
             )
             if connection is None or found is None:
                 raise self._unusable(client, at, "missing")
-            layout = self._stored_layout(connection)
+            codec = self._stored_codec(connection)
         digest, record = found
-        if layout is None or digest != _digest(client, at, record):
+        if codec is None or digest != _digest(client, at, record):
             raise self._unusable(client, at, "damaged")
         try:
-            return layout.decode(record)
+            return codec.decode(record)
         except ShapeError as error:
             raise self._unusable(client, at, f"damaged ({error})") from None
 
@@ -159,7 +159,7 @@ class StaleMemory:
         """Nothing is open; what was not committed never was."""
         if self._opened is not None:
             self._opened.close()
-        self._opened, self._layout = None, None
+        self._opened, self._codec = None, None
         self._free, self._waiting, self._replaced = {}, deque(), {}
 
     def _place(self, connection: sqlite3.Connection, client: str, at: int) -> int:
@@ -207,8 +207,8 @@ class StaleMemory:
             self._opened = connection
         return self._opened
 
-    def _stored_layout(self, connection: sqlite3.Connection) -> Layout | None:
-        if self._layout is None:
+    def _stored_codec(self, connection: sqlite3.Connection) -> Codec | None:
+        if self._codec is None:
             row = connection.execute("SELECT format, text FROM layout").fetchone()
             if row is None:
                 return None
@@ -217,22 +217,22 @@ class StaleMemory:
                     f"{self.path} has format {row[0]}, this fedlora reads up to {FORMAT}; update fedlora"
                 )
             try:
-                self._layout = Layout.read(row[1])
+                self._codec = Codec.read(row[1])
             except (ValueError, KeyError, TypeError) as error:
                 raise self._damaged(error) from error
-            if self._layout.kept != self.kept:
+            if self._codec.kept != self.kept:
                 raise ConfigError(
-                    f"{self.path} keeps updates as {self._layout.kept}, method.stale.dtype says {self.kept}; "
+                    f"{self.path} keeps updates as {self._codec.kept}, method.stale.dtype says {self.kept}; "
                     "restore the config, or start again in another directory"
                 )
-        return self._layout
+        return self._codec
 
-    def _layout_for(self, connection: sqlite3.Connection, delta: Delta) -> Layout:
-        layout = self._stored_layout(connection)
-        if layout is None:
-            layout = self._layout = Layout.of(delta, self.kept)
-            connection.execute("INSERT INTO layout VALUES (?, ?)", (FORMAT, layout.text))
-        return layout
+    def _codec_for(self, connection: sqlite3.Connection, delta: Delta) -> Codec:
+        codec = self._stored_codec(connection)
+        if codec is None:
+            codec = self._codec = Codec.of(delta, self.kept)
+            connection.execute("INSERT INTO layout VALUES (?, ?)", (FORMAT, codec.text))
+        return codec
 
     def _unusable(self, client: str, at: int, why: str) -> IncompleteError:
         return IncompleteError(

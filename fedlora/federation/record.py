@@ -24,7 +24,8 @@ Kept: TypeAlias = Literal["float32", "bfloat16", "int8"]
 """How numbers are kept. float32 stands for the run's own precision, whichever that is: nothing is rounded."""
 
 EXPONENT = np.dtype("<i2")
-MOST = 127
+LARGEST_WHOLE = 127
+"""Of a signed byte, -128 left out: what is kept of -x is minus what is kept of x."""
 _DTYPES = {
     str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.float64, torch.bfloat16)
 }
@@ -41,19 +42,19 @@ class Field:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Layout:
-    """What every record of a run looks like."""
+class Codec:
+    """How every update of a run becomes a record, and comes back."""
 
     kept: Kept
     fields: tuple[Field, ...]
 
     @classmethod
-    def of(cls, delta: Delta, kept: Kept) -> "Layout":
-        """The layout that this delta has, and every other one of its run."""
+    def of(cls, delta: Delta, kept: Kept) -> "Codec":
+        """For this delta, and every other one of its run."""
         return cls(kept=kept, fields=_fields(delta))
 
     @classmethod
-    def read(cls, text: str) -> "Layout":
+    def read(cls, text: str) -> "Codec":
         """What `text` wrote. ValueError, KeyError or TypeError: it is something else."""
         words = json.loads(text)
         fields = tuple(Field(**{**field, "shape": tuple(field["shape"])}) for field in words["fields"])
@@ -75,7 +76,7 @@ class Layout:
 
         Raises:
             BasisError: the delta is in another basis.
-            ShapeError: its names, shapes or dtypes are not this layout's.
+            ShapeError: its names, shapes or dtypes are not those of the run.
         """
         delta.require_basis(FRAME)
         if (got := _fields(delta)) != self.fields:
@@ -84,11 +85,11 @@ class Layout:
         tensors = [getattr(delta, field.part)[field.name] for field in self.fields]
         if self.kept != "int8":
             return b"".join(
-                _bytes(tensor, self._stored(f)) for f, tensor in zip(self.fields, tensors, strict=True)
+                _written(tensor, self._stored(f)) for f, tensor in zip(self.fields, tensors, strict=True)
             )
         exponents = [_exponent(tensor) for tensor in tensors]
         numbers = [
-            _bytes(_whole(tensor, e), torch.int8) for tensor, e in zip(tensors, exponents, strict=True)
+            _written(_whole(tensor, e), torch.int8) for tensor, e in zip(tensors, exponents, strict=True)
         ]
         return b"".join([np.array(exponents, dtype=EXPONENT).tobytes(), *numbers])
 
@@ -131,21 +132,6 @@ class Layout:
         return math.prod(field.shape) * self._stored(field).itemsize
 
 
-def as_kept(delta: Delta, kept: Kept) -> Delta:
-    """The delta as it will be recalled where updates are kept so; pure, and the same delta for float32."""
-    return Layout.of(delta, kept).rounded(delta)
-
-
-def same(x: Delta, y: Delta) -> bool:
-    """Whether all tensors are equal, bit for bit but for the sign of a zero."""
-    return x is y or (
-        x.basis == y.basis
-        and _fields(x) == _fields(y)
-        and all(torch.equal(x.sites[name], y.sites[name]) for name in x.sites)
-        and all(torch.equal(x.head[name], y.head[name]) for name in x.head)
-    )
-
-
 def _fields(delta: Delta) -> tuple[Field, ...]:
     def of(part: str, tensors: Mapping[str, Tensor]) -> list[Field]:
         return [
@@ -161,7 +147,7 @@ def _fields(delta: Delta) -> tuple[Field, ...]:
     return (*of("sites", delta.sites), *of("head", delta.head))
 
 
-def _bytes(tensor: Tensor, dtype: torch.dtype) -> bytes:
+def _written(tensor: Tensor, dtype: torch.dtype) -> bytes:
     # Numpy knows no bfloat16; the machines that run this are little-endian.
     return tensor.detach().cpu().to(dtype).contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
@@ -178,7 +164,7 @@ def _exponent(tensor: Tensor) -> int:
     least = math.frexp(torch.finfo(tensor.dtype).smallest_normal)[1] - 1
     if largest == 0.0:
         return least
-    return max(exponent - 7 + (mantissa * 128 > MOST), least)
+    return max(exponent - 7 + (mantissa * 128 > LARGEST_WHOLE), least)
 
 
 def _whole(tensor: Tensor, exponent: int) -> Tensor:

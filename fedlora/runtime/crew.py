@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import ray
 from ray.exceptions import (
@@ -22,8 +23,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from fedlora.algebra.flat import Layout
 from fedlora.errors import ConfigError, FedLoraError, IncompleteError
-from fedlora.runtime.host import Host as Hosting
-from fedlora.runtime.host import HostSetup
+from fedlora.runtime.host import Host, HostSetup
 from fedlora.runtime.jobs import Job
 from fedlora.runtime.parcel import Parcel, pack_replies, unpack_request
 from fedlora.runtime.seats import Seat
@@ -42,13 +42,15 @@ STARTS = 3
 """Times that a worker's process may die before it has ever begun; then its place is given up."""
 DEAD_S = 30.0
 """Seconds in which Ray must know the fate of a dead worker's other jobs."""
+SIGN = "token"
+"""Beside the clients' records; a worker that reads it there sees this run's directory."""
 
 
-class Host:
+class HostActor:
     """What runs in an actor: a host that is handed parcels."""
 
     def __init__(self) -> None:
-        self._host: Hosting | None = None
+        self._host: Host | None = None
         self._asked: tuple[str, TrainRequest, Layout] | None = None
 
     def placed(self) -> str:
@@ -61,13 +63,13 @@ class Host:
         Raises:
             ConfigError: this machine does not see the run's directory.
         """
-        path = setup.holdings / "token"
+        path = setup.holdings / SIGN
         if not path.exists() or path.read_text() != token:
             raise ConfigError(
                 f"{socket.gethostname()} does not see the run directory {setup.run_dir} of the machine that started "
                 "the run; put `output` on a file system that all machines of the cluster share, at the same path"
             )
-        self._host = Hosting(setup)
+        self._host = Host(setup)
 
     def answer(self, clients: Sequence[str], name: str, parcel: Parcel) -> Parcel:
         """Their replies to the request in the parcel, which is read once for all jobs that give it this name."""
@@ -81,13 +83,15 @@ class Host:
 
 @dataclass(slots=True, eq=False)
 class Worker:
-    """One actor and its jobs, the one in work first. placed: ready once a node has it. begun: None once it has loaded
-    the model."""
+    """One actor and its jobs, the one in work first.
+
+    placed: ready once a node has it. beginning: None once it has loaded the model.
+    """
 
     seat: Seat
     actor: Any
     placed: Any
-    begun: Any | None
+    beginning: Any | None
     since: float
     starts: int = 1
     jobs: dict[Any, Job] = field(default_factory=dict)
@@ -108,7 +112,6 @@ class Crew:
     def __init__(
         self,
         setup: HostSetup,
-        token: str,
         seats: Sequence[Seat],
         say: Callable[[str], None],
         vitals: Vitals,
@@ -117,13 +120,14 @@ class Crew:
     ) -> None:
         self._setup = ray.put(setup)
         self._run_dir = setup.run_dir
-        self._token = token
+        self._token = uuid4().hex
+        (setup.holdings / SIGN).write_text(self._token)
         self._say = say
         self._room_s = room_s
         self._vitals = vitals
         card = " and a part of a GPU" if setup.config.runtime.device == "cuda" else ""
         self._wanted = f"{setup.config.runtime.threads} free cores{card}"
-        self._actor: Any = ray.remote(Host)
+        self._actor: Any = ray.remote(HostActor)
         self._said = False
         self.workers = [self._worker(seat) for seat in seats]
 
@@ -131,14 +135,14 @@ class Crew:
         where = "SPREAD" if seat.node is None else NodeAffinitySchedulingStrategy(seat.node, soft=True)
         options = {"num_cpus": seat.cpus, "num_gpus": seat.gpus, "scheduling_strategy": where}
         actor = self._actor.options(**options).remote()
-        placed, begun = actor.placed.remote(), actor.begin.remote(self._setup, self._token)
+        placed, beginning = actor.placed.remote(), actor.begin.remote(self._setup, self._token)
         return Worker(
-            seat=seat, actor=actor, placed=placed, begun=begun, since=time.monotonic(), starts=starts
+            seat=seat, actor=actor, placed=placed, beginning=beginning, since=time.monotonic(), starts=starts
         )
 
     def free(self, depth: int) -> Worker | None:
         """The worker with the fewest jobs, if it has begun and has fewer than `depth`."""
-        ready = [worker for worker in self.workers if worker.begun is None]
+        ready = [worker for worker in self.workers if worker.beginning is None]
         least = min(ready, key=lambda worker: len(worker.jobs), default=None)
         return least if least is not None and len(least.jobs) < depth else None
 
@@ -177,7 +181,7 @@ class Crew:
         return [ended for ref in ready if (ended := self._ended(owners[ref], ref)) is not None]
 
     def _watched(self, worker: Worker) -> list[Any]:
-        return list(worker.jobs) if worker.begun is None else [worker.begun]
+        return list(worker.jobs) if worker.beginning is None else [worker.beginning]
 
     def _ended(self, worker: Worker, ref: Any) -> Ended | None:
         if worker not in self.workers:  # it was found dead a moment ago, and its jobs were seen to
@@ -186,8 +190,8 @@ class Crew:
             found = self._fetch(ref)
         except GONE as error:
             return self._buried(worker, error)
-        if worker.begun is not None:
-            worker.begun, worker.starts = None, 1
+        if worker.beginning is not None:
+            worker.beginning, worker.starts = None, 1
             return None
         return Ended(done=[(worker.jobs.pop(ref), found)])
 
@@ -209,10 +213,9 @@ class Crew:
     def _buried(self, worker: Worker, error: RayError) -> Ended:
         """Somebody stands in its place. Of its jobs, those it had finished count; it died with the first other."""
         log.warning("a Ray worker died (%s); it is replaced", type(error).__name__)
-        ray.kill(
-            worker.actor
-        )  # one that is only out of reach must not write to a ledger beside its successor
-        place, starts = self.workers.index(worker), worker.starts + (worker.begun is not None)
+        # One that is only out of reach must not write to a ledger beside its successor.
+        ray.kill(worker.actor)
+        place, starts = self.workers.index(worker), worker.starts + (worker.beginning is not None)
         done: list[tuple[Job, Parcel]] = []
         lost: list[Job] = []
         for ref, job in worker.jobs.items():
@@ -230,7 +233,7 @@ class Crew:
         return Ended(done=done, again=lost[1:], suspect=lost[0] if lost else None)
 
     def _look_for_room(self) -> None:
-        waiting = [worker for worker in self.workers if worker.begun is not None]
+        waiting = [worker for worker in self.workers if worker.beginning is not None]
         placed = set(ray.wait([worker.placed for worker in waiting], num_returns=len(waiting), timeout=0)[0])
         homeless = [time.monotonic() - worker.since for worker in waiting if worker.placed not in placed]
         late = sum(waited_s > PLACE_S for waited_s in homeless)

@@ -24,7 +24,6 @@ from flwr.serverapp import Grid, ServerApp
 from fedlora.config.schema import RunConfig
 from fedlora.data.holdings import open_holdings
 from fedlora.errors import ConfigError, IncompleteError, LedgerError
-from fedlora.federation.cohort import Cohort
 from fedlora.federation.events import Listener
 from fedlora.runtime.host import Host, HostSetup, Terms, worker_count
 from fedlora.transport.flower_client import Hello, client_app
@@ -41,19 +40,11 @@ STOP_S = 10.0
 """Seconds that a worker gets to finish its client when the run stops; to stop it under way is safe, too."""
 
 
-def simulated_cohort(setup: HostSetup, listener: Listener) -> Cohort:
-    """A Cohort on Flower's simulation engine, started here.
-
-    Raises:
-        ConfigError: the engine does not start.
-    """
-    return SimulatedCohort(setup, listener)
-
-
 class SimulatedCohort:
-    """The engine and the cohort that speaks to it, started and stopped together."""
+    """A Cohort on Flower's simulation engine, which is started and stopped with it."""
 
     def __init__(self, setup: HostSetup, listener: Listener) -> None:
+        """Raises ConfigError where the engine does not start."""
         self._scene = setup.run_dir / SCENE
         self._engine: Queue[Grid | BaseException] = Queue()
         self._stop = threading.Event()

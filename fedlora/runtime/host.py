@@ -90,7 +90,8 @@ class Host:
                 return [at_home(reply) for reply in replies]
             except (LedgerError, ConfigError):
                 raise
-            except Exception as error:  # each has its own answer when asked alone, and none pays twice
+            except Exception as error:
+                # Of one of them: each has its own answer when asked alone, and none pays twice.
                 log.error("round %d: %s; one by one instead", request.round, without_records(error))
         return [self._answer(client, request) for client in clients]
 

@@ -1,6 +1,5 @@
-"""Which clients a worker is handed at a time, and in which order. Pure."""
+"""Which clients a worker is handed at a time, and in which order. No Ray here."""
 
-from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from heapq import heappop, heappush
@@ -10,7 +9,7 @@ from numpy.typing import NDArray
 
 from fedlora.data.holdings import Holdings
 
-MOST = 64
+MOST_CLIENTS = 64
 """Clients of one job: by then what Ray takes for a call, about a millisecond, is spread thin enough."""
 SHARE = 4
 """A job is at most this part of what each worker still has before it, so that all end at about the same time."""
@@ -33,17 +32,10 @@ def expected_tokens(holdings: Holdings, clients: Sequence[str], batch_size: int)
         KeyError: somebody holds no records here.
     """
     bounds, offsets = holdings.bounds, holdings.examples.offsets
-    places = np.array([_place(holdings.clients, client) for client in clients], dtype=np.int64)
+    places = np.array([holdings.place(client) for client in clients], dtype=np.int64)
     records = np.maximum(np.diff(bounds)[places], 1)
     tokens = offsets[bounds[places + 1]] - offsets[bounds[places]]
     return tokens / records * np.minimum(batch_size, records)
-
-
-def _place(names: Sequence[str], client: str) -> int:
-    place = bisect_left(names, client)
-    if place == len(names) or names[place] != client:
-        raise KeyError(client)
-    return place
 
 
 def cut(costs: Sequence[float], *, workers: int, most: int, exactly: int = 1) -> list[Job]:

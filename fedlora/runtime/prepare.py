@@ -1,4 +1,4 @@
-"""Everything a run needs before its first round, worked out without writing a byte."""
+"""Everything a run needs before its first round; only `save_for_hosts` writes."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -23,6 +23,8 @@ from fedlora.runs.beginning import first_state, origin
 from fedlora.runs.forgetting import remaining
 from fedlora.runs.rundir import HOLDINGS
 from fedlora.runtime.host import HostSetup, Terms, require_gpu, shared_passes
+from fedlora.runtime.world.world import World
+from fedlora.runtime.world.world import build as build_world
 from fedlora.training.client import calibrated
 from fedlora.training.model import AdaptedModel, load_model, load_tokenizer
 from fedlora.values import Mechanism, Member, Origin, ServerState
@@ -41,19 +43,23 @@ class Clients:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prepared:
-    """A run, ready to start. `origin.run` names it: the digest of everything that decides its result."""
+    """A run, ready to start. `origin.run` names it: the digest of everything that decides its result.
+
+    world: when its clients are there; None: always.
+    """
 
     config: RunConfig
     origin: Origin
     clients: Clients
     method: Method
     model: AdaptedModel
+    world: World | None
 
     def first_state(self) -> ServerState:
         """The zero-step state."""
         return first_state(self.config, self.model, self.method)
 
-    def host_setup(self, run_dir: Path) -> HostSetup:
+    def save_for_hosts(self, run_dir: Path) -> HostSetup:
         """What hosts are told; the clients' records lie under `run_dir`, readable by its owner, from here on.
 
         Not those of clients that the run has forgotten.
@@ -87,6 +93,8 @@ def prepare(config: RunConfig, listener: Listener) -> Prepared:
     # What public text says of the model must not depend on the number of cores.
     torch.set_num_threads(config.runtime.threads)
     clients = gather_clients(config, listener)
+    names = [member.client for member in clients.members]
+    world = None if config.world is None else build_world(config.world, names, config.seed)
     listener(Stage(name=f"loading {config.model.name}"))
     model = load_model(config.model, config.task, config.lora, clients.classes, config.seed)
     return Prepared(
@@ -95,6 +103,7 @@ def prepare(config: RunConfig, listener: Listener) -> Prepared:
         clients=clients,
         method=build(config.method, config.lora),
         model=model,
+        world=world,
     )
 
 

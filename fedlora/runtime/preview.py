@@ -13,7 +13,7 @@ from fedlora.privacy.accountants import epsilon
 from fedlora.runtime.host import worker_count
 from fedlora.runtime.prepare import Prepared, prepare
 from fedlora.runtime.summarise import frame_sizes
-from fedlora.runtime.world.forecast import forecast, note, world_of
+from fedlora.runtime.world.forecast import forecast, note
 from fedlora.training.client import participation
 from fedlora.training.tasks import evaluate
 
@@ -113,7 +113,7 @@ def _expected_cohort(prepared: Prepared) -> float:
 
 
 def _notes(prepared: Prepared) -> list[str]:
-    config, world = prepared.config, world_of(prepared)
+    config, world = prepared.config, prepared.world
     told = [] if world is None else [note(forecast(prepared, world))]
     if config.privacy == "none":
         return ["NOT PRIVATE: privacy is none; what clients send can reveal their records", *told]

@@ -19,7 +19,7 @@ from fedlora.federation.events import ClientDone, Listener, Stage, outcome
 from fedlora.runtime.cluster import connected, store_bytes, worker_slots
 from fedlora.runtime.crew import Crew, Ended, failed
 from fedlora.runtime.host import HostSetup
-from fedlora.runtime.jobs import MOST, Job, Queue, cut, expected_tokens, singles
+from fedlora.runtime.jobs import MOST_CLIENTS, Job, Queue, cut, expected_tokens, singles
 from fedlora.runtime.parcel import Parcel, pack_request, unpack_replies
 from fedlora.runtime.probe import peaks_of
 from fedlora.runtime.seats import Seat, anywhere, gpu_nodes, on_cards
@@ -57,12 +57,10 @@ class RayCohort:
         self._open = ExitStack()
         with ExitStack() as opening:
             vitals = opening.enter_context(connected(config.runtime, setup.run, setup.run_dir))
-            token = uuid4().hex
-            (setup.holdings / "token").write_text(token)
             try:
                 seats = _seats(setup, max(1, len(self._holdings)))
                 self._window = min(WINDOW_BYTES, store_bytes() // 4)
-                self._crew = Crew(setup, token, seats, lambda words: listener(Stage(name=words)), vitals)
+                self._crew = Crew(setup, seats, lambda words: listener(Stage(name=words)), vitals)
             except (RayError, ConnectionError) as error:
                 raise failed(error, self._run_dir) from error
             opening.callback(self._crew.close)
@@ -121,7 +119,9 @@ class _Asking:
         packed = pack_request(request)
         update_bytes = max(1, self._layout.numbers * packed[1].itemsize)
         workers = max(1, len(crew.workers))
-        most = max(1, min(MOST, min(PARCEL_BYTES, window_bytes // (SPREAD * workers)) // update_bytes))
+        most = max(
+            1, min(MOST_CLIENTS, min(PARCEL_BYTES, window_bytes // (SPREAD * workers)) // update_bytes)
+        )
         jobs = cut(costs, workers=workers, most=most, exactly=together)
         self._queue = Queue(jobs)
         self._reach = max(window_bytes // update_bytes, DEPTH * workers * max(most, together))

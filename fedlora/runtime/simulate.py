@@ -28,7 +28,6 @@ from fedlora.runtime.prepare import Prepared, prepare
 from fedlora.runtime.summarise import summarise
 from fedlora.runtime.world.clock import told
 from fedlora.runtime.world.cohort import VirtualCohort
-from fedlora.runtime.world.forecast import world_of
 from fedlora.training.tasks import evaluate
 from fedlora.values import Adapters, ServerState
 
@@ -52,7 +51,6 @@ def simulate(config: RunConfig, run_dir: Path, listener: Listener, start: Start 
         _refuse_existing(config, run_dir)
         return run_dir
     prepared = prepare(config, listener)
-    world_of(prepared)
     run_dir.mkdir(parents=True, exist_ok=True)
     with locked(run_dir):
         write_durably(run_dir / "classes.json", json.dumps(prepared.clients.classes) + "\n")
@@ -88,7 +86,7 @@ def _drive(prepared: Prepared, run_dir: Path, listener: Listener, start: Start |
         store.begin(state, line_zero(score(state.adapters)))
     state = store.recover()
     require_debits(prepared.config, run_dir)
-    setup = prepared.host_setup(run_dir)
+    setup = prepared.save_for_hosts(run_dir)
     prepared = prepared.without_records()
     try:
         cohort = _in_world(_cohort(setup, listener, start), prepared, run_dir, state.round)
@@ -100,7 +98,7 @@ def _drive(prepared: Prepared, run_dir: Path, listener: Listener, start: Start |
         shutil.rmtree(setup.holdings, ignore_errors=True)
     shutil.rmtree(run_dir / STATES, ignore_errors=True)
     listener(Stage(name="writing the summary"))
-    summary = summarise(prepared, run_dir)
+    summary = summarise(prepared, run_dir, setup.together)
     write_summary(run_dir, summary)
     listener(RunDone(summary=summary))
 
@@ -174,19 +172,19 @@ def _cohort(setup: HostSetup, listener: Listener, start: Start | None) -> Cohort
 
             return RayCohort(setup, listener)
         case "flower":
-            from fedlora.runtime.flower import simulated_cohort
+            from fedlora.runtime.flower import SimulatedCohort
 
-            return simulated_cohort(setup, listener)
+            return SimulatedCohort(setup, listener)
 
 
 def _in_world(inner: Cohort, prepared: Prepared, run_dir: Path, completed: int) -> Cohort:
     """The clients as the config's world lets them take part; as they are where it has none."""
+    if prepared.world is None:
+        return inner
+    federation = prepared.config.federation
     try:
-        world = world_of(prepared)
-        if world is None:
-            return inner
         return VirtualCohort(
-            inner, world=world, federation=prepared.config.federation, run_dir=run_dir, completed=completed
+            inner, world=prepared.world, federation=federation, run_dir=run_dir, completed=completed
         )
     except BaseException:
         inner.close()

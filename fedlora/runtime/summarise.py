@@ -6,22 +6,21 @@ from typing import Any
 from fedlora.federation.loop import work
 from fedlora.federation.store import Store
 from fedlora.runs.summary import run_summary
-from fedlora.runtime.host import shared_passes
 from fedlora.runtime.prepare import Prepared
 from fedlora.training.client import participation
 from fedlora.transport.wire import encode_reply, encode_request
 from fedlora.values import ClientUpdate, Delta, ServerState, TrainRequest, Witness
 
 
-def summarise(prepared: Prepared, run_dir: Path) -> dict[str, Any]:
-    """summary.json of a finished simulation."""
+def summarise(prepared: Prepared, run_dir: Path, together: int) -> dict[str, Any]:
+    """summary.json of a finished simulation, in which `together` clients shared a forward pass."""
     state, _ = Store(run_dir).load()
     down, up = frame_sizes(prepared, state)
     clients = [member.client for member in prepared.clients.members]
     return run_summary(
         run_dir, prepared.config,
         clients=clients, state=state, bytes_up=up, bytes_down=down,
-        together=shared_passes(prepared.config, prepared.model),
+        together=together,
     )  # fmt: skip
 
 

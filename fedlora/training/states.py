@@ -7,6 +7,7 @@ the records drawn. It says as much about the records as their text: only its own
 import hashlib
 import os
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -65,13 +66,7 @@ def with_states(
         _written(path, key, adapted, prefix, examples, alone)
         states = _mapped(path, key, shape, dtype)
         assert states is not None, f"{path} was replaced while it was written"
-    return Examples(
-        input_ids=examples.input_ids,
-        offsets=examples.offsets,
-        labels=examples.labels,
-        token_type_ids=examples.token_type_ids,
-        states=states,
-    )
+    return replace(examples, states=states)
 
 
 def _key(adapted: AdaptedModel, prefix: Prefix, examples: Examples, base_model: str, alone: bool) -> bytes:

@@ -59,7 +59,7 @@ def test_a_node_told_of_one_clients_part_has_its_records_terms_and_randomness(fe
     tokenizer = load_tokenizer(config.model.name)
     assert nodes.keys() == clients.examples.keys()
     assert len({len(held) for held in clients.examples.values()}) > 1
-    host = Host(prepared.host_setup(tmp_path))
+    host = Host(prepared.save_for_hosts(tmp_path))
     for client, node in nodes.items():
         held = clients.examples[client]
         assert fingerprint(tokenise(own_records(node), tokenizer, node.data.max_length)) == fingerprint(held)

@@ -40,7 +40,7 @@ def products_after_five_rounds(config, run_dir, *, turn: bool = True) -> dict[st
     """b @ a of every site, and the head."""
     prepared = prepare(config, lambda event: None)
     clients, state = prepared.clients, prepared.first_state()
-    host = Host(prepared.host_setup(run_dir))
+    host = Host(prepared.save_for_hosts(run_dir))
     host.noise = noise = TurnedNoise(3)
     for number in range(1, 6):
         noise.rotations = dict(state.gauges[-1].sites) if turn else {}

@@ -241,7 +241,7 @@ def undisturbed(config: RunConfig, run_dir: Path, scratch: Path) -> str:
     for line in whole_lines(run_dir / SPENT):
         heard[line["heard"]].append((line["client"], line["round"]))
     prepared = prepare(config, lambda event: None)
-    clients, setup = prepared.clients, prepared.host_setup(scratch)
+    clients, setup = prepared.clients, prepared.save_for_hosts(scratch)
     store, state = Store(scratch), prepared.first_state()
     store.begin(state, line_zero({}))
     played = rounds(

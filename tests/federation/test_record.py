@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from fedlora.errors import BasisError, ShapeError
-from fedlora.federation.record import Layout, as_kept, same
+from fedlora.federation.record import Codec
 from fedlora.values import FRAME, Delta
+from tests.federation.deltas import as_kept, same
 
 KEPT = ("float32", "bfloat16", "int8")
 FLOATS = {torch.float32: 32, torch.float64: 64}
@@ -34,18 +35,18 @@ def tensors(delta):
 
 @given(deltas(), st.sampled_from(KEPT))
 def test_what_is_kept_is_rounded_once_and_for_all(delta, kept):
-    layout = Layout.of(delta, kept)
-    once = layout.decode(layout.encode(delta))
+    codec = Codec.of(delta, kept)
+    once = codec.decode(codec.encode(delta))
     assert same(once, as_kept(delta, kept))
     assert same(as_kept(once, kept), once)
-    assert layout.encode(once) == layout.encode(layout.decode(layout.encode(once)))
-    assert Layout.of(once, kept) == layout == Layout.read(layout.text)
+    assert codec.encode(once) == codec.encode(codec.decode(codec.encode(once)))
+    assert Codec.of(once, kept) == codec == Codec.read(codec.text)
 
 
 @given(deltas())
 def test_float32_stands_for_the_runs_own_precision_and_rounds_nothing(delta):
-    layout = Layout.of(delta, "float32")
-    assert same(layout.decode(layout.encode(delta)), delta)
+    codec = Codec.of(delta, "float32")
+    assert same(codec.decode(codec.encode(delta)), delta)
 
 
 @given(deltas())
@@ -64,8 +65,8 @@ def test_a_record_has_the_bytes_that_the_schema_tells(kept, each, more):
     delta = Delta(
         basis=FRAME, sites={"x": torch.randn(7, 3), "y": torch.randn(5, 3)}, head={"w": torch.randn(2, 4)}
     )
-    layout = Layout.of(delta, kept)
-    assert layout.size == len(layout.encode(delta)) == each * (21 + 15 + 8) + more * 3
+    codec = Codec.of(delta, kept)
+    assert codec.size == len(codec.encode(delta)) == each * (21 + 15 + 8) + more * 3
 
 
 def test_powers_of_two_and_whole_multiples_of_them_survive_eight_bits():
@@ -77,14 +78,14 @@ def test_powers_of_two_and_whole_multiples_of_them_survive_eight_bits():
 
 def test_another_basis_another_name_shape_or_dtype_is_refused():
     delta = Delta(basis=FRAME, sites={"x": torch.zeros(3, 2)})
-    layout = Layout.of(delta, "float32")
+    codec = Codec.of(delta, "float32")
     with pytest.raises(BasisError):
-        layout.encode(Delta(basis=0, sites=delta.sites))
+        codec.encode(Delta(basis=0, sites=delta.sites))
     for sites in ({"y": torch.zeros(3, 2)}, {"x": torch.zeros(2, 3)}, {"x": torch.zeros(3, 2).double()}, {}):
         with pytest.raises(ShapeError, match="other tensors than the run's"):
-            layout.encode(Delta(basis=FRAME, sites=sites))
+            codec.encode(Delta(basis=FRAME, sites=sites))
     with pytest.raises(ShapeError, match="23 bytes, need 24"):
-        layout.decode(b"\0" * 23)
+        codec.decode(b"\0" * 23)
 
 
 def test_bfloat16_is_within_its_own_rounding():

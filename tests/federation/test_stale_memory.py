@@ -12,9 +12,9 @@ import torch
 
 from fedlora.errors import ConfigError, IncompleteError
 from fedlora.federation.memory import StaleMemory
-from fedlora.federation.record import as_kept, same
 from fedlora.federation.store import Store
 from fedlora.values import FRAME, Delta
+from tests.federation.deltas import as_kept, same
 
 
 def delta(number, size=40):

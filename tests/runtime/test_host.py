@@ -24,7 +24,7 @@ def test_records_of_a_narrow_model_run_alone_since_its_kernels_round_by_one_perc
 ):
     prepared = prepare(tiny_config(**changes), lambda event: None)
     client = prepared.clients.members[0].client
-    assert Host(prepared.host_setup(tmp_path))._node(client).alone is alone
+    assert Host(prepared.save_for_hosts(tmp_path))._node(client).alone is alone
 
 
 @pytest.mark.parametrize("together", [1, 2])
@@ -37,7 +37,7 @@ def test_states_are_those_of_each_record_alone_and_made_for_nobody_who_is_refuse
         privacy__max_participations=1,
     )
     prepared = prepare(config, lambda event: None)
-    host = Host(prepared.host_setup(tmp_path))
+    host = Host(prepared.save_for_hosts(tmp_path))
     assert host.setup.together == together
     clients = [member.client for member in prepared.clients.members][:2]
     first = request_of(prepared, 1)

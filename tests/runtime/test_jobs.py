@@ -7,12 +7,12 @@ from hypothesis import strategies as st
 
 from fedlora.data.holdings import Holdings
 from fedlora.data.records import Examples
-from fedlora.runtime.jobs import MOST, SHARE, Job, Queue, cut, expected_tokens, singles
+from fedlora.runtime.jobs import MOST_CLIENTS, SHARE, Job, Queue, cut, expected_tokens, singles
 
 costs = st.lists(st.integers(1, 1000).map(float), min_size=1, max_size=300)
 
 
-@given(costs, st.integers(1, 16), st.integers(1, MOST))
+@given(costs, st.integers(1, 16), st.integers(1, MOST_CLIENTS))
 def test_jobs_are_runs_of_neighbours_that_cover_everybody_once(costs, workers, most):
     jobs = cut(costs, workers=workers, most=most)
     assert [place for job in jobs for place in range(job.start, job.stop)] == list(range(len(costs)))
@@ -29,15 +29,15 @@ def test_no_job_of_several_clients_exceeds_a_workers_share_of_what_is_left(costs
 @given(costs, st.integers(2, 9), st.integers(1, 16), st.integers(1, 16))
 def test_groups_of_a_given_size_depend_on_nothing_but_the_cohort(costs, exactly, few, many):
     jobs = cut(costs, workers=few, most=1, exactly=exactly)
-    assert jobs == cut(costs, workers=many, most=MOST, exactly=exactly)
+    assert jobs == cut(costs, workers=many, most=MOST_CLIENTS, exactly=exactly)
     assert {job.stop - job.start for job in jobs[:-1]} <= {exactly}
     assert [job.start for job in jobs] == list(range(0, len(costs), exactly))
 
 
 def test_a_thousand_equal_clients_are_few_jobs_and_end_one_by_one():
-    jobs = cut([1.0] * 1000, workers=2, most=MOST)
+    jobs = cut([1.0] * 1000, workers=2, most=MOST_CLIENTS)
     assert len(jobs) < 60
-    assert jobs[0].stop - jobs[0].start == MOST
+    assert jobs[0].stop - jobs[0].start == MOST_CLIENTS
     assert [job.stop - job.start for job in jobs[-8:]] == [1] * 8
 
 

@@ -90,13 +90,13 @@ def test_two_runs_on_one_cluster_do_not_meet(tiny_config, tmp_path, cluster):
 
 
 def test_a_machine_that_does_not_see_the_run_directory_is_named(tiny_config, tmp_path):
-    from fedlora.runtime.crew import Host
+    from fedlora.runtime.crew import SIGN, HostActor
     from fedlora.runtime.prepare import prepare
 
-    setup = prepare(tiny_config(privacy="none"), silent).host_setup(tmp_path)
-    (setup.holdings / "token").write_text("another run's")
+    setup = prepare(tiny_config(privacy="none"), silent).save_for_hosts(tmp_path)
+    (setup.holdings / SIGN).write_text("another run's")
     with pytest.raises(ConfigError, match=f"does not see the run directory {tmp_path}"):
-        Host().begin(setup, "this run's")
+        HostActor().begin(setup, "this run's")
 
 
 def test_nobody_at_the_address_is_said(tiny_config, tmp_path):
@@ -129,7 +129,7 @@ def test_a_client_that_three_workers_died_with_is_refused_and_can_be_asked_again
     def kill() -> None:
         while not over.wait(0.005):
             for pid, title in below(os.getpid()).items():
-                if title.startswith("ray::Host.answer") and pid not in struck:
+                if title.startswith("ray::HostActor.answer") and pid not in struck:
                     struck.add(pid)
                     os.kill(pid, signal.SIGKILL)
 

@@ -83,12 +83,12 @@ def test_a_client_that_kills_its_worker_each_time_is_refused_alone(tiny_config, 
 
 
 def test_a_run_without_room_for_a_worker_ends_and_says_what_is_missing(tiny_config, tmp_path):
-    setup = prepare(tiny_config(privacy="none"), silent).host_setup(tmp_path)
+    setup = prepare(tiny_config(privacy="none"), silent).save_for_hosts(tmp_path)
     runtime = setup.config.runtime.model_copy(update={"kind": "ray", "workers": 1})
     with connected(runtime, setup.run, tmp_path) as vitals:
         taken = ray.remote(num_cpus=1)(threading.Event).remote()
         ray.get(taken.is_set.remote())
-        crew = Crew(setup, "token", [Seat(cpus=1)], silent, vitals, room_s=1.0)
+        crew = Crew(setup, [Seat(cpus=1)], silent, vitals, room_s=1.0)
         ends = time.monotonic() + 60
         with pytest.raises(IncompleteError, match=f"1 free cores .* fedlora resume {tmp_path}"):
             while time.monotonic() < ends:

@@ -90,7 +90,7 @@ def test_cards_of_a_kind_that_ray_does_not_know_are_a_kind_of_their_own():
 
 def test_the_probe_works_the_largest_micro_batch_and_spends_nothing(tiny_config, tmp_path):
     config = tiny_config()
-    host = Host(prepare(config, lambda event: None).host_setup(tmp_path))
+    host = Host(prepare(config, lambda event: None).save_for_hosts(tmp_path))
     batch = largest_batch(config, alone=False)
     assert np.diff(batch.offsets).tolist() == [16] * (TOKEN_BUDGET // 16)
     assert len(largest_batch(config, alone=True)) == 1
@@ -124,7 +124,7 @@ def test_workers_sit_where_their_seats_say(tiny_config, tmp_path):
     try:
         for cards in (1, 2):
             cluster.add_node(num_cpus=2, num_gpus=cards)
-        setup = prepare(tiny_config(privacy="none"), lambda event: None).host_setup(tmp_path)
+        setup = prepare(tiny_config(privacy="none"), lambda event: None).save_for_hosts(tmp_path)
         (setup.holdings / "token").write_text("token")
         runtime = cuda(address=cluster.address)
         with connected(runtime, setup.run, tmp_path) as vitals:

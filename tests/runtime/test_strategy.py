@@ -37,7 +37,7 @@ WORK = Federation(
 @contextmanager
 def hosted(prepared: Prepared, run_dir: Path) -> Iterator[tuple[Grid, Nodes]]:
     """The simulated clients of a run, each a node of Flower's engine."""
-    host, alone = Host(prepared.host_setup(run_dir)), threading.Lock()
+    host, alone = Host(prepared.save_for_hosts(run_dir)), threading.Lock()
 
     def answer(client: str, frame: bytes) -> bytes:
         with alone:  # one model, and the engine asks from threads

@@ -33,7 +33,7 @@ def prepared(tiny_config):
 
 def local(prepared, run_dir) -> LocalCohort:
     (run_dir / "ledgers").mkdir(parents=True, exist_ok=True)
-    return LocalCohort(prepared.host_setup(run_dir), lambda event: None)
+    return LocalCohort(prepared.save_for_hosts(run_dir), lambda event: None)
 
 
 def virtual(prepared, inner: Cohort, run_dir, seconds=None, **terms) -> VirtualCohort:

@@ -1,13 +1,13 @@
 """What a world does to a run, told without training: who would be heard, and how long that would take."""
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from fedlora.errors import IncompleteError
-from fedlora.federation.plan import plan
+from fedlora.federation.plan import Roll
 from fedlora.runtime.prepare import Prepared
 from fedlora.runtime.world.window import Moment, Window, window
-from fedlora.runtime.world.world import World, build
+from fedlora.runtime.world.world import World
 
 MOST_ROUNDS = 200
 """A forecast plays so many; the rest of a longer run is taken to be like them."""
@@ -30,43 +30,31 @@ class Forecast:
     stuck: int | None = None
 
 
-def world_of(prepared: Prepared) -> World | None:
-    """The world that the run's config describes for its clients; raises ConfigError as `build` does."""
-    config = prepared.config
-    if config.world is None:
-        return None
-    return build(config.world, [member.client for member in prepared.clients.members], config.seed)
-
-
 def forecast(prepared: Prepared, world: World) -> Forecast:
     """What the cohorts that the run will draw meet in its world: exact, but for refusals and rounds not played."""
-    federation = prepared.config.federation
-    state, moment, over = prepared.first_state(), Moment(), []
-    asked, stuck, every = 0, None, prepared.method.subspace.refactor_every
-    for number in range(min(federation.rounds, MOST_ROUNDS)):
-        planned = plan(
-            replace(state, round=number),
-            prepared.clients.members,
-            run=prepared.origin.run,
-            federation=federation,
-            seed=prepared.config.seed,
-        )
+    run, seed, federation = prepared.origin.run, prepared.config.seed, prepared.config.federation
+    roll, every = Roll.of(prepared.clients.members, federation), prepared.method.subspace.refactor_every
+    moment, over = Moment(), []
+    asked, stuck = 0, None
+    for number in range(1, min(federation.rounds, MOST_ROUNDS) + 1):
+        cohort = roll.plan(number, run=run, seed=seed).cohort
+        basis = (number - 1) // every if every else 0
         try:
             over.append(
                 window(
                     moment,
-                    planned.cohort,
-                    number + 1,
-                    basis=number // every if every else 0,
+                    cohort,
+                    number,
+                    basis=basis,
                     world=world,
                     federation=federation,
                     ask=_nobody_refuses,
                 )
             )
         except IncompleteError:
-            stuck = number + 1
+            stuck = number
             break
-        asked += len(planned.cohort)
+        asked += len(cohort)
         moment = over[-1].after
     return _scaled(over, asked, federation.rounds / max(1, len(over)), stuck)
 
@@ -91,12 +79,12 @@ def _nobody_refuses(clients: Sequence[str]) -> Collection[str]:
 
 
 def _scaled(over: Sequence[Window], asked: int, times: float, stuck: int | None) -> Forecast:
-    late = sum(len(window.late) for window in over)
+    late = sum(len(played.late) for played in over)
     return Forecast(
         asked=times * asked,
-        answered=times * (late + sum(len(window.fresh) for window in over)),
+        answered=times * (late + sum(len(played.fresh) for played in over)),
         late=times * late,
-        lost=times * sum(len(window.lost) + len(window.dropped) for window in over),
+        lost=times * sum(len(played.lost) + len(played.dropped) for played in over),
         virtual_s=times * (over[-1].after.began_s if over else 0.0),
         stuck=stuck,
     )
