@@ -19,7 +19,7 @@ ALLOWED = {
     ("training/model.py", "torch.manual_seed"): "the head of a model: public, inside fork_rng",
     ("training/model.py", "torch.Generator"): "the head of a model: public, seeded by name",
     ("training/model.py", "torch.randn"): "the head of a model: public, from that generator",
-    ("training/prefix.py", "torch.Generator"): "weights for a probe of the frozen layers, seeded by a constant",
+    ("training/prefix.py", "torch.Generator"): "weights for a probe, seeded by a constant",
     ("training/prefix.py", "torch.randn"): "weights for a probe, from that generator, and put back after it",
     ("training/public.py", "torch.Generator"): "random words as public text, seeded by a constant",
     ("training/public.py", "torch.randint"): "random words as public text, from that generator",
