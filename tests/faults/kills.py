@@ -234,7 +234,7 @@ def dies_half_sent() -> None:
 POINTS: dict[str, Callable[[], None]] = {
     "C1 request received": lambda: dies_after(node_module, "decode_request"),
     "C2 debit durable": lambda: dies_after(Ledger, "debit"),
-    "C3 mid-training": lambda: dies_after(client_module, "_step"),
+    "C3 mid-training": lambda: dies_after(client_module, "descend"),
     "C4 payload computed": lambda: dies_after(node_module, "encode_reply"),
     "C5 payload cached": lambda: dies_after(Outbox, "keep"),
     "C5b release recorded": lambda: dies_after(Ledger, "release"),

@@ -16,7 +16,7 @@ def out_of(error: BaseException) -> Callable[[], None]:
         def fails(*arguments: object) -> None:
             raise error
 
-        client_module._step = fails
+        client_module.descend = fails
 
     return prepare
 
