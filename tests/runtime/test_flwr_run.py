@@ -82,9 +82,10 @@ class OneAtATime(Backend):
 @pytest.fixture
 def flower(monkeypatch, tmp_path, ten) -> Callable[..., None]:
     """What `flwr-simulation` does with the repository's apps and a run config, in this process."""
-    monkeypatch.syspath_prepend(str(PROJECT))
-    for name in ("server", "clients"):  # a test elsewhere may have a module of that name
-        monkeypatch.delitem(sys.modules, name, raising=False)
+    # A module of tests has the name of the app's folder, and would be found first.
+    others = [place for place in sys.path if not (Path(place) / "server.py").exists()]
+    monkeypatch.setattr(sys, "path", [str(PROJECT), *others])
+    monkeypatch.delitem(sys.modules, "server", raising=False)
     monkeypatch.setattr(raybackend, "RayBackend", OneAtATime)
     monkeypatch.setenv("FLWR_HOME", str(tmp_path / "flwr"))
     monkeypatch.delenv("FEDLORA_NODE", raising=False)
