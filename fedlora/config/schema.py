@@ -22,6 +22,10 @@ class Model(Section):
     """A Hugging Face id or a local directory."""
     dtype: Literal["float32", "float64", "bfloat16"] = "float32"
     """Of the frozen weights. Per-example gradients and their norms are float32 or wider anyway."""
+    kernels: Literal["auto", "torch", "onednn"] = "auto"
+    """What multiplies by frozen float32 weights on cores: torch, as it is; onednn, with packed copies of them (two more
+    a weight), on x86 only, about twice as fast where MKL knows the core badly, as AMD's; auto: onednn where it is.
+    Final states are comparable bit for bit at equal kernels only."""
 
 
 class Classification(Section):

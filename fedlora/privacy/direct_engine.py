@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fedlora.errors import PrivacyError
 from fedlora.kernels.torch_ops import per_example_bias_gradient, per_example_gradient
-from fedlora.privacy.clipping import clipped_sum, clipped_sums
+from fedlora.privacy.clipping import add_clipped_sum, add_clipped_sums
 from fedlora.privacy.engine import TrainedLinear, require_per_record, trained_linears, zero_sums
 from fedlora.privacy.stacked import Stack
 
@@ -34,8 +34,7 @@ class DirectEngine:
         for micro_batch in losses:
             gradients = _per_example_gradients(linears, trained, micro_batch)
             if gradients:
-                for name, part in clipped_sum(gradients, max_grad_norm).items():
-                    sums[name] += part
+                add_clipped_sum(sums, gradients, max_grad_norm)
         return sums
 
     def clipped_sums(
@@ -57,8 +56,7 @@ class DirectEngine:
             with stack.owned(owners):
                 gradients = _per_example_gradients(stack.linears, stack.trained, micro_batch)
             if gradients:
-                for name, part in clipped_sums(gradients, owners, stack.clients, max_grad_norm).items():
-                    sums[name].add_(part)
+                add_clipped_sums(sums, gradients, owners, max_grad_norm)
         return sums
 
 

@@ -1,5 +1,6 @@
 """A pretrained model with LoRA injected by PEFT, of which only B, and the head if it is trained, can move."""
 
+import platform
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fedlora.config import schema
 from fedlora.errors import ModelError, ShapeError
+from fedlora.kernels.packed import available, pack_frozen
 from fedlora.seeds import seed_for
 from fedlora.training.checkpoints import load_base, locate, quiet
 from fedlora.training.public import make_identity_pooler, mean_inputs
@@ -131,7 +133,8 @@ def load_model(
     Equal arguments give equal weights in every process; torch's global generator is left as it was.
 
     Raises:
-        ModelError: the model is not there, or has no such modules, or `lora.r` exceeds one of them.
+        ModelError: the model is not there, or has no such modules, or `lora.r` exceeds one of them, or this machine
+            lacks the kernels.
     """
     trained_head = isinstance(task_cfg, schema.Classification) and task_cfg.head == "trained"
     with torch.random.fork_rng(devices=[]):  # transformers and PEFT draw new layers from the global generator
@@ -147,15 +150,27 @@ def load_model(
     layers = _lora_layers(peft_model)
     _require_linear(layers, lora_cfg.r)
     model.config.use_cache = False  # nothing is generated while training
+    trained = _only_trained(peft_model, layers, head if trained_head else {})
+    if _packs(model_cfg.kernels):
+        pack_frozen(peft_model, but=frozenset(id(layer.lora_A[ADAPTER]) for layer in layers.values()))
     return AdaptedModel(
         peft_model=peft_model.eval(),
         sites=tuple(layers),
         scale=lora_cfg.lora_alpha / lora_cfg.r,
         live={site: (_weight(layer.lora_A), _weight(layer.lora_B)) for site, layer in layers.items()},
-        trained=_only_trained(peft_model, layers, head if trained_head else {}),
+        trained=trained,
         causal=isinstance(task_cfg, schema.CausalLm),
         pad_token=model.config.pad_token_id,
     )
+
+
+def _packs(kernels: str) -> bool:
+    if kernels == "onednn" and not available():
+        raise ModelError(
+            f"model.kernels: onednn, which torch {torch.__version__} does not offer on {platform.machine()}; "
+            "write kernels: auto"
+        )
+    return kernels != "torch" and available()
 
 
 def _head_layers(model: PreTrainedModel, classes: int) -> dict[str, nn.Linear]:

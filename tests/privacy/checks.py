@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from fedlora.errors import PrivacyError
+from fedlora.privacy.clipping import CHUNK
 from fedlora.values import Mechanism, Sampling
 
 from .models import one_at_a_time, perceptron, trainable
@@ -102,8 +103,20 @@ def gradients_of_any_size_end_within_the_bound(room: Any) -> None:
                 "narrow": (torch.tensor([[0.64], [0.0]]) * size).to(torch.bfloat16),
             }
             norm = _norm({name: g[0] for name, g in gradients.items()})
-            got = _norm(room.clipped_sum(gradients, bound))
+            sums = {name: torch.zeros(g.shape[1:], dtype=torch.float64) for name, g in gradients.items()}
+            room.add_clipped_sum(sums, gradients, bound)
+            got = _norm(sums)
             assert abs(got / min(norm, bound) - 1) < 1e-6, (exponent, bound, got)
+
+
+def numbers_beyond_a_chunk_count(room: Any) -> None:
+    """Every number of a gradient wider than what is widened at a time counts once, in the norm and in the sum."""
+    for numbers in (CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK // 2):
+        g = torch.randn(2, numbers, generator=torch.Generator().manual_seed(numbers)).double()
+        sums = {"x": torch.zeros(numbers, dtype=torch.float64)}
+        room.add_clipped_sum(sums, {"x": g}, 1.0)
+        wanted = (g / g.norm(dim=1, keepdim=True)).sum(dim=0)
+        assert torch.allclose(sums["x"], wanted, rtol=1e-9, atol=1e-12), numbers
 
 
 def one_clipped_record_has_the_norm_of_the_bound(room: Any) -> None:
@@ -375,6 +388,7 @@ CHECKS = (
     neighbours_differ_by_at_most_the_bound,
     a_non_finite_record_is_as_good_as_absent,
     gradients_of_any_size_end_within_the_bound,
+    numbers_beyond_a_chunk_count,
     one_clipped_record_has_the_norm_of_the_bound,
     microbatches_change_nothing,
     sums_are_those_of_each_record_alone,

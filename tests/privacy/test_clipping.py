@@ -5,10 +5,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedlora.privacy.clipping import clip_factors, clipped_sum, joint_squared_norms
+from fedlora.privacy.clipping import CHUNK, add_clipped_sum, clip_factors, joint_squared_norms
 
 exponents = st.integers(-30, 30)
 dtypes = st.sampled_from([torch.float32, torch.float64])
+
+
+def clipped_sum(gradients, bound):
+    sums = {name: torch.zeros(g.shape[1:], dtype=torch.float64) for name, g in gradients.items()}
+    add_clipped_sum(sums, gradients, bound)
+    return sums
 
 
 def joint_norm(tensors):
@@ -40,6 +46,25 @@ def test_narrow_gradients_are_clipped_in_wide_numbers(dtype, seed):
 def test_zero_gradients_and_no_examples_stay_zero():
     assert not clipped_sum({"b": torch.zeros(3, 2)}, 1.0)["b"].any()
     assert clipped_sum({"b": torch.zeros(0, 2, 4)}, 1.0)["b"].shape == (2, 4)
+
+
+@pytest.mark.parametrize("numbers", [CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 5])
+@pytest.mark.parametrize("examples", [1, 3])
+def test_gradients_wider_than_what_is_widened_at_a_time_are_whole(numbers, examples):
+    g = torch.randn(examples, numbers, generator=torch.Generator().manual_seed(numbers))
+    norms = joint_squared_norms({"b": g})
+    assert torch.allclose(norms, g.double().square().sum(dim=1), rtol=1e-12, atol=0)
+    factors = torch.clamp(0.1 / g.double().norm(dim=1), max=1.0)
+    assert torch.allclose(clipped_sum({"b": g}, 0.1)["b"], factors @ g.double(), rtol=1e-9, atol=1e-12)
+
+
+def test_sums_grow_and_gradients_stay():
+    g = {"b": torch.randn(3, 2, 2, dtype=torch.float64)}
+    before, sums = g["b"].clone(), {"b": torch.ones(2, 2, dtype=torch.float64)}
+    add_clipped_sum(sums, g, None)
+    add_clipped_sum(sums, g, None)
+    assert torch.equal(g["b"], before)
+    assert torch.allclose(sums["b"], 1 + 2 * before.sum(dim=0))
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), -float("inf")])

@@ -11,6 +11,7 @@ SUM = "    sums = engine.clipped_sum(model, trained, losses, release.bound)\n"
 REPLACED = "__import__('dataclasses').replace"
 NEIGHBOURS = "neighbours_differ_by_at_most_the_bound"
 SIZES = "gradients_of_any_size_end_within_the_bound"
+WIDE = "numbers_beyond_a_chunk_count"
 NON_FINITE = "a_non_finite_record_is_as_good_as_absent"
 ALONE = "sums_are_those_of_each_record_alone"
 EMPTY = "an_empty_draw_carries_the_full_noise_in_every_tensor"
@@ -37,24 +38,29 @@ CLIPPING = (
     Mutation("clip to a little less than the bound", "clipping", CLIP, CLIP.replace("max_grad", "0.99 * max_grad"),
              "one_clipped_record_has_the_norm_of_the_bound"),
     Mutation("normalise, also small ones", "clipping", ", max=1.0)", ", max=1e9)", ALONE),
-    Mutation("squares in float32", "clipping", ".to(torch.float64).square().sum(dim=1)",
-             ".float().square().sum(dim=1).double()", SIZES),
-    Mutation("squares in the gradient's own type", "clipping", ".to(torch.float64).square()", ".square()",
-             SIZES),
-    Mutation("scaled in the gradient's own type", "clipping",
-             "torch.tensordot(factors[kept], g[kept].to(torch.float64), dims=1)",
-             "torch.tensordot(factors[kept].to(g.dtype), g[kept], dims=1)", SIZES),
+    Mutation("squares in float32", "clipping", "wide.square().sum(dim=1)",
+             "wide.float().square().sum(dim=1).double()", SIZES),
+    Mutation("squares in the gradient's own type", "clipping", "wide.square().sum(dim=1)",
+             "wide.to(g.dtype).square().sum(dim=1).double()", SIZES),
+    Mutation("scaled in the gradient's own type", "clipping", "torch.addmm(part, shares, wide, out=part)",
+             "part.add_((shares.to(g.dtype) @ wide.to(g.dtype)).double())", SIZES),
+    Mutation("numbers beyond the first chunk left out", "clipping", "range(0, flat.shape[1], step)", "(0,)", WIDE),
+    Mutation("the last numbers left out", "clipping", "range(0, flat.shape[1], step)",
+             "range(0, max(1, flat.shape[1] - step), step)", WIDE),
+    Mutation("a chunk counted twice", "clipping", "slice(start, start + step)", "slice(start, start + step + 1)", WIDE),
     Mutation("per-tensor clip", "clipping", FACTORS, "    if len(gradients) > 1:\n"
-             "        return {k: clipped_sum({k: g}, max_grad_norm)[k] for k, g in gradients.items()}\n" + FACTORS,
+             "        for k, g in gradients.items():\n"
+             "            add_clipped_sum({k: sums[k]}, {k: g}, max_grad_norm)\n"
+             "        return\n" + FACTORS,
              NEIGHBOURS),
     Mutation("average before the clip", "clipping", FACTORS,
              "    n = len(next(iter(gradients.values())))\n"
              "    gradients = {k: g.mean(dim=0, keepdim=True) * n for k, g in gradients.items()}\n" + FACTORS,
              NEIGHBOURS),
-    Mutation("bias left out of the norm", "clipping", "for g in gradients.values()]",
-             "for g in gradients.values() if g.ndim > 2]", NEIGHBOURS),
+    Mutation("bias left out of the norm", "clipping", "for g in gradients.values() for",
+             "for g in gradients.values() if g.ndim > 2 for", NEIGHBOURS),
     Mutation("non-finite counted", "clipping", "factors, 0.0)", "factors, 1.0)", NON_FINITE),
-    Mutation("non-finite multiplied by zero", "clipping", "kept = factors > 0", "kept = factors >= 0",
+    Mutation("non-finite multiplied by zero", "clipping", "present = (shares > 0)", "present = (shares >= 0)",
              NON_FINITE),
 )  # fmt: skip
 
@@ -169,9 +175,10 @@ STEP = (
 )  # fmt: skip
 
 ENGINES = (
-    Mutation("the last microbatch only", "direct_engine", "sums[name] += part", "sums[name] = part", MICRO),
-    Mutation("the clip on the microbatch", "direct_engine", "clipped_sum(gradients, max_grad_norm)",
-             "clipped_sum({k: g.sum(dim=0, keepdim=True) for k, g in gradients.items()}, max_grad_norm)",
+    Mutation("the last microbatch only", "direct_engine", "add_clipped_sum(sums, gradients, max_grad_norm)",
+             "sums = zero_sums(trained)\n                add_clipped_sum(sums, gradients, max_grad_norm)", MICRO),
+    Mutation("the clip on the microbatch", "direct_engine", "add_clipped_sum(sums, gradients, max_grad_norm)",
+             "add_clipped_sum(sums, {k: g.sum(dim=0, keepdim=True) for k, g in gradients.items()}, max_grad_norm)",
              MICRO),
     Mutation("a layer's second use forgotten", "direct_engine", "collected[name] + gradient if",
              "gradient if", ALONE),

@@ -14,28 +14,28 @@ LACKING = "what_copies_would_lack_is_refused"
 
 ROW = "        _released({name: total[client] for name, total in sums.items()}, stack.trained, release)\n"
 RELEASES = "for client, release in enumerate(releases)"
-GROUPED = "clipped_sums(gradients, owners, stack.clients, max_grad_norm)"
+GROUPED = "add_clipped_sums(sums, gradients, owners, max_grad_norm)"
 SHARES = "shares[owners, torch.arange(len(clips), device=clips.device)] = clips"
-SHARED = "torch.tensordot(shares[:, present], g[present].to(torch.float64), dims=1)"
 
 MUTATIONS = (
     Mutation("everybody gets the sum of all", "clipping", SHARES, "shares[:] = clips", NEIGHBOURS),
     Mutation("owners one place off", "clipping", SHARES, SHARES.replace("[owners,", "[owners.roll(1),"), NEIGHBOURS),
     Mutation("no clip", "clipping", SHARES, SHARES.replace("= clips", "= (clips > 0).double()"), NEIGHBOURS),
-    Mutation("non-finite multiplied by zero", "clipping", "    present = clips > 0  # as in clipped_sum\n",
-             "    present = clips >= 0\n", NON_FINITE),
-    Mutation("summed in float32", "clipping", SHARED,
-             "torch.tensordot(shares[:, present].float(), g[present].float(), dims=1).double()", NEIGHBOURS),
+    Mutation("non-finite multiplied by zero", "clipping", "present = (shares > 0)", "present = (shares >= 0)",
+             NON_FINITE),
+    Mutation("summed in float32", "clipping", "torch.addmm(part, shares, wide, out=part)",
+             "part.add_((shares.float() @ wide.float()).double())", NEIGHBOURS),
+    Mutation("everybody's numbers in the first row", "clipping", "torch.addmm(part, shares, wide, out=part)",
+             "part[:1].add_((shares @ wide).sum(dim=0))", NEIGHBOURS),
     Mutation("an owner counted from the end", "clipping", "((owners >= 0) &", "(", MIXED),
     Mutation("the clip on a client, not on a record", "direct_engine", GROUPED,
-             "clipped_sums({k: torch.stack([g[owners == c].sum(dim=0) for c in range(stack.clients)])"
-             " for k, g in gradients.items()}, torch.arange(stack.clients), stack.clients, max_grad_norm)", ALONE),
+             "add_clipped_sums(sums, {k: torch.stack([g[owners == c].sum(dim=0) for c in range(stack.clients)])"
+             " for k, g in gradients.items()}, torch.arange(stack.clients), max_grad_norm)", ALONE),
     Mutation("each tensor clipped by itself", "direct_engine", GROUPED,
-             "{k: v for n, g in gradients.items() for k, v in clipped_sums({n: g}, owners, stack.clients,"
-             " max_grad_norm).items()}", NEIGHBOURS),
-    Mutation("the last microbatch only", "direct_engine",
-             f"in {GROUPED}.items():\n                    sums[name].add_(part)",
-             f"in {GROUPED}.items():\n                    sums[name] = part", ALONE),
+             "[add_clipped_sums({n: sums[n]}, {n: g}, owners, max_grad_norm) for n, g in gradients.items()]",
+             NEIGHBOURS),
+    Mutation("the last microbatch only", "direct_engine", GROUPED,
+             "sums = zero_sums(stack.trained)\n                " + GROUPED, ALONE),
     Mutation("another client's weights", "stacked", "self.weight.detach()[self.owners]",
              "self.weight.detach()[self.owners.roll(1)]", ALONE),
     Mutation("the first client's bias for all", "stacked", "self.bias.detach()[self.owners]",

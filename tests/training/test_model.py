@@ -1,4 +1,5 @@
 import importlib.util
+import platform
 import shutil
 
 import pytest
@@ -6,10 +7,11 @@ import torch
 from huggingface_hub import constants
 from peft import PeftModel
 from torch.testing import assert_close
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BertConfig, BertModel
 
 from fedlora.config.schema import CausalLm, Classification, Lora, Model
 from fedlora.errors import ModelError, ShapeError
+from fedlora.kernels.packed import PackedLinear, available
 from fedlora.training.checkpoints import MINILM, locate
 from fedlora.training.model import load_model, load_tokenizer
 from fedlora.values import Adapters, Factors
@@ -250,3 +252,54 @@ def test_minilm_comes_out_of_its_package_where_the_hub_is_out_of_reach(tmp_path,
     assert set(adapted.shapes().values()) == {(384, 384)}
     assert sorted(adapted.head()) == ["classifier.bias", "classifier.weight"]
     assert load_tokenizer(MINILM)("hello world")["input_ids"] == [101, 7592, 2088, 102]
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    """Just wide enough for packing: each of its layers holds 256 x 256 numbers."""
+    path = tmp_path_factory.mktemp("wide")
+    sizes = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 1, "num_attention_heads": 2}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        BertModel(BertConfig(vocab_size=60, **sizes)).save_pretrained(path)
+    return str(path)
+
+
+def by_kernels(wide, kernels):
+    """Rank 256: A is as large as what is packed."""
+    return load_model(
+        Model(name=wide, kernels=kernels),
+        Classification(kind="sequence-classification"),
+        Lora(target_modules=["query", "value"], r=256, lora_alpha=256),
+        CLASSES,
+        3,
+    )
+
+
+@pytest.mark.parametrize(("kernels", "count"), [("torch", 0), ("onednn", 7), ("auto", 7)])
+@pytest.mark.skipif(not available(), reason="needs torch with oneDNN on an x86 core")
+def test_frozen_layers_run_by_the_kernels_of_the_config(wide, kernels, count):
+    model = by_kernels(wide, kernels)
+    packed = [name for name, module in model.peft_model.named_modules() if isinstance(module, PackedLinear)]
+    assert len(packed) == count, packed  # q, k, v, attention's output, intermediate, output, pooler
+    assert not any("lora" in name for name in packed)
+
+
+@pytest.mark.skipif(not available(), reason="needs torch with oneDNN on an x86 core")
+def test_kernels_change_the_rounding_of_logits_and_gradients_only(wide):
+    found = []
+    for kernels in ("torch", "onednn"):
+        model = by_kernels(wide, kernels)
+        model.load(adapters_for(model))
+        out = model.peft_model(input_ids=TOKENS, attention_mask=torch.ones_like(TOKENS)).logits
+        out.square().sum().backward()
+        found.append([out, *(parameter.grad for parameter in model.trained.values())])
+    assert all((a - b).abs().max() <= 1e-4 * a.abs().max() for a, b in zip(*found, strict=True))
+    assert any(not torch.equal(a, b) for a, b in zip(*found, strict=True))  # else both ran the same
+
+
+def test_kernels_that_are_not_there_are_named(wide, monkeypatch):
+    monkeypatch.setattr(platform, "machine", lambda: "arm64")
+    assert not any(isinstance(m, PackedLinear) for m in by_kernels(wide, "auto").peft_model.modules())
+    with pytest.raises(ModelError, match=r"onednn.*arm64; write kernels: auto"):
+        by_kernels(wide, "onednn")
