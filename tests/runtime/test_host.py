@@ -1,11 +1,14 @@
 """One process that plays simulated clients."""
 
+import resource
+
 import numpy as np
 import pytest
 
+from fedlora.errors import ConfigError, LedgerError
 from fedlora.federation.loop import work
 from fedlora.runs.rundir import STATES
-from fedlora.runtime.host import Host
+from fedlora.runtime.host import Host, ledger_path
 from fedlora.runtime.prepare import prepare
 from fedlora.training.states import with_states
 from fedlora.values import ClientUpdate, RefusalReason, TrainRequest
@@ -55,6 +58,47 @@ def test_states_are_those_of_each_record_alone_and_made_for_nobody_who_is_refuse
     replies = host.answer(clients, request_of(prepared, 2))
     assert [reply.reason for reply in replies] == [RefusalReason.BUDGET] * 2
     assert not any(path.exists() for path in states.values())
+
+
+ANSWERS = {"one by one": 1, "together": 2}
+
+
+@pytest.fixture(params=ANSWERS.values(), ids=ANSWERS)
+def host(request, tiny_config, tmp_path):
+    """A host whose clients keep their states, the run it is of, and the two clients that a test asks."""
+    config = tiny_config(
+        lora__layers_to_transform=[1],
+        runtime={"kind": "local", "cache_prefix": True, "clients_together": request.param},
+    )
+    prepared = prepare(config, lambda event: None)
+    host = Host(prepared.save_for_hosts(tmp_path))
+    assert host.setup.together == request.param and host.prefix is not None
+    return host, prepared, [member.client for member in prepared.clients.members][:2]
+
+
+def test_a_disk_without_room_for_states_is_the_owner_s_to_hear_and_no_client_s_failure(host, caplog):
+    host, prepared, clients = host
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))  # a ledger fits, the states do not
+    try:
+        with pytest.raises(ConfigError, match=r"make room, or write runtime\.cache_prefix: false"):
+            host.answer(clients, request_of(prepared, 1))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert caplog.text == ""  # nobody is called a failure, nor asked a second time
+
+
+def test_a_ledger_that_cannot_be_trusted_is_the_owner_s_to_hear_and_no_client_s_failure(host, caplog):
+    host, prepared, clients = host
+    host.answer(clients, request_of(prepared, 1))
+    other, broken = (ledger_path(host.setup.run_dir, client) for client in clients)
+    broken.write_text(broken.read_text().replace('"steps":', '"leaps":'))
+    paid = other.read_bytes()
+    with pytest.raises(LedgerError, match=f"{broken}"):
+        host.answer(clients, request_of(prepared, 2))
+    assert caplog.text == ""
+    # Asked before it, one by one; together, nobody has paid.
+    assert (other.read_bytes() == paid) == (host.setup.together == 2)
 
 
 def request_of(prepared, number: int) -> TrainRequest:
