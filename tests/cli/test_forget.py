@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 
+import numpy as np
 import pytest
 import torch
 from torch.testing import assert_close
@@ -12,6 +13,7 @@ from torch.testing import assert_close
 from fedlora.algebra.deltas import add, scale
 from fedlora.cli.app import main
 from fedlora.cli.forget import erasers
+from fedlora.data.holdings import open_holdings
 from fedlora.deploy import journal as journal_module
 from fedlora.errors import ConfigError, IncompleteError
 from fedlora.federation import store as store_module
@@ -19,6 +21,8 @@ from fedlora.federation.memory import StaleMemory
 from fedlora.federation.store import Store, state_digest
 from fedlora.runs import forgetting
 from fedlora.runs.rundir import locked
+from fedlora.runtime.local import LocalCohort
+from fedlora.runtime.prepare import prepare
 from fedlora.runtime.simulate import resume, simulate
 from tests.faults.kills import die
 
@@ -106,6 +110,24 @@ def test_a_forgotten_client_is_nowhere_and_the_run_goes_on_without_it(stopped, c
         "round-000003-without-001",
         "round-000004",
     ]
+
+
+def test_the_hosts_of_a_run_that_goes_on_are_given_no_record_of_a_forgotten_client(stopped):
+    held = []
+
+    def start(setup, listener):
+        held.append(open_holdings(setup.holdings))
+        return LocalCohort(setup, listener)
+
+    everybody = prepare(forgetting.run_config(stopped), lambda event: None).clients.examples
+    forget(stopped)
+    resume(stopped, lambda event: None, start)
+    left = [everybody[client] for client in ("client-0", "client-2")]
+    assert list(held[0]) == ["client-0", "client-2"]
+    # The arrays, whoever may be said to own a part of them.
+    for name in ("input_ids", "labels"):
+        wanted = np.concatenate([getattr(one, name) for one in left])
+        assert np.array_equal(getattr(held[0].examples, name), wanted)
 
 
 def nth_call(owner, name, number):

@@ -43,6 +43,16 @@ def test_what_was_saved_is_read_from_the_disk_by_its_owner_only(tmp_path):
     assert not found["a"].input_ids.flags.owndata and not found["a"].input_ids.flags.writeable
 
 
+def test_what_a_run_that_was_killed_left_there_is_gone_and_so_are_the_rights_to_it(tmp_path):
+    place = tmp_path / "held"
+    Holdings.of(examples_of([2, 5, 1], pairs=True), {"a": np.arange(3)}).save(place)
+    place.chmod(0o755)
+    holdings = Holdings.of(examples_of([2, 4]), {"b": np.arange(2)})
+    holdings.save(place)
+    assert place.stat().st_mode & 0o077 == 0
+    assert list(open_holdings(place)) == ["b"] and same(open_holdings(place)["b"], holdings["b"])
+
+
 def test_the_records_of_some_are_those_and_nobody_elses():
     holdings = Holdings.of(
         examples_of([3, 1, 2]), {"a": np.array([1]), "b": np.array([0]), "c": np.array([2])}

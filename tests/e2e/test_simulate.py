@@ -1,6 +1,7 @@
 """Whole runs on a tiny model: what lies on disk afterwards, and that it is the same however it came about."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import dp_accounting
@@ -9,6 +10,7 @@ from dp_accounting.pld import PLDAccountant
 
 from fedlora.errors import ConfigError, IncompleteError, PrivacyError
 from fedlora.federation.events import ClientDone, RoundDone
+from fedlora.runs.rundir import HOLDINGS, STATES
 from fedlora.runtime.simulate import resume, simulate
 
 
@@ -86,6 +88,30 @@ def test_an_interrupted_run_resumes_to_the_same_state_and_the_same_ledgers(tiny_
     rounds = [json.loads(line)["round"] for line in (cut / "rounds.jsonl").read_text().splitlines()]
     assert rounds == [0, 1, 2, 3]
     assert resume(cut, quiet) == cut  # finishing a finished run does nothing
+
+
+@pytest.mark.parametrize("error", [None, IncompleteError, KeyboardInterrupt])
+def test_no_record_lies_in_the_directory_of_a_run_that_is_not_at_work(tiny_config, tmp_path, error):
+    """Nor what frozen layers made of one, once the run is finished; a run that goes on finds that again."""
+    run_dir = tmp_path / "run"
+    config = tiny_config(lora__layers_to_transform=[1], runtime={"kind": "local", "cache_prefix": True})
+    during: set[tuple[bool, bool]] = set()
+
+    def lies() -> tuple[bool, bool]:
+        return (run_dir / HOLDINGS).exists(), any((run_dir / STATES).glob("*"))
+
+    def look(event: object) -> None:
+        if isinstance(event, ClientDone):
+            during.add(lies())
+            if error is not None and event.round == 2:
+                raise error
+
+    with nullcontext() if error is None else pytest.raises(error):
+        simulate(config, run_dir, look)
+    assert during == {(True, True)}
+    assert lies() == (False, error is not None)
+    resume(run_dir, quiet)
+    assert lies() == (False, False)
 
 
 def test_a_client_at_its_limit_refuses_and_the_round_goes_on(tiny_config, tmp_path):

@@ -194,11 +194,12 @@ def test_a_kill_while_replies_are_erased_and_the_command_again_ends_the_same(und
 
 
 def test_what_an_interrupted_simulation_made_of_a_clients_records_goes(under_way):
-    for name in (GONE, f".{GONE}.x7f", "client-1", ".client-1.y3"):
+    others = {"client-1", ".client-1.y3", f"{GONE}0", f".{GONE}0.z9"}
+    for name in (GONE, f".{GONE}.x7f", *others):
         (under_way / STATES).mkdir(exist_ok=True)
         write_durably(under_way / STATES / name, b"states")
     (under_way / HOLDINGS).mkdir()
     (under_way / HOLDINGS / "input_ids.npy").write_bytes(b"records of all")
     forget(under_way)
     assert not (under_way / HOLDINGS).exists()
-    assert {path.name for path in (under_way / STATES).iterdir()} == {"client-1", ".client-1.y3"}
+    assert {path.name for path in (under_way / STATES).iterdir()} == others
