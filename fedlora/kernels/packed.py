@@ -74,7 +74,7 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, *dys: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx, *dys: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         return ctx.layer.product(dys[0], None, turned=True), None
 
 

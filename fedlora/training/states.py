@@ -21,6 +21,7 @@ from fedlora.data.records import Examples
 from fedlora.data.tokenise import fingerprint
 from fedlora.disk import fsync, make_directory
 from fedlora.errors import ConfigError
+from fedlora.kernels.packed import PackedLinear
 from fedlora.training.model import AdaptedModel
 from fedlora.training.prefix import Prefix, entering
 from fedlora.training.tasks import ALONE, TOKEN_BUDGET, collate, micro_batches, model_inputs
@@ -54,18 +55,24 @@ def with_states(
             feel its neighbours.
 
     Raises:
-        ConfigError: the file cannot be written; its own size is in the text.
+        ConfigError: the file can be neither read nor written; its own size is in the text.
     """
     if len(examples) == 0:  # there is no empty mapping
         return examples
     key = _key(adapted, prefix, examples, base_model, alone)
     shape = len(examples.input_ids), _width(adapted)
     dtype = np.dtype(NUMPY[adapted.peft_model.dtype])
-    states = _mapped(path, key, shape, dtype)
-    if states is None:
-        _written(path, key, adapted, prefix, examples, alone)
+    try:
         states = _mapped(path, key, shape, dtype)
-        assert states is not None, f"{path} was replaced while it was written"
+        if states is None:
+            _written(path, key, adapted, prefix, examples, alone)
+            states = _mapped(path, key, shape, dtype)
+    except OSError as error:
+        raise ConfigError(
+            f"the states of {len(examples)} records need {cached_bytes(adapted, examples):,} bytes at {path}: "
+            f"{error.strerror}; mend that, or write runtime.cache_prefix: false"
+        ) from error
+    assert states is not None, f"{path} was replaced while it was written"
     return replace(examples, states=states)
 
 
@@ -79,7 +86,8 @@ def _key(adapted: AdaptedModel, prefix: Prefix, examples: Examples, base_model: 
         else torch.backends.cpu.get_cpu_capability()
     )
     words = (
-        "states 1", base_model, type(model).__name__, prefix.stack, prefix.layer, model.dtype,
+        "states 2", base_model, type(model).__name__, prefix.stack, prefix.layer, model.dtype,
+        sum(isinstance(module, PackedLinear) for module in model.modules()),
         getattr(model.config, "_attn_implementation", None), torch.__version__, transformers.__version__,
         device.type, where, torch.get_num_threads(), ALONE if alone else TOKEN_BUDGET, fingerprint(examples),
     )  # fmt: skip
@@ -109,22 +117,16 @@ def _written(
 ) -> None:
     """`path` is a whole file, readable by its owner only: written aside under a name of its own, synced, renamed."""
     make_directory(path.parent)
-    try:
-        # mkstemp, below it, gives no right to anybody else
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            aside = Path(file.name)
-            try:
-                _write(file, key, adapted, prefix, examples, alone)
-                aside.replace(path)
-            except BaseException:
-                aside.unlink()
-                raise
-        fsync(path.parent)
-    except OSError as error:
-        raise ConfigError(
-            f"the states of {len(examples)} records need {cached_bytes(adapted, examples):,} bytes at {path}: "
-            f"{error.strerror}; make room, or write runtime.cache_prefix: false"
-        ) from error
+    # mkstemp, below it, gives no right to anybody else
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+        aside = Path(file.name)
+        try:
+            _write(file, key, adapted, prefix, examples, alone)
+            aside.replace(path)
+        except BaseException:
+            aside.unlink()
+            raise
+    fsync(path.parent)
 
 
 def _write(

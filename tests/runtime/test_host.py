@@ -121,11 +121,19 @@ def test_a_disk_without_room_for_states_is_the_owner_s_to_hear_and_no_client_s_f
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))  # a ledger fits, the states do not
     try:
-        with pytest.raises(ConfigError, match=r"make room, or write runtime\.cache_prefix: false"):
+        with pytest.raises(ConfigError, match=r"mend that, or write runtime\.cache_prefix: false"):
             host.answer(clients, request_of(prepared, 1))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert caplog.text == ""  # nobody is called a failure, nor asked a second time
+
+
+def test_a_place_for_states_that_is_no_directory_is_the_owner_s_to_hear_and_no_client_s_failure(host, caplog):
+    host, prepared, clients = host
+    (host.setup.run_dir / STATES).write_text("")
+    with pytest.raises(ConfigError, match=r"Not a directory; mend that"):
+        host.answer(clients, request_of(prepared, 1))
+    assert caplog.text == ""
 
 
 def test_a_ledger_that_cannot_be_trusted_is_the_owner_s_to_hear_and_no_client_s_failure(host, caplog):
