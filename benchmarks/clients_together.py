@@ -36,7 +36,8 @@ from fedlora.privacy.ledger import Ledger, open_ledger
 from fedlora.privacy.noise import SeededNoise
 from fedlora.privacy.sampling import poisson
 from fedlora.training.client import Node, train
-from fedlora.training.model import AdaptedModel, load_model
+from fedlora.training.load import load_model
+from fedlora.training.model import AdaptedModel
 from fedlora.training.together import train_together
 from fedlora.values import Adapters, ClientUpdate, Factors, LocalWork, Mechanism, Reply, TrainRequest
 

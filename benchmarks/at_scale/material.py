@@ -12,7 +12,7 @@ import yaml
 from at_scale.cases import ACTORS, Case
 from fedlora.config.load import load_config
 from fedlora.training.checkpoints import quiet
-from fedlora.training.model import load_model
+from fedlora.training.load import load_model
 
 COMMON = """
     time year people way day man thing woman life child world school state family student group country problem

@@ -29,7 +29,8 @@ from fedlora.privacy.outbox import Kept, Outbox
 from fedlora.privacy.sampling import poisson
 from fedlora.training.checkpoints import weights_digest
 from fedlora.training.client import Node, calibrated, participation, request_digest, train
-from fedlora.training.model import AdaptedModel, load_model, load_tokenizer
+from fedlora.training.load import load_model, load_tokenizer
+from fedlora.training.model import AdaptedModel
 from fedlora.transport.wire import decode_request, encode_reply
 from fedlora.values import ClientUpdate, Mechanism, Refusal, RefusalReason, Sampling, TrainRequest, Witness
 

@@ -12,7 +12,7 @@ from fedlora.methods import build
 from fedlora.runs.beginning import first_state, origin
 from fedlora.runs.forgetting import forgotten
 from fedlora.runs.rundir import SPENT, adapters_of, load_roster, run_config
-from fedlora.training.model import load_model
+from fedlora.training.load import load_model
 from fedlora.values import Reply, ServerState, TrainRequest
 
 

@@ -43,7 +43,7 @@ from fedlora.runs.rundir import (
     save_roster,
 )
 from fedlora.runs.summary import run_summary, write_summary
-from fedlora.training.model import load_model, load_tokenizer
+from fedlora.training.load import load_model, load_tokenizer
 from fedlora.training.tasks import evaluate
 from fedlora.transport import QUOTED
 from fedlora.transport.flower_client import Hello

@@ -17,7 +17,8 @@ from fedlora.config.schema import RunConfig
 from fedlora.errors import ConfigError, FedLoraError
 from fedlora.export.card import model_card
 from fedlora.training.checkpoints import DTYPES, load_base, quiet
-from fedlora.training.model import ADAPTER, AdaptedModel, load_model, load_tokenizer
+from fedlora.training.load import load_model, load_tokenizer
+from fedlora.training.model import ADAPTER, AdaptedModel
 from fedlora.values import Adapters
 
 PROBE = (4, 24)

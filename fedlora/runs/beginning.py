@@ -5,7 +5,8 @@ from fedlora.config.schema import RunConfig
 from fedlora.federation.absorb import start
 from fedlora.methods import Method
 from fedlora.training.checkpoints import weights_digest
-from fedlora.training.model import AdaptedModel, load_tokenizer
+from fedlora.training.load import load_tokenizer
+from fedlora.training.model import AdaptedModel
 from fedlora.values import Origin, ServerState
 
 

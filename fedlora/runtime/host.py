@@ -24,7 +24,8 @@ from fedlora.runs.rundir import STATES
 from fedlora.seeds import seed_for
 from fedlora.training.checkpoints import weights_digest
 from fedlora.training.client import Node, train
-from fedlora.training.model import AdaptedModel, load_model
+from fedlora.training.load import load_model
+from fedlora.training.model import AdaptedModel
 from fedlora.training.prefix import Prefix, frozen_prefix
 from fedlora.training.states import with_states
 from fedlora.training.together import clients_together, train_together

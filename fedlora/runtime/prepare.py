@@ -26,7 +26,8 @@ from fedlora.runtime.host import HostSetup, Terms, require_gpu, shared_passes
 from fedlora.runtime.world.world import World
 from fedlora.runtime.world.world import build as build_world
 from fedlora.training.client import calibrated
-from fedlora.training.model import AdaptedModel, load_model, load_tokenizer
+from fedlora.training.load import load_model, load_tokenizer
+from fedlora.training.model import AdaptedModel
 from fedlora.values import Mechanism, Member, Origin, ServerState
 
 

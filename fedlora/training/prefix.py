@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedlora.training.model import AdaptedModel
+from fedlora.training.model import AdaptedModel, transformer_of
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ class _Reached(Exception):  # noqa: N818  # it is no error: nothing above is wan
 
 def lowest_adapted(adapted: AdaptedModel) -> Prefix | None:
     """The layers below the lowest adapted one, by the names of the sites alone; None where there are none."""
-    base = _base(adapted)
+    base = transformer_of(adapted.peft_model)
     first = adapted.sites[0].split(".")
     paths = (".".join(first[:length]) for length in range(1, len(first)))
     stack = next((path for path in paths if isinstance(base.get_submodule(path), nn.ModuleList)), None)
@@ -68,7 +68,11 @@ def frozen_prefix(adapted: AdaptedModel) -> Prefix | None:
             for parameter, value in zip(live, kept, strict=True):
                 parameter.copy_(value)
     if reason:
-        log.warning("all layers of %s run in every step: %s", type(_base(adapted)).__name__, reason)
+        log.warning(
+            "all layers of %s run in every step: %s",
+            type(transformer_of(adapted.peft_model)).__name__,
+            reason,
+        )
     return None if reason else prefix
 
 
@@ -145,7 +149,10 @@ def _objection(adapted: AdaptedModel, prefix: Prefix) -> str:
     finally:
         for handle in handles:
             handle.remove()
-    width, dtype = getattr(_base(adapted).config, "hidden_size", None), adapted.peft_model.dtype
+    width, dtype = (
+        getattr(transformer_of(adapted.peft_model).config, "hidden_size", None),
+        adapted.peft_model.dtype,
+    )
     if tuple(before.shape) != (*real.shape, width) or before.dtype != dtype:
         given = f"{tuple(before.shape)} of {before.dtype}"
         return f"layer {prefix.layer} of {prefix.stack} is given {given}, not (n, T, {width}) of {dtype}"
@@ -169,7 +176,7 @@ def _objection(adapted: AdaptedModel, prefix: Prefix) -> str:
 def _made_up(adapted: AdaptedModel) -> dict[str, Tensor]:
     """Records of unequal length over the vocabulary, padded on the right, with both token types if there are two."""
     device = next(iter(adapted.trained.values())).device
-    base = _base(adapted)
+    base = transformer_of(adapted.peft_model)
     vocabulary = base.get_input_embeddings().get_parameter("weight").shape[0]
     mask = torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS)[:, None]
     tokens = (torch.arange(mask.numel()) * 7 + 3).view(mask.shape) % (vocabulary - 1)
@@ -187,14 +194,9 @@ def _redraw(adapted: AdaptedModel) -> None:
 
 
 def _layers(adapted: AdaptedModel, prefix: Prefix) -> nn.ModuleList:
-    stack = _base(adapted).get_submodule(prefix.stack)
+    stack = transformer_of(adapted.peft_model).get_submodule(prefix.stack)
     assert isinstance(stack, nn.ModuleList)
     return stack
-
-
-def _base(adapted: AdaptedModel) -> Any:
-    """The transformers model inside, whose module names the sites are."""
-    return adapted.peft_model.base_model.get_submodule("model")
 
 
 def _first(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:

@@ -22,7 +22,7 @@ from fedlora.data.tokenise import fingerprint
 from fedlora.disk import fsync, make_directory
 from fedlora.errors import ConfigError
 from fedlora.kernels.packed import PackedLinear
-from fedlora.training.model import AdaptedModel
+from fedlora.training.model import AdaptedModel, transformer_of
 from fedlora.training.prefix import Prefix, entering
 from fedlora.training.tasks import ALONE, TOKEN_BUDGET, collate, micro_batches, model_inputs
 
@@ -78,7 +78,7 @@ def with_states(
 
 def _key(adapted: AdaptedModel, prefix: Prefix, examples: Examples, base_model: str, alone: bool) -> bytes:
     """SHA-256 of all that decides the bits of the states."""
-    model: Any = adapted.peft_model.base_model.get_submodule("model")
+    model = transformer_of(adapted.peft_model)
     device = next(iter(adapted.trained.values())).device
     where = (
         torch.cuda.get_device_name(device)
@@ -168,5 +168,4 @@ def _header(shape: tuple[int, int], dtype: np.dtype) -> bytes:
 
 
 def _width(adapted: AdaptedModel) -> int:
-    model: Any = adapted.peft_model.base_model.get_submodule("model")
-    return int(model.config.hidden_size)
+    return int(transformer_of(adapted.peft_model).config.hidden_size)

@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 
 from fedlora.data.records import Examples
 from fedlora.errors import DataError
-from fedlora.training.model import AdaptedModel
+from fedlora.training.model import AdaptedModel, transformer_of
 from fedlora.training.prefix import resumed
 
 TOKEN_BUDGET = 2048
@@ -101,7 +101,7 @@ def collate(examples: Examples, pad_token: int, device: torch.device) -> dict[st
 def model_inputs(adapted: AdaptedModel, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What of a collated batch the model is called with: tokens, mask, and token types if it knows any."""
     names = {"input_ids", "attention_mask"}
-    base = adapted.peft_model.base_model.get_submodule("model")
+    base = transformer_of(adapted.peft_model)
     if "token_type_ids" in inspect.signature(base.forward).parameters:
         names.add("token_type_ids")
     return {name: batch[name] for name in names & batch.keys()}

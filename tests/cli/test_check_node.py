@@ -18,7 +18,7 @@ from fedlora.privacy.ledger import open_ledger
 from fedlora.privacy.noise import OS_ENTROPY
 from fedlora.runs.beginning import first_state, origin
 from fedlora.training.checkpoints import weights_digest
-from fedlora.training.model import load_model
+from fedlora.training.load import load_model
 from fedlora.transport.wire import decode_reply, encode_request
 from fedlora.values import ClientUpdate, DpEvent, LocalWork, TrainRequest
 

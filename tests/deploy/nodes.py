@@ -13,7 +13,7 @@ from fedlora.federation.absorb import start
 from fedlora.methods import build
 from fedlora.privacy.ledger import read_ledger
 from fedlora.training.checkpoints import weights_digest
-from fedlora.training.model import load_model
+from fedlora.training.load import load_model
 from fedlora.transport.wire import decode_reply
 from fedlora.values import LocalWork, Refusal, RefusalReason, TrainRequest
 

@@ -17,7 +17,7 @@ from fedlora.federation.store import Store, state_digest
 from fedlora.methods import build
 from fedlora.runs.beginning import first_state, origin
 from fedlora.runs.rundir import SPENT, Roster, save_roster
-from fedlora.training.model import load_model
+from fedlora.training.load import load_model
 from fedlora.transport.wire import decode_reply, encode_request
 from fedlora.values import Member, Reply, TrainRequest
 from tests.deploy.nodes import node_config

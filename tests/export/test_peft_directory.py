@@ -10,7 +10,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from fedlora.errors import ConfigError, FedLoraError
 from fedlora.export.peft_directory import load_adapter, write_adapter
-from fedlora.training.model import load_model
+from fedlora.training.load import load_model
 from fedlora.values import Adapters, Factors
 
 CLASSES = ("kitchen", "music", "weather")

@@ -15,7 +15,7 @@ from fedlora.config.schema import CausalLm, Classification, Lora, Model
 from fedlora.data.records import Examples
 from fedlora.privacy.direct_engine import DirectEngine
 from fedlora.privacy.opacus_engine import OpacusEngine
-from fedlora.training.model import load_model
+from fedlora.training.load import load_model
 from fedlora.training.tasks import ALONE, losses
 
 ENGINES = {"direct": DirectEngine(), "opacus": OpacusEngine()}

@@ -16,9 +16,9 @@ GUARDED = (
 """Rooms whose code runs beside records. The others plan and summarise; their randomness is public."""
 
 ALLOWED = {
-    ("training/model.py", "torch.manual_seed"): "the head of a model: public, inside fork_rng",
-    ("training/model.py", "torch.Generator"): "the head of a model: public, seeded by name",
-    ("training/model.py", "torch.randn"): "the head of a model: public, from that generator",
+    ("training/load.py", "torch.manual_seed"): "the head of a model: public, inside fork_rng",
+    ("training/load.py", "torch.Generator"): "the head of a model: public, seeded by name",
+    ("training/load.py", "torch.randn"): "the head of a model: public, from that generator",
     ("training/prefix.py", "torch.Generator"): "weights for a probe, seeded by a constant",
     ("training/prefix.py", "torch.randn"): "weights for a probe, from that generator, and put back after it",
     ("training/public.py", "torch.Generator"): "random words as public text, seeded by a constant",

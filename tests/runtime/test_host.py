@@ -12,7 +12,7 @@ from fedlora.federation.loop import work
 from fedlora.runs.rundir import STATES
 from fedlora.runtime.host import Host, ledger_path, shared_passes
 from fedlora.runtime.prepare import prepare
-from fedlora.training.model import load_model
+from fedlora.training.load import load_model
 from fedlora.training.states import with_states
 from fedlora.values import ClientUpdate, RefusalReason, TrainRequest
 

@@ -16,7 +16,7 @@ from fedlora.privacy.ledger import open_ledger
 from fedlora.privacy.noise import SeededNoise
 from fedlora.training import tasks
 from fedlora.training.client import Node, train
-from fedlora.training.model import load_model
+from fedlora.training.load import load_model
 from fedlora.values import (
     Adapters,
     ClientUpdate,

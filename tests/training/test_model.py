@@ -13,7 +13,7 @@ from fedlora.config.schema import CausalLm, Classification, Lora, Model
 from fedlora.errors import ModelError, ShapeError
 from fedlora.kernels.packed import PackedLinear, available
 from fedlora.training.checkpoints import MINILM, locate
-from fedlora.training.model import load_model, load_tokenizer
+from fedlora.training.load import load_model, load_tokenizer
 from fedlora.values import Adapters, Factors
 
 CLASSES = ("a", "b", "c")

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from fedlora.training.model import load_model
+from fedlora.training.load import load_model
 from fedlora.training.packing import overhead_of, packed_groups
 
 LENGTHS = st.lists(st.integers(1, 40), max_size=40)

@@ -36,7 +36,7 @@ from fedlora.privacy.direct_engine import DirectEngine
 from fedlora.privacy.noise import SeededNoise
 from fedlora.privacy.sampling import poisson
 from fedlora.training.client import Node, train
-from fedlora.training.model import load_model
+from fedlora.training.load import load_model
 from fedlora.training.prefix import frozen_prefix, lowest_adapted
 from fedlora.training.states import cached_bytes, with_states
 from fedlora.training.tasks import ALONE, evaluate, losses, micro_batches, record_accuracies

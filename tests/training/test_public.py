@@ -6,7 +6,7 @@ import torch
 from fedlora.config.schema import CausalLm, Classification, Lora, Model
 from fedlora.errors import ModelError
 from fedlora.methods.subspace import Subspace
-from fedlora.training.model import load_model, load_tokenizer
+from fedlora.training.load import load_model, load_tokenizer
 from fedlora.training.public import public_rows
 
 LORA = Lora(r=2, lora_alpha=2, target_modules=["query", "value"])

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 from fedlora.config.schema import CausalLm, Classification, Lora, Model
 from fedlora.data import Examples
 from fedlora.errors import DataError
-from fedlora.training.model import load_model
+from fedlora.training.load import load_model
 from fedlora.training.tasks import evaluate, losses, micro_batches
 
 

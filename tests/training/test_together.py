@@ -21,7 +21,7 @@ from fedlora.privacy.noise import OsEntropyNoise, SeededNoise
 from fedlora.privacy.opacus_engine import OpacusEngine
 from fedlora.training import tasks
 from fedlora.training.client import Node, train
-from fedlora.training.model import load_model
+from fedlora.training.load import load_model
 from fedlora.training.together import clients_together, train_together
 from fedlora.values import (
     Adapters,
