@@ -29,17 +29,27 @@ class PackedLinear(nn.Linear):
         self.weight, self.bias = layer.weight, layer.bias
         self._packs: dict[bool, tuple[Tensor, int, Tensor]] = {}
 
-    def forward(self, input: Tensor) -> Tensor:
-        """(..., out) of (..., in)."""
+    def forward(self, input: Tensor, plus: Tensor | None = None) -> Tensor:
+        """(..., out) of (..., in), with `plus` of the result's shape and type added in the same pass."""
         if self._serves(input):
-            return _Product.apply(input, self)  # pyright: ignore[reportReturnType]
-        return linear(input, self.weight, self.bias)
+            return _Product.apply(input, plus, self)  # pyright: ignore[reportReturnType]
+        y = linear(input, self.weight, self.bias)
+        return y if plus is None else y + plus
 
-    def product(self, x: Tensor, bias: Tensor | None, *, turned: bool) -> Tensor:
-        """x (..., in) @ weight.T + bias; turned: x (..., out) @ weight."""
-        return torch.ops.mkldnn._linear_pointwise(x.contiguous(), self._pack(turned), bias, "none", [], "")
+    def product(self, x: Tensor, plus: Tensor | None) -> Tensor:
+        """x (..., in) @ weight.T + bias + plus."""
+        x, pack = x.contiguous(), self._pack(turned=False)
+        if plus is None:
+            return torch.ops.mkldnn._linear_pointwise(x, pack, self.bias, "none", [], "")
+        return torch.ops.mkldnn._linear_pointwise.binary(x, plus.contiguous(), pack, self.bias, "add")
 
-    def _pack(self, turned: bool) -> Tensor:
+    def product_back(self, dy: Tensor) -> Tensor:
+        """dy (..., out) @ weight."""
+        return torch.ops.mkldnn._linear_pointwise(
+            dy.contiguous(), self._pack(turned=True), None, "none", [], ""
+        )
+
+    def _pack(self, *, turned: bool) -> Tensor:
         weight, made = self.weight, self._packs.get(turned)
         if made is None or made[0] is not weight or made[1] != weight._version:
             ordered = weight.detach().t().contiguous() if turned else weight.detach()
@@ -68,14 +78,17 @@ class PackedLinear(nn.Linear):
 
 class _Product(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, layer: PackedLinear) -> Tensor:
+    def forward(ctx, x: Tensor, plus: Tensor | None, layer: PackedLinear) -> Tensor:
         ctx.layer = layer
-        return layer.product(x, layer.bias, turned=False)
+        return layer.product(x, plus)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, *dys: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return ctx.layer.product(dys[0], None, turned=True), None
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx, *dys: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, None]:
+        to_x, to_plus, _ = ctx.needs_input_grad
+        return (ctx.layer.product_back(dys[0]) if to_x else None), (dys[0] if to_plus else None), None
 
 
 def available() -> bool:

@@ -7,19 +7,27 @@ made.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from fedlora.errors import PrivacyError
-from fedlora.kernels.torch_ops import per_example_bias_gradient, per_example_gradient
-from fedlora.privacy.clipping import add_clipped_sum, add_clipped_sums
-from fedlora.privacy.engine import TrainedLinear, require_per_record, trained_linears, zero_sums
+from fedlora.kernels import torch_ops
+from fedlora.kernels.table import Ops
+from fedlora.privacy.clipping import clipped_sum, clipped_sums
+from fedlora.privacy.engine import TrainedLinear, require_per_record, trained_linears
+from fedlora.privacy.rows import Columns, Rows
 from fedlora.privacy.stacked import Stack
 
+ANCHOR = torch.zeros((), requires_grad=True)
+"""What the backward pass is asked for, though it is owed nothing: on its way it comes by every tap."""
 
+
+@dataclass(frozen=True, slots=True)
 class DirectEngine:
-    """The low-rank engine. Stateless; see `Engine` for its laws."""
+    """The low-rank engine; see `Engine` for its laws. ops: what computes."""
+
+    ops: Ops = torch_ops
 
     def clipped_sum(
         self,
@@ -30,12 +38,13 @@ class DirectEngine:
     ) -> dict[str, Tensor]:
         """Sum over all examples of their jointly clipped gradients, float64; see `Engine.clipped_sum`."""
         linears = trained_linears(model, trained)
-        sums = zero_sums(trained)
+        columns = Columns.of(trained)
+        sums = None
         for micro_batch in losses:
-            gradients = _per_example_gradients(linears, trained, micro_batch)
-            if gradients:
-                add_clipped_sum(sums, gradients, max_grad_norm)
-        return sums
+            rows = self._rows(linears, columns, micro_batch)
+            if rows is not None:
+                sums = _plus(sums, clipped_sum(self.ops, rows, max_grad_norm))
+        return columns.split(_zeros(trained, columns.numbers) if sums is None else sums)
 
     def clipped_sums(
         self,
@@ -51,34 +60,42 @@ class DirectEngine:
                 each example runs through the copies of its owner.
             max_grad_norm: the joint bound of every example.
         """
-        sums = zero_sums(stack.trained)
+        columns = Columns.of(stack.trained, axes=1)
+        sums = None
         for owners, micro_batch in losses:
             with stack.owned(owners):
-                gradients = _per_example_gradients(stack.linears, stack.trained, micro_batch)
-            if gradients:
-                add_clipped_sums(sums, gradients, owners, max_grad_norm)
-        return sums
+                rows = self._rows(stack.linears, columns, micro_batch)
+            if rows is not None:
+                sums = _plus(sums, clipped_sums(self.ops, rows, owners, stack.clients, max_grad_norm))
+        return columns.split(_zeros(stack.trained, stack.clients, columns.numbers) if sums is None else sums)
+
+    def _rows(
+        self, linears: tuple[TrainedLinear, ...], columns: Columns, micro_batch: Callable[[], Tensor]
+    ) -> Tensor | None:
+        """The gradients (n, numbers) of a microbatch's examples; None where it has none."""
+        rows = Rows(columns, self.ops)
+        with _taps(linears, rows):
+            losses = micro_batch()
+            if losses.numel() == 0:
+                return None
+            require_per_record(losses)
+            # Asking for the anchor's gradient alone reaches every tap and computes no gradient of a weight.
+            torch.autograd.grad(losses, ANCHOR, grad_outputs=torch.ones_like(losses), allow_unused=True)
+        return rows.whole(len(losses))
 
 
-def _per_example_gradients(
-    linears: tuple[TrainedLinear, ...], trained: Mapping[str, nn.Parameter], micro_batch: Callable[[], Tensor]
-) -> dict[str, Tensor]:
-    collected: dict[str, Tensor] = {}
-    anchor = torch.zeros((), requires_grad=True)
-    with _taps(linears, anchor, collected):
-        losses = micro_batch()
-        if losses.numel() == 0:
-            return {}
-        require_per_record(losses)
-        # Asking for the anchor's gradient alone reaches every tap and computes no gradient of a weight.
-        torch.autograd.grad(losses, anchor, grad_outputs=torch.ones_like(losses), allow_unused=True)
-    _require_covered(collected, trained, len(losses))
-    return collected
+def _plus(sums: Tensor | None, part: Tensor) -> Tensor:
+    return part if sums is None else sums.add_(part)
+
+
+def _zeros(trained: Mapping[str, nn.Parameter], *shape: int) -> Tensor:
+    """What empty draws sum to, float64, on the device of what is trained."""
+    return torch.zeros(*shape, dtype=torch.float64, device=next(iter(trained.values())).device)
 
 
 @contextmanager
-def _taps(linears: tuple[TrainedLinear, ...], anchor: Tensor, collected: dict[str, Tensor]) -> Iterator[None]:
-    handles = [linear.module.register_forward_hook(_tap(linear, anchor, collected)) for linear in linears]
+def _taps(linears: tuple[TrainedLinear, ...], rows: Rows) -> Iterator[None]:
+    handles = [linear.module.register_forward_hook(_tap(linear, rows)) for linear in linears]
     try:
         yield
     finally:
@@ -86,46 +103,19 @@ def _taps(linears: tuple[TrainedLinear, ...], anchor: Tensor, collected: dict[st
             handle.remove()
 
 
-def _tap(linear: TrainedLinear, anchor: Tensor, collected: dict[str, Tensor]) -> Callable[..., Tensor]:
+def _tap(linear: TrainedLinear, rows: Rows) -> Callable[..., Tensor]:
     def keep(dy: Tensor, h: Tensor) -> None:
         if linear.weight is not None:
-            _add(collected, linear.weight, per_example_gradient(dy, h))
+            rows.add_weight(linear.weight, dy, h)
         if linear.bias is not None:
-            _add(collected, linear.bias, per_example_bias_gradient(dy))
+            rows.add_bias(linear.bias, dy)
 
     def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         if not torch.is_grad_enabled():
             return output
-        return _Tap.apply(output, inputs[0], anchor, keep)  # pyright: ignore[reportReturnType]
+        return _Tap.apply(output, inputs[0], ANCHOR, keep)  # pyright: ignore[reportReturnType]
 
     return hook
-
-
-def _add(collected: dict[str, Tensor], name: str, gradient: Tensor) -> None:
-    # A layer applied twice in one forward pass owes the sum of both: one example, one gradient, one clip.
-    if name in collected and collected[name].shape != gradient.shape:
-        raise PrivacyError(
-            f"{name!r} saw {len(collected[name])} and then {len(gradient)} rows in one microbatch; "
-            "the first axis must count its examples wherever the layer is used"
-        )
-    collected[name] = collected[name] + gradient if name in collected else gradient
-
-
-def _require_covered(
-    collected: Mapping[str, Tensor], trained: Mapping[str, nn.Parameter], records: int
-) -> None:
-    missing = sorted(set(trained) - set(collected))
-    if missing:
-        raise PrivacyError(
-            f"the loss does not pass through {missing} by calling their nn.Linear, they cannot be clipped; "
-            "freeze them or call the module that owns them"
-        )
-    rows = {name: len(g) for name, g in collected.items() if len(g) != records}
-    if rows:
-        raise PrivacyError(
-            f"{records} losses but {rows} rows of gradients; the first axis must count examples "
-            "(do not flatten tokens into the batch)"
-        )
 
 
 class _Tap(torch.autograd.Function):
@@ -138,8 +128,8 @@ class _Tap(torch.autograd.Function):
         return y.view_as(y)
 
     @staticmethod
-    def backward(ctx, *dys: Tensor) -> tuple[Tensor, None, Tensor, None]:
+    def backward(ctx, *dys: Tensor) -> tuple[Tensor, None, None, None]:
         (h,) = ctx.saved_tensors
         with torch.no_grad():
             ctx.keep(dys[0], h)
-        return dys[0], None, torch.zeros(()), None
+        return dys[0], None, None, None

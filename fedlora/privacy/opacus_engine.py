@@ -10,7 +10,7 @@ from opacus.optimizers import DPOptimizer
 from torch import Tensor, nn
 
 from fedlora.errors import PrivacyError
-from fedlora.privacy.clipping import joint_squared_norms
+from fedlora.kernels.torch_ops import norms
 from fedlora.privacy.engine import TrainedLinear, require_per_record, trained_linears, zero_sums
 
 
@@ -78,7 +78,8 @@ def _zero_non_finite(trained: Mapping[str, nn.Parameter], records: int) -> None:
             f"{records} losses but rows of gradients {wrong}; the loss must pass every trained layer, "
             "and the first axis must count examples"
         )
-    finite = torch.isfinite(joint_squared_norms(samples))
+    sizes = torch.stack([norms(sample.flatten(start_dim=1)) for sample in samples.values()])
+    finite = torch.isfinite(sizes).all(dim=0)
     for parameter in trained.values():
         parameter.grad_sample[~finite] = 0  # pyright: ignore
 

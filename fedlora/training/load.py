@@ -16,6 +16,7 @@ from fedlora.config import schema
 from fedlora.errors import ModelError
 from fedlora.kernels.packed import available, pack_frozen
 from fedlora.seeds import seed_for
+from fedlora.training.adapter import scale_low
 from fedlora.training.checkpoints import load_base, locate, quiet
 from fedlora.training.model import ADAPTER, LORA_B, AdaptedModel, transformer_of
 from fedlora.training.public import make_identity_pooler
@@ -65,6 +66,8 @@ def load_model(
     _require_linear(layers, lora_cfg.r)
     model.config.use_cache = False  # nothing is generated while training
     trained = _only_trained(peft_model, layers, head if trained_head else {})
+    for layer in layers.values():
+        scale_low(layer)
     if _packs(model_cfg.kernels):
         pack_frozen(peft_model, but=frozenset(id(layer.lora_A[ADAPTER]) for layer in layers.values()))
     return AdaptedModel(

@@ -113,7 +113,8 @@ def _local_steps(
     nodes: Sequence[Node], request: TrainRequest, layers: tuple[TrainedLinear, ...]
 ) -> list[Delta]:
     """Each client's change after `work.steps` steps, all clients in step."""
-    adapted, engine = nodes[0].model, DirectEngine()
+    adapted, engine = nodes[0].model, nodes[0].engine
+    assert isinstance(engine, DirectEngine)
     overhead = overhead_of(adapted)
     with stacked(adapted.peft_model, adapted.trained, layers, len(nodes)) as stack:
         optimizer = optimizer_over(stack.trained, nodes[0].optimizer, request.work.learning_rate)

@@ -7,7 +7,31 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from fedlora.errors import ShapeError
-from fedlora.kernels.torch_ops import per_example_bias_gradient, per_example_gradient, product_with_own
+from fedlora.kernels import torch_ops
+from fedlora.kernels.torch_ops import (
+    norms,
+    per_example_bias_gradient_into,
+    per_example_gradient_into,
+    product_with_own,
+    weighted_sums,
+)
+
+
+def per_example_gradient(dy, h, dtype=torch.float32):
+    """Written into the middle of a wider row, as in a private step."""
+    row = torch.full((len(dy), dy.shape[-1] * h.shape[-1] + 5), float("nan"), dtype=dtype)
+    out = row[:, 3:-2].unflatten(-1, (dy.shape[-1], h.shape[-1]))
+    per_example_gradient_into(out, dy, h)
+    assert row[:, :3].isnan().all() and row[:, -2:].isnan().all()
+    return out
+
+
+def per_example_bias_gradient(dy, dtype=torch.float32):
+    row = torch.full((len(dy), dy.shape[-1] + 2), float("nan"), dtype=dtype)
+    per_example_bias_gradient_into(row[:, 1:-1], dy)
+    assert row[:, 0].isnan().all() and row[:, -1].isnan().all()
+    return row[:, 1:-1]
+
 
 tokens = st.lists(st.integers(1, 4), max_size=2)
 
@@ -19,13 +43,13 @@ def test_gradients_equal_autograd_of_each_example(n, tokens, m, r, seed):
     dy = torch.randn(n, *tokens, m, generator=draw, dtype=torch.float64)
     weight = torch.zeros(m, r, dtype=torch.float64, requires_grad=True)
     bias = torch.zeros(m, dtype=torch.float64, requires_grad=True)
-    assert per_example_gradient(dy, h).shape == (n, m, r)
-    assert per_example_bias_gradient(dy).shape == (n, m)
+    weights = per_example_gradient(dy, h, torch.float64)
+    biases = per_example_bias_gradient(dy, torch.float64)
     for i in range(n):
         y = torch.nn.functional.linear(h[i], weight, bias)
         of_weight, of_bias = torch.autograd.grad((y * dy[i]).sum(), (weight, bias))
-        assert_close(per_example_gradient(dy, h)[i], of_weight, rtol=1e-12, atol=1e-12)
-        assert_close(per_example_bias_gradient(dy)[i], of_bias, rtol=1e-12, atol=1e-12)
+        assert_close(weights[i], of_weight, rtol=1e-12, atol=1e-12)
+        assert_close(biases[i], of_bias, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16])
@@ -37,9 +61,14 @@ def test_sums_over_tokens_are_float32_whatever_comes_in(narrow):
     assert_close(bias, dy.double().sum(dim=1).float(), rtol=1e-5, atol=1e-4)
 
 
-def test_the_wider_type_wins():
-    mixed = per_example_gradient(torch.randn(2, 3), torch.randn(2, 4, dtype=torch.float64))
-    assert mixed.dtype == torch.float64
+@pytest.mark.parametrize("numbers", [0, 1, 255, 256, 257, 900])
+@pytest.mark.parametrize("examples", [0, 1, 3])
+def test_norms_and_sums_take_every_number_once(numbers, examples, monkeypatch):
+    monkeypatch.setattr(torch_ops, "CHUNK", 256)
+    rows = torch.randn(examples, numbers, generator=torch.Generator().manual_seed(numbers))
+    shares = torch.rand(2, examples, dtype=torch.float64)
+    assert_close(norms(rows), rows.double().norm(dim=1), rtol=1e-12, atol=0)
+    assert_close(weighted_sums(rows, shares), shares @ rows.double(), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -47,7 +76,14 @@ def test_the_wider_type_wins():
 )
 def test_shapes_that_do_not_match_are_refused(dy, h):
     with pytest.raises(ShapeError):
-        per_example_gradient(torch.zeros(dy), torch.zeros(h))
+        per_example_gradient_into(torch.zeros(dy[0], dy[-1], h[-1]), torch.zeros(dy), torch.zeros(h))
+
+
+def test_a_place_of_another_shape_is_refused():
+    with pytest.raises(ShapeError):
+        per_example_gradient_into(torch.zeros(2, 4, 3), torch.zeros(2, 5, 3), torch.zeros(2, 5, 4))
+    with pytest.raises(ShapeError):
+        per_example_bias_gradient_into(torch.zeros(2, 1), torch.zeros(2, 5, 3))
 
 
 @given(n=st.integers(0, 4), tokens=tokens, m=st.integers(1, 5), r=st.integers(1, 5), biased=st.booleans())

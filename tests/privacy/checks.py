@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 from fedlora.errors import PrivacyError
-from fedlora.privacy.clipping import CHUNK
 from fedlora.values import Mechanism, Sampling
 
 from .models import one_at_a_time, perceptron, trainable
@@ -93,30 +92,38 @@ def a_non_finite_record_is_as_good_as_absent(room: Any) -> None:
 
 
 def gradients_of_any_size_end_within_the_bound(room: Any) -> None:
-    """Norms 1e-30 to 1e30 in float32 and bfloat16 side by side, and zero: clipped to C, or left as they are."""
-    for exponent in range(-30, 31, 3):
-        for bound in (1e-3, 1.0):
-            size = 10.0**exponent
-            gradients = {
-                "wide": torch.tensor([[0.6, 0.0], [0.0, 0.0]], dtype=torch.float64) * size,
-                "float": torch.tensor([[0.48], [0.0]]) * size,
-                "narrow": (torch.tensor([[0.64], [0.0]]) * size).to(torch.bfloat16),
-            }
-            norm = _norm({name: g[0] for name, g in gradients.items()})
-            sums = {name: torch.zeros(g.shape[1:], dtype=torch.float64) for name, g in gradients.items()}
-            room.add_clipped_sum(sums, gradients, bound)
-            got = _norm(sums)
-            assert abs(got / min(norm, bound) - 1) < 1e-6, (exponent, bound, got)
+    """Norms 1e-30 to 1e30, and zero: clipped to C, or left as they are."""
+    for dtype in (torch.float32, torch.float64):
+        for exponent in range(-30, 31, 3):
+            for bound in (1e-3, 1.0):
+                rows = (
+                    torch.tensor([[0.6, 0.48, 0.64], [0, 0, 0]], dtype=torch.float64) * 10.0**exponent
+                ).to(dtype)
+                norm = float(rows[0].double().norm())
+                got = float(room.clipped_sum(room.ops, rows, bound).norm())
+                assert abs(got / min(norm, bound) - 1) < 1e-6, (exponent, bound, got)
 
 
 def numbers_beyond_a_chunk_count(room: Any) -> None:
-    """Every number of a gradient wider than what is widened at a time counts once, in the norm and in the sum."""
-    for numbers in (CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK // 2):
-        g = torch.randn(2, numbers, generator=torch.Generator().manual_seed(numbers)).double()
-        sums = {"x": torch.zeros(numbers, dtype=torch.float64)}
-        room.add_clipped_sum(sums, {"x": g}, 1.0)
-        wanted = (g / g.norm(dim=1, keepdim=True)).sum(dim=0)
-        assert torch.allclose(sums["x"], wanted, rtol=1e-9, atol=1e-12), numbers
+    """Every number of a row wider than what is widened at a time counts once, in the norm and in the sum."""
+    room.ops.CHUNK = 64
+    for numbers in (31, 32, 33, 64, 65, 100):
+        rows = torch.randn(2, numbers, generator=torch.Generator().manual_seed(numbers))
+        sums = room.clipped_sum(room.ops, rows, 1.0)
+        wide = rows.double()
+        wanted = (wide / wide.norm(dim=1, keepdim=True)).sum(dim=0)
+        assert torch.allclose(sums, wanted, rtol=1e-9, atol=1e-12), numbers
+
+
+def narrow_gradients_are_summed_wide(room: Any) -> None:
+    """Sums over tokens of bfloat16 numbers: 1e-2 off in their own type."""
+    draw = torch.Generator().manual_seed(0)
+    dy, h = (torch.randn(2, 500, size, generator=draw).to(torch.bfloat16) for size in (3, 4))
+    weight, bias = torch.empty(2, 3, 4), torch.empty(2, 3)
+    room.ops.per_example_gradient_into(weight, dy, h)
+    room.ops.per_example_bias_gradient_into(bias, dy)
+    assert torch.allclose(weight.double(), dy.double().transpose(1, 2) @ h.double(), rtol=1e-4, atol=1e-4)
+    assert torch.allclose(bias.double(), dy.double().sum(dim=1), rtol=1e-4, atol=1e-4)
 
 
 def one_clipped_record_has_the_norm_of_the_bound(room: Any) -> None:
@@ -150,6 +157,14 @@ def what_is_trainable_but_not_noised_is_refused(room: Any) -> None:
         case = perceptron()
         case.model[0].bias.requires_grad_(True)
         _refused(lambda case=case, engine=engine: _step(room, case, engine=engine))
+
+
+def what_no_gradient_reaches_is_refused(room: Any) -> None:
+    """A trained layer that the loss does not pass: its part of the row was never written."""
+    case = perceptron()
+    last = case.model[-1]
+    losses = [lambda: last(torch.randn(3, last.in_features)).sum(dim=1)]
+    _refused(lambda: _step(room, case, losses=losses))
 
 
 def what_the_engine_forgets_is_refused(room: Any) -> None:
@@ -389,10 +404,12 @@ CHECKS = (
     a_non_finite_record_is_as_good_as_absent,
     gradients_of_any_size_end_within_the_bound,
     numbers_beyond_a_chunk_count,
+    narrow_gradients_are_summed_wide,
     one_clipped_record_has_the_norm_of_the_bound,
     microbatches_change_nothing,
     sums_are_those_of_each_record_alone,
     what_is_trainable_but_not_noised_is_refused,
+    what_no_gradient_reaches_is_refused,
     what_the_engine_forgets_is_refused,
     what_couples_records_is_refused,
     an_empty_draw_carries_the_full_noise_in_every_tensor,

@@ -149,8 +149,7 @@ def what_would_mix_clients_is_refused(room: Any) -> None:
         for owners in (OWNERS, OWNERS[:1]):
             with stack.owned(owners):
                 _refused(lambda: case.losses(torch.arange(2)))
-    rows = {"x": torch.zeros(CLIENTS, 3, dtype=torch.float64)}
-    _refused(lambda: room.add_clipped_sums(rows, {"x": torch.ones(2, 3)}, torch.tensor([0]), 1.0))
+    _refused(lambda: room.clipped_sums(room.ops, torch.ones(2, 3), torch.tensor([0]), CLIENTS, 1.0))
 
 
 def what_copies_would_lack_is_refused(room: Any) -> None:

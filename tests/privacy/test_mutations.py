@@ -5,12 +5,14 @@ import pytest
 from . import checks
 from .mutants import Mutation, room
 
-CLIP = "torch.clamp(max_grad_norm / squared_norms.sqrt(), max=1.0)"
-FACTORS = "    factors = clip_factors(joint_squared_norms(gradients), max_grad_norm)\n"
+CLIP = "torch.clamp(max_grad_norm / norms, max=1.0)"
+FACTORS = "    factors = clip_factors(ops.norms(rows), max_grad_norm)\n"
 SUM = "    sums = engine.clipped_sum(model, trained, losses, release.bound)\n"
 REPLACED = "__import__('dataclasses').replace"
 NEIGHBOURS = "neighbours_differ_by_at_most_the_bound"
 SIZES = "gradients_of_any_size_end_within_the_bound"
+UNREACHED = "what_no_gradient_reaches_is_refused"
+NARROW = "narrow_gradients_are_summed_wide"
 WIDE = "numbers_beyond_a_chunk_count"
 NON_FINITE = "a_non_finite_record_is_as_good_as_absent"
 ALONE = "sums_are_those_of_each_record_alone"
@@ -31,36 +33,36 @@ POISSON = "draws_are_poisson"
 CONSTANTS = "rate_and_divisor_are_constants_of_the_configuration"
 
 CLIPPING = (
-    Mutation("no clip", "clipping", CLIP, "torch.ones_like(squared_norms)", NEIGHBOURS),
-    Mutation("clip by the squared norm", "clipping", "squared_norms.sqrt()", "squared_norms", NEIGHBOURS),
+    Mutation("no clip", "clipping", CLIP, "torch.ones_like(norms)", NEIGHBOURS),
+    Mutation("clip by the squared norm", "clipping", "max_grad_norm / norms,",
+             "max_grad_norm / norms.square(),", NEIGHBOURS),
     Mutation("clip to twice the bound", "clipping", CLIP, CLIP.replace("max_grad", "2 * max_grad"),
              NEIGHBOURS),
     Mutation("clip to a little less than the bound", "clipping", CLIP, CLIP.replace("max_grad", "0.99 * max_grad"),
              "one_clipped_record_has_the_norm_of_the_bound"),
     Mutation("normalise, also small ones", "clipping", ", max=1.0)", ", max=1e9)", ALONE),
-    Mutation("squares in float32", "clipping", "wide.square().sum(dim=1)",
-             "wide.float().square().sum(dim=1).double()", SIZES),
-    Mutation("squares in the gradient's own type", "clipping", "wide.square().sum(dim=1)",
-             "wide.to(g.dtype).square().sum(dim=1).double()", SIZES),
-    Mutation("scaled in the gradient's own type", "clipping", "torch.addmm(part, shares, wide, out=part)",
-             "part.add_((shares.to(g.dtype) @ wide.to(g.dtype)).double())", SIZES),
-    Mutation("numbers beyond the first chunk left out", "clipping", "range(0, flat.shape[1], step)", "(0,)", WIDE),
-    Mutation("the last numbers left out", "clipping", "range(0, flat.shape[1], step)",
-             "range(0, max(1, flat.shape[1] - step), step)", WIDE),
-    Mutation("a chunk counted twice", "clipping", "slice(start, start + step)", "slice(start, start + step + 1)", WIDE),
-    Mutation("per-tensor clip", "clipping", FACTORS, "    if len(gradients) > 1:\n"
-             "        for k, g in gradients.items():\n"
-             "            add_clipped_sum({k: sums[k]}, {k: g}, max_grad_norm)\n"
-             "        return\n" + FACTORS,
-             NEIGHBOURS),
+    Mutation("squares in float32", "torch_ops", "vector_norm(part, dim=1, dtype=torch.float64)",
+             "vector_norm(part, dim=1).double()", SIZES),
+    Mutation("scaled in float32", "torch_ops", "shares @ part.to(torch.float64)",
+             "(shares.float() @ part.float()).double()", WIDE),
+    Mutation("numbers beyond the first chunk left out of the norm", "torch_ops",
+             "vector_norm(torch.stack(parts), dim=0)", "vector_norm(torch.stack(parts[:1]), dim=0)", WIDE),
+    Mutation("chunks' norms added", "torch_ops", "torch.linalg.vector_norm(torch.stack(parts), dim=0)",
+             "torch.stack(parts).sum(dim=0)", WIDE),
+    Mutation("chunks in another order", "torch_ops", "torch.cat(parts, dim=1)",
+             "torch.cat([*parts[1:], parts[0]], dim=1)", WIDE),
+    Mutation("tokens summed in bfloat16", "torch_ops", "wide_dy, wide_h = dy.to(out.dtype), h.to(out.dtype)",
+             "wide_dy, wide_h = dy, h\n    out[:] = torch.einsum('ntm,ntr->nmr', dy, h)\n    return", NARROW),
+    Mutation("a bias summed in bfloat16", "torch_ops", "torch.sum(wide, dim=1, out=out)",
+             "out[:] = torch.stack([w.to(dy.dtype).cumsum(0)[-1] for w in wide])", NARROW),
     Mutation("average before the clip", "clipping", FACTORS,
-             "    n = len(next(iter(gradients.values())))\n"
-             "    gradients = {k: g.mean(dim=0, keepdim=True) * n for k, g in gradients.items()}\n" + FACTORS,
-             NEIGHBOURS),
-    Mutation("bias left out of the norm", "clipping", "for g in gradients.values() for",
-             "for g in gradients.values() if g.ndim > 2 for", NEIGHBOURS),
-    Mutation("non-finite counted", "clipping", "factors, 0.0)", "factors, 1.0)", NON_FINITE),
-    Mutation("non-finite multiplied by zero", "clipping", "present = (shares > 0)", "present = (shares >= 0)",
+             "    rows = rows.mean(dim=0, keepdim=True) * len(rows)\n" + FACTORS, NEIGHBOURS),
+    Mutation("part of a row left out of the norm", "clipping", "clip_factors(ops.norms(rows), max_grad_norm)\n"
+             "    return _weighted(ops, rows, factors[None]", "clip_factors(ops.norms(rows[:, 1:]), max_grad_norm)\n"
+             "    return _weighted(ops, rows, factors[None]", NEIGHBOURS),
+    Mutation("non-finite counted", "clipping", "nan_to_num(nan=0.0)", "nan_to_num(nan=1.0)", NON_FINITE),
+    Mutation("non-finite left in", "clipping", "present = largest > 0", "present = largest >= 0", NON_FINITE),
+    Mutation("non-finite multiplied by zero", "clipping", "if len(rows) and not float(largest.min()) > 0:", "if False:",
              NON_FINITE),
 )  # fmt: skip
 
@@ -175,15 +177,18 @@ STEP = (
 )  # fmt: skip
 
 ENGINES = (
-    Mutation("the last microbatch only", "direct_engine", "add_clipped_sum(sums, gradients, max_grad_norm)",
-             "sums = zero_sums(trained)\n                add_clipped_sum(sums, gradients, max_grad_norm)", MICRO),
-    Mutation("the clip on the microbatch", "direct_engine", "add_clipped_sum(sums, gradients, max_grad_norm)",
-             "add_clipped_sum(sums, {k: g.sum(dim=0, keepdim=True) for k, g in gradients.items()}, max_grad_norm)",
+    Mutation("the last microbatch only", "direct_engine", "sums = _plus(sums, clipped_sum(self",
+             "sums = _plus(None, clipped_sum(self", MICRO),
+    Mutation("the clip on the microbatch", "direct_engine", "clipped_sum(self.ops, rows, max_grad_norm)",
+             "clipped_sum(self.ops, rows.sum(dim=0, keepdim=True), max_grad_norm)",
              MICRO),
-    Mutation("a layer's second use forgotten", "direct_engine", "collected[name] + gradient if",
-             "gradient if", ALONE),
-    Mutation("rows not counted", "direct_engine", "if len(g) != records}\n    if rows:",
-             "if False}\n    if rows:", COUPLED),
+    Mutation("a layer's second use forgotten", "rows", "again.add_(place)", "pass", ALONE),
+    Mutation("a layer's first use forgotten", "rows", "if name not in self._written:", "if True:", ALONE),
+    Mutation("rows not counted", "rows", "if len(self.rows) != examples:", "if False:", COUPLED),
+    Mutation("a tensor that no gradient reached", "rows", "if missing or self.rows is None:",
+             "if self.rows is None:", UNREACHED),
+    Mutation("two tensors in one place", "rows", "slice(stop, stop + shape.numel())",
+             "slice(0, shape.numel())", ALONE),
     Mutation("unlisted parameters pass", "engine", "    _require_same_set(model, trained)\n", "",
              "what_is_trainable_but_not_noised_is_refused"),
     Mutation("batch normalisation passes", "engine", "        _refuse_batch_norm(path, module)\n", "",

@@ -14,28 +14,28 @@ LACKING = "what_copies_would_lack_is_refused"
 
 ROW = "        _released({name: total[client] for name, total in sums.items()}, stack.trained, release)\n"
 RELEASES = "for client, release in enumerate(releases)"
-GROUPED = "add_clipped_sums(sums, gradients, owners, max_grad_norm)"
+GROUPED = "clipped_sums(self.ops, rows, owners, stack.clients, max_grad_norm)"
 SHARES = "shares[owners, torch.arange(len(clips), device=clips.device)] = clips"
 
 MUTATIONS = (
     Mutation("everybody gets the sum of all", "clipping", SHARES, "shares[:] = clips", NEIGHBOURS),
     Mutation("owners one place off", "clipping", SHARES, SHARES.replace("[owners,", "[owners.roll(1),"), NEIGHBOURS),
     Mutation("no clip", "clipping", SHARES, SHARES.replace("= clips", "= (clips > 0).double()"), NEIGHBOURS),
-    Mutation("non-finite multiplied by zero", "clipping", "present = (shares > 0)", "present = (shares >= 0)",
+    Mutation("non-finite multiplied by zero", "clipping", "if len(rows) and not float(largest.min()) > 0:", "if False:",
              NON_FINITE),
-    Mutation("summed in float32", "clipping", "torch.addmm(part, shares, wide, out=part)",
-             "part.add_((shares.float() @ wide.float()).double())", NEIGHBOURS),
-    Mutation("everybody's numbers in the first row", "clipping", "torch.addmm(part, shares, wide, out=part)",
-             "part[:1].add_((shares @ wide).sum(dim=0))", NEIGHBOURS),
+    Mutation("summed in float32", "torch_ops", "shares @ part.to(torch.float64)",
+             "(shares.float() @ part.float()).double()", NEIGHBOURS),
+    Mutation("each client's sum to its neighbour", "torch_ops", "shares @ part.to(torch.float64)",
+             "(shares @ part.to(torch.float64)).roll(1, 0)", NEIGHBOURS),
     Mutation("an owner counted from the end", "clipping", "((owners >= 0) &", "(", MIXED),
     Mutation("the clip on a client, not on a record", "direct_engine", GROUPED,
-             "add_clipped_sums(sums, {k: torch.stack([g[owners == c].sum(dim=0) for c in range(stack.clients)])"
-             " for k, g in gradients.items()}, torch.arange(stack.clients), max_grad_norm)", ALONE),
+             "clipped_sums(self.ops, torch.stack([rows[owners == c].sum(dim=0) for c in range(stack.clients)]),"
+             " torch.arange(stack.clients), stack.clients, max_grad_norm)", ALONE),
     Mutation("each tensor clipped by itself", "direct_engine", GROUPED,
-             "[add_clipped_sums({n: sums[n]}, {n: g}, owners, max_grad_norm) for n, g in gradients.items()]",
-             NEIGHBOURS),
-    Mutation("the last microbatch only", "direct_engine", GROUPED,
-             "sums = zero_sums(stack.trained)\n                " + GROUPED, ALONE),
+             "torch.cat([clipped_sums(self.ops, rows[:, c], owners, stack.clients, max_grad_norm)"
+             " for c, _ in columns.places.values()], dim=1)", NEIGHBOURS),
+    Mutation("the last microbatch only", "direct_engine", "_plus(sums, " + GROUPED,
+             "_plus(None, " + GROUPED, ALONE),
     Mutation("another client's weights", "stacked", "self.weight.detach()[self.owners]",
              "self.weight.detach()[self.owners.roll(1)]", ALONE),
     Mutation("the first client's bias for all", "stacked", "self.bias.detach()[self.owners]",
