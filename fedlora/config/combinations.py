@@ -69,6 +69,9 @@ def _runtime(config: "RunConfig") -> Iterator[str]:
         yield f"runtime.address: only Ray has one, but runtime.kind is {kind}; write null, or kind: ray"
     if config.runtime.device == "cuda" and config.runtime.kind == "flower":
         yield "runtime.device: cuda, but runtime.kind is flower, which deals out cores only; write kind: ray or local"
+    if config.model.kernels == "triton" and config.runtime.device != "cuda":
+        device = config.runtime.device
+        yield f"model.kernels: triton, but runtime.device is {device}; write kernels: auto, or device: cuda"
 
 
 def _world(config: "RunConfig") -> Iterator[str]:

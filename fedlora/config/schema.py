@@ -22,10 +22,14 @@ class Model(Section):
     """A Hugging Face id or a local directory."""
     dtype: Literal["float32", "float64", "bfloat16"] = "float32"
     """Of the frozen weights. Per-example gradients and their norms are float32 or wider anyway."""
-    kernels: Literal["auto", "torch", "onednn"] = "auto"
-    """What multiplies by frozen float32 weights on cores: torch, as it is; onednn, with packed copies of them (two more
-    a weight), on x86 only, about twice as fast where MKL knows the core badly, as AMD's; auto: onednn where it is.
-    Final states are comparable bit for bit at equal kernels only."""
+    kernels: Literal["auto", "torch", "onednn", "triton"] = "auto"
+    """What multiplies. torch: plain torch, on any device. onednn: frozen float32 weights in packed copies (two more a
+    weight), on x86 cores only, about twice as fast where MKL knows the core badly, as AMD's. triton: gradients, norms
+    and clipped sums by kernels of our own, on a GPU only. auto: whichever of them is there for the device. Final states
+    are comparable bit for bit at equal kernels only."""
+    gradient_checkpointing: bool = False
+    """Keeps no activations inside a layer, but computes them again in the backward pass: less memory, a third more
+    time, the same gradients to rounding."""
 
 
 class Classification(Section):

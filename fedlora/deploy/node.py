@@ -19,6 +19,7 @@ from fedlora.data.own import own_records
 from fedlora.data.records import Examples, Records, fingerprint
 from fedlora.data.tokenise import tokenise
 from fedlora.errors import DataError, LedgerError, PrivacyError, ShapeError, without_records
+from fedlora.kernels.table import ops_for
 from fedlora.privacy.accountants import agreed_epsilon
 from fedlora.privacy.budget import Budget, would_exceed
 from fedlora.privacy.direct_engine import DirectEngine
@@ -237,7 +238,7 @@ class DeployedNode:
             alone=True,
             evaluation_noise=config.evaluation_noise,
             budget=Budget.of(config.budget),
-            engine=DirectEngine(),
+            engine=DirectEngine(ops_for(config.model.kernels, self._model.device)),
             noise=OsEntropyNoise(),
         )
 

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import torch
 
-from fedlora.config.schema import Privacy, RunConfig, Runtime
+from fedlora.config.schema import RunConfig, Runtime
 from fedlora.data.holdings import open_holdings
 from fedlora.data.records import Examples
 from fedlora.data.tokenise import fingerprint
 from fedlora.errors import ConfigError, LedgerError, PrivacyError, WireError, without_records
+from fedlora.kernels.table import ops_for
 from fedlora.privacy.budget import Budget
 from fedlora.privacy.direct_engine import DirectEngine
 from fedlora.privacy.engine import Engine
@@ -72,6 +73,7 @@ class Host:
         if config.runtime.device == "cuda":
             require_gpu()
             self.model.peft_model.to("cuda")
+        self.engine = engine_of(config, self.model.device)
         self.prefix = frozen_prefix(self.model) if config.runtime.cache_prefix else None
         self.noise = SeededNoise(seed_for(config.seed, "client randomness"))
 
@@ -134,7 +136,7 @@ class Host:
             alone=alone,
             evaluation_noise=privacy and privacy.evaluation_noise,
             budget=privacy and Budget.of(privacy),
-            engine=engine_of(privacy),
+            engine=self.engine,
             noise=self.noise,
         )
 
@@ -197,10 +199,9 @@ def shared_passes(config: RunConfig, model: AdaptedModel) -> int:
     asked = clients_together(config, sum(parameter.numel() for parameter in trained.values()))
     if asked == 1 or config.runtime.kind == "flower":
         return 1
-    privacy = None if config.privacy == "none" else config.privacy
     why = "records that must run alone" if runs_alone(config, model) else None
     try:
-        if type(engine_of(privacy)) is not DirectEngine:
+        if config.privacy != "none" and config.privacy.engine != "direct":
             why = "an engine other than direct"
         stackable(model.peft_model, trained)
     except PrivacyError as error:
@@ -210,13 +211,13 @@ def shared_passes(config: RunConfig, model: AdaptedModel) -> int:
     return asked if why is None else 1
 
 
-def engine_of(privacy: Privacy | None) -> Engine:
-    """The engine that the config names. Opacus is imported only where it is used."""
-    if privacy is not None and privacy.engine == "opacus":
+def engine_of(config: RunConfig, device: torch.device) -> Engine:
+    """The engine that the config names, on this device. Opacus is imported only where it is used."""
+    if config.privacy != "none" and config.privacy.engine == "opacus":
         from fedlora.privacy.opacus_engine import OpacusEngine
 
         return OpacusEngine()
-    return DirectEngine()
+    return DirectEngine(ops_for(config.model.kernels, device))
 
 
 def worker_count(runtime: Runtime, cores: int) -> int:

@@ -14,7 +14,7 @@ from fedlora.config.schema import RunConfig
 from fedlora.data.records import Examples
 from fedlora.errors import ConfigError, FedLoraError
 from fedlora.privacy.step import private_gradient
-from fedlora.runtime.host import Host, HostSetup, engine_of, runs_alone
+from fedlora.runtime.host import Host, HostSetup, runs_alone
 from fedlora.runtime.seats import GpuNode, Peak
 from fedlora.training.model import AdaptedModel
 from fedlora.training.tasks import ALONE, TOKEN_BUDGET, losses
@@ -74,7 +74,7 @@ def largest_step(host: Host) -> None:
     records = largest_batch(config, alone)
     terms = next(iter(host.setup.terms.values()))
     private_gradient(
-        engine_of(None if config.privacy == "none" else config.privacy),
+        host.engine,
         host.model.peft_model,
         host.model.trained,
         losses(host.model, records, np.arange(len(records)), ALONE if alone else TOKEN_BUDGET),

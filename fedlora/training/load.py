@@ -10,6 +10,7 @@ from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
 from fedlora.config import schema
@@ -70,8 +71,11 @@ def load_model(
         scale_low(layer)
     if _packs(model_cfg.kernels):
         pack_frozen(peft_model, but=frozenset(id(layer.lora_A[ADAPTER]) for layer in layers.values()))
+    peft_model.eval()
+    if model_cfg.gradient_checkpointing:
+        _recompute_layers(peft_model)
     return AdaptedModel(
-        peft_model=peft_model.eval(),
+        peft_model=peft_model,
         sites=tuple(layers),
         scale=lora_cfg.lora_alpha / lora_cfg.r,
         live={site: (_weight(layer.lora_A), _weight(layer.lora_B)) for site, layer in layers.items()},
@@ -88,6 +92,21 @@ def _packs(kernels: str) -> bool:
             "write kernels: auto"
         )
     return kernels != "torch" and available()
+
+
+def _recompute_layers(peft_model: PeftModel) -> None:
+    """Every layer of the stack runs again in the backward pass, and keeps only what enters it."""
+    layers = [module for module in peft_model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not layers:
+        name = type(transformer_of(peft_model)).__name__
+        raise ModelError(
+            f"model.gradient_checkpointing: transformers cannot recompute {name}'s layers; write false"
+        )
+    peft_model.gradient_checkpointing_enable({"use_reentrant": False})
+    for layer in layers:
+        layer.training = (
+            True  # which it asks for; what is inside stays in evaluation mode, so no dropout wakes
+        )
 
 
 def _head_layers(model: PreTrainedModel, classes: int) -> dict[str, nn.Linear]:

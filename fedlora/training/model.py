@@ -36,6 +36,11 @@ class AdaptedModel:
     causal: bool
     pad_token: int
 
+    @property
+    def device(self) -> torch.device:
+        """Where it is trained."""
+        return next(iter(self.trained.values())).device
+
     def factors(self) -> dict[Site, tuple[nn.Parameter, nn.Parameter]]:
         """The live A (r, d_in) and B (d_out, r) of every site."""
         return dict(self.live)

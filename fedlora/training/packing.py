@@ -51,7 +51,7 @@ def overhead_of(adapted: AdaptedModel) -> float:
 
     On an accelerator, which multiplies much faster than it is called: all that a micro-batch can hold.
     """
-    if next(iter(adapted.trained.values())).device != torch.device("cpu"):
+    if adapted.device != torch.device("cpu"):
         return float(TOKEN_BUDGET)
     sizes = [
         module.weight.numel() for module in adapted.peft_model.modules() if isinstance(module, nn.Linear)

@@ -175,7 +175,7 @@ def _objection(adapted: AdaptedModel, prefix: Prefix) -> str:
 
 def _made_up(adapted: AdaptedModel) -> dict[str, Tensor]:
     """Records of unequal length over the vocabulary, padded on the right, with both token types if there are two."""
-    device = next(iter(adapted.trained.values())).device
+    device = adapted.device
     base = transformer_of(adapted.peft_model)
     vocabulary = base.get_input_embeddings().get_parameter("weight").shape[0]
     mask = torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS)[:, None]

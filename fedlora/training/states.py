@@ -79,7 +79,7 @@ def with_states(
 def _key(adapted: AdaptedModel, prefix: Prefix, examples: Examples, base_model: str, alone: bool) -> bytes:
     """SHA-256 of all that decides the bits of the states."""
     model = transformer_of(adapted.peft_model)
-    device = next(iter(adapted.trained.values())).device
+    device = adapted.device
     where = (
         torch.cuda.get_device_name(device)
         if device.type == "cuda"
@@ -151,7 +151,7 @@ def _states(
     adapted: AdaptedModel, prefix: Prefix, examples: Examples, group: NDArray[np.int64]
 ) -> list[Tensor]:
     """(tokens of the record, width) of each record of the group."""
-    device = next(iter(adapted.trained.values())).device
+    device = adapted.device
     batch = collate(examples.select(group), adapted.pad_token, device)
     rows = entering(adapted, prefix, model_inputs(adapted, batch)).cpu()
     return [states[:length] for states, length in zip(rows, examples.lengths[group], strict=True)]

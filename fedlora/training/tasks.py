@@ -72,7 +72,7 @@ def losses(
 
 
 def _record_losses(adapted: AdaptedModel, examples: Examples, group: NDArray[np.int64]) -> Tensor:
-    batch = collate(examples.select(group), adapted.pad_token, _device(adapted))
+    batch = collate(examples.select(group), adapted.pad_token, adapted.device)
     logits = _logits(adapted, batch)
     if adapted.causal:
         return _causal_losses(logits, batch)
@@ -163,7 +163,7 @@ def record_accuracies(adapted: AdaptedModel, examples: Examples) -> Tensor:
 
 
 def _accuracies(adapted: AdaptedModel, examples: Examples, group: NDArray[np.int64]) -> Tensor:
-    batch = collate(examples.select(group), adapted.pad_token, _device(adapted))
+    batch = collate(examples.select(group), adapted.pad_token, adapted.device)
     found = _logits(adapted, batch).argmax(dim=-1)
     if not adapted.causal:
         return (found == batch["labels"]).double().cpu()
@@ -176,7 +176,7 @@ def _scores(
     adapted: AdaptedModel, examples: Examples, group: NDArray[np.int64]
 ) -> tuple[float, float, float]:
     """Of a group: its records' losses summed; hits and records, or nats and predicted tokens."""
-    batch = collate(examples.select(group), adapted.pad_token, _device(adapted))
+    batch = collate(examples.select(group), adapted.pad_token, adapted.device)
     logits = _logits(adapted, batch)
     if adapted.causal:
         each = _causal_losses(logits, batch).double()
@@ -185,7 +185,3 @@ def _scores(
     each = cross_entropy(logits, batch["labels"], reduction="none").double()
     hits = logits.argmax(dim=1) == batch["labels"]
     return float(each.sum()), float(hits.sum()), float(len(group))
-
-
-def _device(adapted: AdaptedModel) -> torch.device:
-    return next(iter(adapted.trained.values())).device

@@ -146,7 +146,7 @@ def _packed(
     """
     pack = concatenate([held.select(draw.numpy()) for held, draw in zip(examples, draws, strict=True)])
     owners = torch.repeat_interleave(torch.arange(len(draws)), torch.tensor([len(draw) for draw in draws]))
-    device = next(iter(adapted.trained.values())).device
+    device = adapted.device
     most = max(1, MOST_NUMBERS // sum(parameter.numel() for parameter in adapted.trained.values()))
     for group in packed_groups(pack.lengths, overhead=overhead, most_records=most):
         # The losses come in the group's own order: it is sorted already.
