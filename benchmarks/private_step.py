@@ -127,12 +127,12 @@ def _agreeing(
     from steps.measure import TOLERANCE, clipped_sum, disagreements
     from steps.variants import arms_for, build, record_norms
 
-    like = problem.ours(directory, "torch")
-    bound = float(record_norms(build(PEFT, problem, directory, 1.0, like), problem).median())
+    own: dict[str, Any] = {}
+    bound = float(record_norms(build(PEFT, problem, directory, 1.0, own), problem).median())
     variants, sums, failed = {}, {}, {}
     for arm in arms_for(problem):
         try:
-            variants[arm] = build(arm, problem, directory, bound, like)
+            variants[arm] = build(arm, problem, directory, bound, own)
             sums[arm] = clipped_sum(variants[arm], problem, bound)
         except Exception as error:  # others' code on models that they may not know; said in the table
             if arm in (PEFT, MICRO):  # what all are compared with

@@ -37,7 +37,7 @@ def main() -> None:
     torch.set_num_threads(1)
     directory, bound, arm, how = sys.argv[1:]
     problem = problem_in(Path(directory))
-    variant = build(arm, problem, Path(directory), float(bound))
+    variant = build(arm, problem, Path(directory), float(bound), {})
     if how == "checkpointed":
         # transformers checkpoints in training mode only; there is no dropout that would differ
         variant.model.train()

@@ -57,25 +57,24 @@ def arms_for(problem: Problem) -> tuple[str, ...]:
     return (PEFT, *own, HOOKS, GHOST, FUNCTORCH, MICRO)
 
 
-def build(
-    arm: str, problem: Problem, directory: Path, bound: float, like: AdaptedModel | None = None
-) -> Variant:
-    """The arm's own model and step.
+def build(arm: str, problem: Problem, directory: Path, bound: float, own: dict[str, AdaptedModel]) -> Variant:
+    """The arm's model and step.
 
     Args:
         arm: one of `arms_for(problem)`.
         problem: saved in `directory`.
         directory: the checkpoint's.
         bound: C of the private arms.
-        like: our own model, whose frozen weights PEFT's then share; None: one more is loaded.
+        own: our models by their kernels, loaded where lacking. Arms of ours with equal kernels share one, hence B;
+            PEFT's models have frozen weights in common with it, but a B each.
     """
     torch.manual_seed(0)
     kind, _, kernels = arm.partition(", ")
     if kernels:
-        adapted = problem.ours(directory, kernels)
+        adapted = _own(problem, directory, kernels, own)
         model, trained = adapted.peft_model, dict(adapted.trained)
     else:
-        model, trained = _peft(problem, directory, like or problem.ours(directory, "torch"))
+        model, trained = _peft(problem, directory, _own(problem, directory, "torch", own))
     reset(trained)
     if kind == "ours":
         return Variant(model=model, trained=trained, step=_ours(model, trained, problem, bound))
@@ -113,6 +112,25 @@ def record_norms(variant: Variant, problem: Problem) -> Tensor:
     return torch.stack(norms)
 
 
+def _own(problem: Problem, directory: Path, kernels: str, own: dict[str, AdaptedModel]) -> AdaptedModel:
+    if kernels not in own:
+        own[kernels] = problem.ours(directory, kernels)
+        _share(own[kernels].peft_model, next(iter(own.values())).peft_model)
+    return own[kernels]
+
+
+@torch.no_grad()
+def _share(model: nn.Module, like: nn.Module) -> None:
+    """The frozen weights around the adapters are those of `like`, and lie in memory once."""
+    held = dict(like.named_parameters())
+    for name, parameter in model.named_parameters():
+        if name in held and ".lora_" not in name:
+            if held[name].dtype == parameter.dtype:
+                parameter.data = held[name].data
+            else:
+                parameter.copy_(held[name])
+
+
 def _peft(problem: Problem, directory: Path, like: AdaptedModel) -> tuple[nn.Module, dict[str, nn.Parameter]]:
     """As a tutorial has it, with our A and head; B alone requires a gradient."""
     classes: dict[str, Any] = {} if problem.causal else {"num_labels": len(CLASSES)}
@@ -127,14 +145,12 @@ def _peft(problem: Problem, directory: Path, like: AdaptedModel) -> tuple[nn.Mod
         model = get_peft_model(base, lora)
     model.config.use_cache = False
     model.requires_grad_(False).to(problem.device)
-    shared = dict(like.peft_model.named_parameters())
+    _share(model, like.peft_model)
     trained = {}
     for name, parameter in model.named_parameters():
         if ".lora_B." in name:
             parameter.requires_grad_(True)
             trained[name.removeprefix("base_model.model.").removesuffix(".default.weight")] = parameter
-        elif name in shared and shared[name].dtype == parameter.dtype:
-            parameter.data = shared[name].data
     for site, (a, _) in like.live.items():
         model.base_model.model.get_submodule(site).lora_A["default"].weight.data.copy_(a.data)
     return model.eval(), trained
