@@ -24,6 +24,7 @@ import argparse
 import json
 import os
 import platform
+import signal
 import statistics
 import sys
 import tempfile
@@ -62,6 +63,7 @@ def main() -> int:
     chosen = [problem for problem in problems if given.only in problem.name]
     if not chosen:
         parser.error(f"no problem has {given.only!r} in its name; there are {[p.name for p in problems]}")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that scratch and the arm under way end, too
     given.results.mkdir(exist_ok=True, parents=True)
     found = json.loads(target.read_text()) if given.only and target.exists() else {"rows": []}
     found["versions"] = {
@@ -92,6 +94,7 @@ def measure(
         rates: the best product's, by device and type; what is lacking is measured and put in.
     """
     from steps.arms import PEFT
+    from steps.figures import milliseconds
     from steps.measure import best_rate, device_name, flops_of, timed
     from steps.variants import arms_for, kernels_for
 
@@ -114,7 +117,7 @@ def measure(
         if problem.memory and arm not in failed:
             row |= _peaks(problem, directory, bound, arm)
         rows.append(row)
-        said = row.get("failed") or f"{1e3 * statistics.median(row['seconds']):10.3g} ms"
+        said = row.get("failed") or f"{milliseconds(statistics.median(row['seconds'])):>8s} ms"
         print(f"  {arm:20s} {said}   off by {row.get('off', 0):.1e}", flush=True)
     return rows
 

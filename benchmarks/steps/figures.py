@@ -20,6 +20,11 @@ def ratios(rows: Rows, arm: str, beside: str) -> list[float]:
     return [a / b for a, b in zip(times[arm], times[beside], strict=True)]
 
 
+def milliseconds(seconds: float) -> str:
+    """Three digits of them, written out."""
+    return f"{1e3 * seconds:,.0f}" if seconds >= 0.1 else f"{1e3 * seconds:.3g}"
+
+
 def by_problem(rows: Rows) -> dict[tuple[str, str], list[Row]]:
     """Rows of (device, problem), in the order in which they came."""
     found: dict[tuple[str, str], list[Row]] = {}
@@ -96,7 +101,7 @@ def _times_of(row: Row, rows: list[Row], beside: list[str]) -> list[str]:
         return [row["failed"], *[""] * (len(beside) + 1)]
     middle = statistics.median(row["seconds"])
     cells = [_with_quartiles(ratios(rows, row["arm"], arm)) if row["arm"] != arm else "1" for arm in beside]
-    return [f"{1e3 * middle:.3g}", *cells, f"{row['flops'] / middle / row['rate']:.0%}"]
+    return [milliseconds(middle), *cells, f"{row['flops'] / middle / row['rate']:.0%}"]
 
 
 def _with_quartiles(values: list[float]) -> str:
