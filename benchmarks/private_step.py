@@ -2,7 +2,7 @@
 
     python benchmarks/private_step.py --quick                  minutes: a tiny model, and MiniLM on eight short records
     python benchmarks/private_step.py --full                   an hour or two of one core: all sizes; and a GPU, if any
-    python benchmarks/private_step.py --full --only MiniLM     problems whose name has the word; others are kept
+    python benchmarks/private_step.py --full --only MiniLM     problems whose name has the word
     python benchmarks/private_step.py --table                  the figures of the last --full, as Markdown; with
                                                                --into docs/performance.md they are put in there
 
@@ -17,7 +17,7 @@ Arms alternate in one process, in an order that turns over; a figure is the medi
 a repeat. CPU: process time of one thread. GPU: between events. of peak rate: the products that plain PEFT counts, over
 time and the best rate that any product reached in this run. Memory: each arm in a process of its own, the highest mark
 of a second step above what was resident before it (weights, their packed copies, Python).
-Writes benchmarks/results/private_step.json, after each problem.
+Writes benchmarks/results/private_step.json, after each problem; what it holds of other problems and devices is kept.
 """
 
 import argparse
@@ -39,17 +39,7 @@ REPEATS = {"quick": 3, "full": 9}
 
 def main() -> int:
     """Measures the problems, prints the table and the goals, returns 1 when one is missed or ours failed."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--quick", action="store_true")
-    what.add_argument("--full", action="store_true")
-    what.add_argument("--table", action="store_true")
-    parser.add_argument("--only", default="", metavar="WORD")
-    parser.add_argument("--repeats", type=int, metavar="N")
-    parser.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER")
-    parser.add_argument("--into", type=Path, metavar="FILE")
+    parser = _parser()
     given = parser.parse_args()
     target = given.results / ("private_step-quick.json" if given.quick else "private_step.json")
     if given.table:
@@ -65,21 +55,31 @@ def main() -> int:
         parser.error(f"no problem has {given.only!r} in its name; there are {[p.name for p in problems]}")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that scratch and the arm under way end, too
     given.results.mkdir(exist_ok=True, parents=True)
-    found = json.loads(target.read_text()) if given.only and target.exists() else {"rows": []}
-    found["versions"] = {
-        name: version(name) for name in ("fedlora", "torch", "peft", "opacus", "transformers")
-    }
-    found["versions"]["python"] = platform.python_version()
+    rows = json.loads(target.read_text())["rows"] if target.exists() else []
     rates: dict[tuple[str, str], float] = {}
     repeats = given.repeats or REPEATS["quick" if given.quick else "full"]
     for problem in chosen:
         with tempfile.TemporaryDirectory(dir=given.results) as scratch:  # a disk, where /tmp may be memory
-            rows = measure(problem, Path(scratch), repeats, rates)
-        new = (rows[0]["device"], problem.name)
-        old = [row for row in found["rows"] if (row["device"], row["problem"]["name"]) != new]
-        found["rows"] = old + rows
-        target.write_text(json.dumps(found, indent=1) + "\n")
-    return report(found)
+            new = measure(problem, Path(scratch), repeats, rates)
+        again = new[0]["device"], problem.name
+        rows = [row for row in rows if (row["device"], row["problem"]["name"]) != again] + new
+        target.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
+    return report(rows)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--quick", action="store_true")
+    what.add_argument("--full", action="store_true")
+    what.add_argument("--table", action="store_true")
+    parser.add_argument("--only", default="", metavar="WORD")
+    parser.add_argument("--repeats", type=int, metavar="N")
+    parser.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER")
+    parser.add_argument("--into", type=Path, metavar="FILE")
+    return parser
 
 
 def measure(
@@ -105,9 +105,14 @@ def measure(
     rates[kind] = max(rates[kind], best_rate(*kind))
     bound, variants, off, failed = _agreeing(problem, directory)
     common = {
-        "problem": json.loads((directory / "problem.json").read_text()), "device": device_name(problem.device),
-        "kernels": kernels_for(problem), "bound": bound, "rate": rates[kind], "flops": flops_of(variants[PEFT]),
-    }  # fmt: skip
+        "problem": json.loads((directory / "problem.json").read_text()),
+        "device": device_name(problem.device),
+        "versions": _versions(),
+        "kernels": kernels_for(problem),
+        "bound": bound,
+        "rate": rates[kind],
+        "flops": flops_of(variants[PEFT]),
+    }
     times = timed(variants, problem, repeats)
     variants.clear()
     rows = []
@@ -120,6 +125,12 @@ def measure(
         said = row.get("failed") or f"{milliseconds(statistics.median(row['seconds'])):>8s} ms"
         print(f"  {arm:20s} {said}   off by {row.get('off', 0):.1e}", flush=True)
     return rows
+
+
+def _versions() -> str:
+    numbers = {name: version(name) for name in ("fedlora", "torch", "peft", "opacus", "transformers")}
+    numbers["python"] = platform.python_version()
+    return ", ".join(f"{name} {number}" for name, number in numbers.items())
 
 
 def _agreeing(
@@ -160,17 +171,15 @@ def _peaks(problem: Any, directory: Path, bound: float, arm: str) -> dict[str, A
     return row
 
 
-def report(found: dict[str, Any]) -> int:
+def report(rows: list[dict[str, Any]]) -> int:
     """Prints the table and every goal."""
     from steps.figures import goals, line, table
 
-    print(f"\n{table(found['rows'])}\n")
-    reached = goals(found["rows"])
+    print(f"\n{table(rows)}\n")
+    reached = goals(rows)
     print("\n".join(line(goal) for goal in reached))
     broken = [
-        row
-        for row in found["rows"]
-        if row["arm"].startswith("ours") and any(word.endswith("failed") for word in row)
+        row for row in rows if row["arm"].startswith("ours") and any(word.endswith("failed") for word in row)
     ]
     for row in broken:
         why = next(value for word, value in row.items() if word.endswith("failed"))
@@ -182,9 +191,10 @@ def _write(found: dict[str, Any], into: Path | None) -> int:
     """Prints the figures, or puts them between the two marks of a page."""
     from steps.figures import table
 
-    versions = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
-    loads = [row["load"] for row in found["rows"]]
-    text = f"{versions}; load average {min(loads):.1f} to {max(loads):.1f}\n\n{table(found['rows'])}"
+    rows = found["rows"]
+    versions = "; ".join(dict.fromkeys(row["versions"] for row in rows))
+    loads = [row["load"] for row in rows]
+    text = f"{versions}; load average {min(loads):.1f} to {max(loads):.1f}\n\n{table(rows)}"
     if into is None:
         print(text)
         return 0
