@@ -3,9 +3,8 @@
 n examples, ... token axes (any number, also none), m outputs, r inputs, P numbers an example over all sites, k sums.
 Each op is a formula, a kernel and a launcher. Launchers check shapes, since a kernel would read past the end of
 what is too short; lanes outside a ragged block are masked. Blocks follow from shapes alone, nothing is tuned and
-nothing is added atomically: the same numbers give the same bits in every run on one kind of device.
-
-Tensors lie on a CUDA device. Under Triton's interpreter (TRITON_INTERPRET=1 before this is imported) any device does.
+nothing is added atomically: on one kind of device the same numbers give the same bits in every run. Tensors lie on
+a CUDA device; with Triton's interpreter (TRITON_INTERPRET=1 before Triton is imported) on any.
 """
 
 from typing import Any
@@ -17,10 +16,13 @@ from torch import Tensor
 
 from fedlora.errors import ShapeError
 
-LARGEST_RANK = 64
-"""Of these kernels: a whole row of r numbers lies in each tile."""
+LARGEST_RANK = 64  # of these kernels: a whole row of r numbers lies in each tile
 RANK_BOUND = f"with r up to {LARGEST_RANK}: kernels in plain torch take any"
-NORM_SPAN = 8192  # numbers of a row that one program squares: a row of a million still fills the device
+NORM_SIZES = {"SPAN": 8192, "WIDTH": 1024}  # numbers that one program, and one pass of it, squares
+LAUNCH = {
+    "num_warps": 4,
+    "enable_fp_fusion": True,
+}  # what one wgmma takes; stated, as versions differ in its default
 
 
 @triton.jit
@@ -103,7 +105,7 @@ def per_example_bias_gradient_into(out: Tensor, dy: Tensor) -> None:
     torch.sum(dy.reshape(n, tokens, m), dim=1, dtype=torch.float32, out=out)
 
 
-# norms[i] = sum of rows[i]^2, float64: parts of NORM_SPAN numbers, then their sum in order.
+# norms[i] = sum of rows[i]^2, float64: parts of 8192 numbers, then their sum in order.
 
 
 @triton.jit
@@ -131,11 +133,10 @@ def squared_norms(rows: Tensor) -> Tensor:
     if rows.ndim != 2:
         raise ShapeError(f"rows {tuple(rows.shape)} must be (n, P)")
     n, numbers = rows.shape
-    blocks = triton.cdiv(numbers, NORM_SPAN)
+    blocks = triton.cdiv(numbers, NORM_SIZES["SPAN"])
     rows = _rows(rows, n, 1)[:, 0]
     parts = torch.empty((n, blocks), dtype=torch.float64, device=rows.device)
-    arguments = (parts, rows, numbers, blocks, rows.stride(0))
-    _launch(norm_kernel, n * blocks, arguments, {"SPAN": NORM_SPAN, "WIDTH": 1024})
+    _launch(norm_kernel, n * blocks, (parts, rows, numbers, blocks, rows.stride(0)), NORM_SIZES)
     return parts.sum(dim=1)
 
 
@@ -298,8 +299,7 @@ def _padded(size: int, at_most: int) -> int:
 
 
 def _launch(kernel: Any, programs: int, arguments: tuple[Any, ...], blocks: dict[str, Any]) -> None:
-    """Run so many programs where the first argument lies. Fusion is stated: its default differs among versions."""
     assert INTERPRETED or arguments[0].is_cuda, "whoever chooses kernels asks for the device first"
     if programs:
         with torch.cuda.device_of(arguments[0]):
-            kernel[(programs,)](*arguments, **blocks, num_warps=4, enable_fp_fusion=True)
+            kernel[(programs,)](*arguments, **blocks, **LAUNCH)
