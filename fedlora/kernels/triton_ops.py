@@ -16,9 +16,11 @@ from torch import Tensor
 
 from fedlora.errors import ShapeError
 
+INTERPRETED = triton.knobs.runtime.interpret
 LARGEST_RANK = 64  # of these kernels: a whole row of r numbers lies in each tile
 RANK_BOUND = f"with r up to {LARGEST_RANK}: kernels in plain torch take any"
 NORM_SIZES = {"SPAN": 8192, "WIDTH": 1024}  # numbers that one program, and one pass of it, squares
+OF_H = {"narrow": 4096, "single": 512, "product": 1024}  # numbers of h in a tile: see tile_sizes
 LAUNCH = {
     "num_warps": 4,
     "enable_fp_fusion": True,
@@ -77,14 +79,12 @@ def per_example_gradient_into(out: Tensor, dy: Tensor, h: Tensor) -> None:
     r = h.shape[-1]
     if dy.shape[:-1] != h.shape[:-1] or out.shape != (n, m, r) or r > LARGEST_RANK:
         shapes = [tuple(x.shape) for x in (out, dy, h)]
-        raise ShapeError(
-            f"out, dy and h are {shapes}; they must be (n, m, r), (n, ..., m) and (n, ..., r), {RANK_BOUND}"
-        )
+        raise ShapeError(f"out, dy, h are {shapes}, not (n, m, r), (n, ..., m), (n, ..., r) {RANK_BOUND}")
     assert out[:1].is_contiguous(), "nothing is written to a copy"
     dy, h = _rows(dy, n, tokens), _rows(h, n, tokens)
     # The interpreter multiplies bfloat16 as if it were integers (triton issue 11584); float32 holds each product.
     widen = INTERPRETED or dy.dtype != h.dtype
-    chosen = tile_sizes(tokens, m, r, wide=widen or h.dtype == torch.float32)
+    chosen = tile_sizes(tokens, m, r, OF_H["single" if widen or h.dtype == torch.float32 else "narrow"])
     blocks = triton.cdiv(m, chosen["ROWS"])
     arguments = (out, dy, h, tokens, m, blocks, out.stride(0), *dy.stride()[:2], *h.stride()[:2])
     _launch(gradient_kernel, n * blocks, arguments, {**chosen, "WIDEN": widen})
@@ -230,7 +230,7 @@ def product_kernel(
 def add_product(
     y: Tensor, h: Tensor, weight: Tensor, bias: Tensor | None = None, owners: Tensor | None = None
 ) -> None:
-    """Add h @ weight.T, and bias, to y in place: summed in float32, rounded once to the type of y.
+    """Add h @ weight.T, and bias, to y in place, summed in float32 and rounded once to the type of y.
 
     Args:
         y: (n, ..., m), float32, bfloat16 or float16.
@@ -250,7 +250,7 @@ def add_product(
         shapes = [None if x is None else tuple(x.shape) for x in (y, h, weight, bias, owners)]
         raise ShapeError(
             f"y, h, weight, bias and owners are {shapes}; they must be (n, ..., m), (n, ..., r), (m, r), (m,) and "
-            f"None, or (n, ..., m), (n, ..., r), (clients, m, r), (clients, m) and (n,), {RANK_BOUND}"
+            f"None, or (n, ..., m), (n, ..., r), (clients, m, r), (clients, m) and (n,) {RANK_BOUND}"
         )
     if owners is None and y.is_contiguous() and h.is_contiguous():
         n, tokens = 1, n * tokens  # all have one weight, and short examples would leave tiles half empty
@@ -258,7 +258,7 @@ def add_product(
     bias, owners = (None if x is None else x.contiguous() for x in (bias, owners))
     # Three products of ten bits hold a narrow h exactly and 22 bits of the weight, and keep to the tensor cores.
     precision = "ieee" if h.dtype == torch.float32 else "tf32x3"
-    chosen = tile_sizes(tokens, m, r, wide=True)
+    chosen = tile_sizes(tokens, m, r, OF_H["product"])
     blocks = triton.cdiv(tokens, chosen["TOKENS"]), triton.cdiv(m, chosen["ROWS"])
     sizes = (tokens, m, *(lead or (1,)), *blocks)
     arguments = (flat, rows, weight, bias, owners, *sizes, *flat.stride()[:2], *rows.stride()[:2])
@@ -268,17 +268,13 @@ def add_product(
     torch.autograd.graph.increment_version(y)  # as torch does after its own in-place operations
 
 
-def tile_sizes(tokens: int, m: int, r: int, *, wide: bool) -> dict[str, int]:
-    """64 tokens by 64 outputs, the least that wgmma takes, or less where a whole axis is shorter.
+def tile_sizes(tokens: int, m: int, r: int, of_h: int) -> dict[str, int]:
+    """64 tokens by 64 outputs, the least that wgmma takes, or less where an axis is shorter or h has more than of_h.
 
-    Wide products are unrolled into single ones, so fewer tokens for larger r: else registers spill on sm_80.
+    Products off the tensor cores are unrolled, and three for one are thrice as many: more of h spills registers.
     """
     ranks = _padded(r, LARGEST_RANK)
-    longest = 1024 // ranks if wide else 64
-    return {"R": r, "TOKENS": _padded(tokens, longest), "ROWS": _padded(m, 64), "RANKS": ranks}
-
-
-INTERPRETED = not isinstance(gradient_kernel, triton.JITFunction)
+    return {"R": r, "TOKENS": _padded(tokens, of_h // ranks), "ROWS": _padded(m, 64), "RANKS": ranks}
 
 
 def _examples(x: Tensor) -> tuple[int, int, int]:
@@ -295,7 +291,7 @@ def _rows(x: Tensor, n: int, tokens: int) -> Tensor:
 
 def _padded(size: int, at_most: int) -> int:
     """The next power of two, and at least 16: the least that a matrix product in Triton takes."""
-    return min(max(triton.next_power_of_2(max(size, 1)), 16), at_most)
+    return max(16, min(triton.next_power_of_2(max(size, 1)), at_most, 64))
 
 
 def _launch(kernel: Any, programs: int, arguments: tuple[Any, ...], blocks: dict[str, Any]) -> None:

@@ -34,11 +34,11 @@ def kernels() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any]]]:
         yield f"weighted of {k}", ops.weighted_kernel, {}, ops.weighted_sizes(k)
     for r in (8, 32, 64):
         for dy, h in (("bf16", "bf16"), ("fp16", "fp16"), ("fp32", "fp32"), ("bf16", "fp32")):
-            sizes = ops.tile_sizes(512, 1024, r, wide="fp32" in (dy, h))
-            constants = {**sizes, "WIDEN": dy != h}
+            of_h = ops.OF_H["single" if "fp32" in (dy, h) else "narrow"]
+            constants = {**ops.tile_sizes(512, 1024, r, of_h), "WIDEN": dy != h}
             yield f"gradient {dy} {h} {r}", ops.gradient_kernel, {"dy": dy, "h": h}, constants
         for y, precision in (("bf16", "tf32x3"), ("fp32", "ieee")):
-            constants = {**ops.tile_sizes(512, 1024, r, wide=True), "PRECISION": precision}
+            constants = {**ops.tile_sizes(512, 1024, r, ops.OF_H["product"]), "PRECISION": precision}
             yield f"product {y} {r}", ops.product_kernel, {"y": y, "h": y}, constants
             nobody = {"owners": None, "bias": None}
             yield f"product {y} {r} of one", ops.product_kernel, {"y": y, "h": y}, {**constants, **nobody}
@@ -68,20 +68,18 @@ def compile_all(capability: int, alignment: str, only: str) -> dict[str, dict[st
         }
         source = ASTSource(kernel, signature, dict(constants), even)
         made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=LAUNCH)
-        found[name] = {**assembled(made.asm["ptx"]), "shared": made.metadata.shared}
+        found[name] = {**assembled(made.asm["ptx"], capability), "shared": made.metadata.shared}
     return found
 
 
-def assembled(text: str) -> dict[str, int]:
-    import triton
+def assembled(text: str, capability: int) -> dict[str, int]:
+    from triton.backends.nvidia.compiler import get_ptxas
 
-    assembler = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
-    architecture = re.search(r"\.target (\w+)", text)
-    assert architecture
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "kernel.ptx")
         path.write_text(text)
-        command = [assembler, "-v", f"--gpu-name={architecture[1]}", path, "-o", path.with_suffix(".cubin")]
+        of = f"--gpu-name=sm_{capability}{'a' if capability >= 90 else ''}"
+        command = [get_ptxas(capability).path, "-v", of, path, "-o", path.with_suffix(".cubin")]
         said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     registers, spilt = re.search(r"Used (\d+) registers", said), re.findall(r"(\d+) bytes spill", said)
     assert registers and spilt, said
