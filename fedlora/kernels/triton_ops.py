@@ -2,9 +2,9 @@
 
 n examples, ... token axes (any number, also none), m outputs, r inputs, P numbers an example over all sites, k sums.
 Each op is a formula, a kernel and a launcher. Launchers check shapes, since a kernel would read past the end of
-what is too short; lanes outside a ragged block are masked. Blocks follow from shapes alone, nothing is tuned and
-nothing is added atomically: on one kind of device the same numbers give the same bits in every run. Tensors lie on
-a CUDA device; with Triton's interpreter (TRITON_INTERPRET=1 before Triton is imported) on any.
+what is too short; lanes outside a ragged block are masked. Blocks follow from shapes alone and nothing is added
+atomically, so equal numbers give equal bits. Tensors lie on a CUDA device, or on any under Triton's interpreter
+(TRITON_INTERPRET=1 before Triton is imported).
 """
 
 from typing import Any
@@ -13,10 +13,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton import knobs
 
 from fedlora.errors import ShapeError
 
-INTERPRETED = triton.knobs.runtime.interpret
+INTERPRETED = knobs.runtime.interpret
 LARGEST_RANK = 64  # of these kernels: a whole row of r numbers lies in each tile
 RANK_BOUND = f"with r up to {LARGEST_RANK}: kernels in plain torch take any"
 NORM_SIZES = {"SPAN": 8192, "WIDTH": 1024}  # numbers that one program, and one pass of it, squares
@@ -94,11 +95,7 @@ def per_example_gradient_into(out: Tensor, dy: Tensor, h: Tensor) -> None:
 
 
 def per_example_bias_gradient_into(out: Tensor, dy: Tensor) -> None:
-    """Write into out (n, m) float32, of any strides, each example's sum of dy (n, ..., m) over its tokens.
-
-    Raises:
-        ShapeError: out and dy differ in n or m.
-    """
+    """Write each example's sum of dy (n, ..., m) over tokens into out (n, m) float32; ShapeError if n or m differ."""
     n, tokens, m = _examples(dy)
     if out.shape != (n, m):
         raise ShapeError(f"out {tuple(out.shape)} must be (n, m) of dy {tuple(dy.shape)}")

@@ -17,10 +17,7 @@ from typing import Any
 import pytest
 
 SHARED = {90: 227 * 1024, 80: 163 * 1024}  # bytes that a block may have
-REGISTERS = {
-    "aligned": 128,
-    "ragged": 168,
-}  # of a thread: four and three blocks of 128 threads on each multiprocessor
+REGISTERS = {"aligned": 136, "ragged": 184}  # of a thread; a multiprocessor has 512 for each of its 128 lanes
 POINTERS = {"out": "fp32", "parts": "fp64", "rows": "fp32", "sums": "fp64", "shares": "fp64", "owners": "i64"}
 POINTERS |= {"weight": "fp32", "bias": "fp32"}
 

@@ -183,6 +183,7 @@ def test_norms_are_not_under_reported_where_gradients_cancel(dtype):
     assert (squared_norms(out.flatten(1)).sqrt() >= true * (1 - 1e-5)).all()
 
 
+@pytest.mark.filterwarnings("ignore:invalid value")  # of NumPy, which interprets
 def test_what_is_not_finite_is_seen_in_its_own_example_only():
     dy, h = drawn(4, 20, 9, seed=11), drawn(4, 20, 3, seed=12)
     clean, spoilt = torch.empty(4, 9, 3, device=DEVICE), torch.empty(4, 9, 3, device=DEVICE)
