@@ -13,6 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = (
+        "1"  # before anything imports Triton: its kernels then run on tensors of a core
+    )
+
 import yaml
 from hypothesis import settings
 
