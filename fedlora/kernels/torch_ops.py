@@ -19,7 +19,7 @@ def per_example_gradient_into(out: Tensor, dy: Tensor, h: Tensor) -> None:
     anything of the size of A or of B A.
 
     Args:
-        out: float32 or wider, the type that is computed in; each example's part contiguous.
+        out: float32 or wider, the type that is computed in; each example's part contiguous, or its transpose.
         dy: gradient at the output (n, ..., m).
         h: input (n, ..., r), the same leading shape.
 
@@ -35,7 +35,11 @@ def per_example_gradient_into(out: Tensor, dy: Tensor, h: Tensor) -> None:
     tokens = dy.shape[1:-1].numel()
     # Widened before the product: a bfloat16 sum over tokens is off by 1e-2, and clipping must see true norms.
     wide_dy, wide_h = dy.to(out.dtype), h.to(out.dtype)
-    torch.bmm(wide_dy.reshape(n, tokens, m).transpose(1, 2), wide_h.reshape(n, tokens, r), out=out)
+    wide_dy, wide_h = wide_dy.reshape(n, tokens, m), wide_h.reshape(n, tokens, r)
+    if out.stride(1) < out.stride(2):
+        torch.bmm(wide_h.transpose(1, 2), wide_dy, out=out.transpose(1, 2))
+    else:
+        torch.bmm(wide_dy.transpose(1, 2), wide_h, out=out)
 
 
 def per_example_bias_gradient_into(out: Tensor, dy: Tensor) -> None:

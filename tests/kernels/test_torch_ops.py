@@ -18,11 +18,16 @@ from fedlora.kernels.torch_ops import (
 
 
 def per_example_gradient(dy, h, dtype=torch.float32):
-    """Written into the middle of a wider row, as in a private step."""
-    row = torch.full((len(dy), dy.shape[-1] * h.shape[-1] + 5), float("nan"), dtype=dtype)
-    out = row[:, 3:-2].unflatten(-1, (dy.shape[-1], h.shape[-1]))
-    per_example_gradient_into(out, dy, h)
-    assert row[:, :3].isnan().all() and row[:, -2:].isnan().all()
+    """Written into the middle of a wider row, as in a private step, and the other way round: both agree."""
+    m, r = dy.shape[-1], h.shape[-1]
+    row = torch.full((len(dy), m * r + 5), float("nan"), dtype=dtype)
+    turned = row.clone()
+    out, other = row[:, 3:-2].unflatten(-1, (m, r)), turned[:, 3:-2].unflatten(-1, (r, m)).transpose(1, 2)
+    for place in (out, other):
+        per_example_gradient_into(place, dy, h)
+    for whole in (row, turned):
+        assert whole[:, :3].isnan().all() and whole[:, -2:].isnan().all()
+    assert_close(other, out)
     return out
 
 
