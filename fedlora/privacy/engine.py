@@ -1,6 +1,6 @@
 """What computes a clipped sum of per-example gradients, and the rules that every such engine keeps."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -60,10 +60,11 @@ def trained_linears(
         PrivacyError: `trained` is not that set, a trained parameter belongs to a module of another type, or batch
             normalisation couples the examples.
     """
-    _require_same_set(model, trained)
+    modules = list(_modules(model))
+    _require_same_set(modules, trained)
     names = {id(parameter): name for name, parameter in trained.items()}
     linears = []
-    for path, module in _modules(model):
+    for path, module in modules:
         _refuse_batch_norm(path, module)
         own = {kind: names[id(p)] for kind, p in module._parameters.items() if id(p) in names}
         if not own:
@@ -111,10 +112,10 @@ def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         ahead += reversed(inside)
 
 
-def _require_same_set(model: nn.Module, trained: Mapping[str, nn.Parameter]) -> None:
+def _require_same_set(modules: Sequence[tuple[str, nn.Module]], trained: Mapping[str, nn.Parameter]) -> None:
     trainable = {
         id(p): f"{path}.{name}" if path else name
-        for path, module in _modules(model)
+        for path, module in modules
         for name, p in module._parameters.items()
         if p is not None and p.requires_grad
     }

@@ -189,7 +189,7 @@ ENGINES = (
              "if self.rows is None:", UNREACHED),
     Mutation("two tensors in one place", "rows", "slice(stop, stop + shape.numel())",
              "slice(0, shape.numel())", ALONE),
-    Mutation("unlisted parameters pass", "engine", "    _require_same_set(model, trained)\n", "",
+    Mutation("unlisted parameters pass", "engine", "    _require_same_set(modules, trained)\n", "",
              "what_is_trainable_but_not_noised_is_refused"),
     Mutation("batch normalisation passes", "engine", "        _refuse_batch_norm(path, module)\n", "",
              COUPLED),
