@@ -8,8 +8,8 @@ from torch import Tensor
 
 from fedlora.errors import ShapeError
 
-CHUNK = 1 << 20
-"""Numbers that are widened at a time, so that no wide copy of all gradients is ever made: 8 MB."""
+CHUNK = 1 << 18
+"""Numbers that are widened at a time, so that no wide copy of all gradients is ever made: 2 MB, which a cache holds."""
 
 
 def per_example_gradient_into(out: Tensor, dy: Tensor, h: Tensor) -> None:
