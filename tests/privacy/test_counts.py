@@ -13,7 +13,7 @@ from fedlora.config.schema import Classification, Lora, Model
 from fedlora.privacy.direct_engine import DirectEngine
 from fedlora.training.load import load_model
 
-RECORDS, TOKENS = 6, 24
+RECORDS, TOKENS = 2, 24
 MORE_CALLS = 8
 """A norm and a sum over all rows, and the clip factors between them, whatever the model."""
 
