@@ -63,7 +63,8 @@ def gradient_kernel(
         total = tl.dot(tl.trans(dy_part), h_part, total, input_precision="ieee")
         dy_tile += step * dy_token
         h_tile += step * h_token
-    out_tile = tile(out + example * out_example, rows, out_row, ranks.to(tl.int64) * out_rank)
+    # Turned, as most parts of out lie: addressed the other way round, some registers spill.
+    out_tile = tl.trans(tile(out + example * out_example, ranks, out_rank, rows.to(tl.int64) * out_row))
     tl.store(out_tile, total, mask=(rows[:, None] < m) & (ranks[None, :] < R))
 
 

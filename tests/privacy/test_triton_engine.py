@@ -1,4 +1,4 @@
-"""Clipped sums by the Triton kernels are those of plain torch: in Triton's interpreter, or on a GPU when there is one."""
+"""Clipped sums by the Triton kernels are those of plain torch: in the interpreter, or on a GPU when there is one."""
 
 import pytest
 import torch
