@@ -156,9 +156,8 @@ def weighted_kernel(
         total += tl.load(share_tile, mask=which[:, None] < k, other=0.0) * row.to(tl.float64)
         row_tile += rows_example
         share_tile += 1
-    tl.store(
-        tile(sums, which, numbers, places), total, mask=(which[:, None] < k) & (places[None, :] < numbers)
-    )
+    inside = (which[:, None] < k) & (places[None, :] < numbers)
+    tl.store(tile(sums, which, numbers, places), total, mask=inside)
 
 
 def weighted_sums(rows: Tensor, shares: Tensor) -> Tensor:
