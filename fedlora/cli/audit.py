@@ -44,20 +44,19 @@ def audit(
             "for example --set 'privacy={target_epsilon: 8, target_delta: 1.0e-5, max_grad_norm: 1.0, "
             "max_participations: 20}'"
         )
-    import torch
-
     from fedlora.audit.audit import audit as attack
     from fedlora.audit.audit import claim_of
     from fedlora.audit.trace import Implementation
     from fedlora.cli.progress import watching
     from fedlora.federation.events import Stage
+    from fedlora.kernels import torch_ops
     from fedlora.runtime.host import engine_of
 
     with located(config, overrides or []), only_ours(), watching() as listener:
         result = attack(
             claim_of(privacy.target_epsilon, privacy.target_delta, privacy.max_grad_norm, privacy.accountant),
             loaded.seed if seed is None else seed,
-            Implementation(engine=engine_of(loaded, torch.device("cpu"))),
+            Implementation(engine=engine_of(privacy, torch_ops)),
             power=not quick,
             tell=lambda what: listener(Stage(name=what)),
         )

@@ -11,7 +11,14 @@ if TYPE_CHECKING:
 
 def conflicts(config: "RunConfig") -> list[str]:
     """Every impossible combination, as `key: what is wrong; what to write instead`."""
-    return [*_labels(config), *_cohort(config), *_method(config), *_runtime(config), *_world(config)]
+    return [
+        *_labels(config),
+        *_cohort(config),
+        *_method(config),
+        *_runtime(config),
+        *_kernels(config),
+        *_world(config),
+    ]
 
 
 def require_servable(config: "RunConfig") -> None:
@@ -69,9 +76,19 @@ def _runtime(config: "RunConfig") -> Iterator[str]:
         yield f"runtime.address: only Ray has one, but runtime.kind is {kind}; write null, or kind: ray"
     if config.runtime.device == "cuda" and config.runtime.kind == "flower":
         yield "runtime.device: cuda, but runtime.kind is flower, which deals out cores only; write kind: ray or local"
-    if config.model.kernels == "triton" and config.runtime.device != "cuda":
-        device = config.runtime.device
+
+
+def _kernels(config: "RunConfig") -> Iterator[str]:
+    kernels, device, dtype = config.model.kernels, config.runtime.device, config.model.dtype
+    if kernels == "triton" and device != "cuda":
         yield f"model.kernels: triton, but runtime.device is {device}; write kernels: auto, or device: cuda"
+    if kernels == "onednn" and (device != "cpu" or dtype != "float32"):
+        yield f"model.kernels: onednn packs float32 weights on cores, not {dtype} on {device}; write kernels: auto"
+    if config.model.gradient_checkpointing and config.runtime.cache_prefix:
+        yield (
+            "model.gradient_checkpointing: recomputed layers would begin below the states of runtime.cache_prefix; "
+            "write false for one of them"
+        )
 
 
 def _world(config: "RunConfig") -> Iterator[str]:

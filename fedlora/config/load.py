@@ -79,6 +79,8 @@ def require_same(held: RunConfig, given: RunConfig, run_dir: FilePath) -> None:
 def _computed(config: RunConfig) -> dict[str, Any]:
     """All of a config that decides what the run computes."""
     values = config.model_dump(mode="json", exclude=_ELSEWHERE)
+    for how in ("kernels", "gradient_checkpointing"):
+        del values["model"][how]  # how it is computed, like what runtime says
     if isinstance(values["privacy"], dict):
         del values["privacy"]["tuned_on"]  # a declaration; it decides nothing
     if values["federation"]["enough"] is None:

@@ -20,6 +20,7 @@ class PackedLinear(nn.Linear):
     """y = x @ weight.T + bias of a frozen layer. It keeps nothing for the backward pass.
 
     Each direction has its own packed copy of the weight, made when it is first needed: up to three times the memory.
+    A changed weight is packed anew, unless it was written through `.data`, which torch does not count either.
     Whatever the copies cannot serve (another type or device than float32 on a core) runs as in any nn.Linear.
     """
 
@@ -27,7 +28,7 @@ class PackedLinear(nn.Linear):
         nn.Module.__init__(self)  # nn.Linear's own would draw a weight
         self.in_features, self.out_features = layer.in_features, layer.out_features
         self.weight, self.bias = layer.weight, layer.bias
-        self._packs: dict[bool, tuple[Tensor, int, Tensor]] = {}
+        self._packs: dict[bool, tuple[Tensor, tuple[int, int], Tensor]] = {}
 
     def forward(self, input: Tensor, plus: Tensor | None = None) -> Tensor:
         """(..., out) of (..., in), with `plus` of the result's shape and type added in the same pass."""
@@ -51,9 +52,10 @@ class PackedLinear(nn.Linear):
 
     def _pack(self, *, turned: bool) -> Tensor:
         weight, made = self.weight, self._packs.get(turned)
-        if made is None or made[0] is not weight or made[1] != weight._version:
+        state = weight._version, weight.data_ptr()  # moved by in-place operations, and by `weight.data = ...`
+        if made is None or made[0] is not weight or made[1] != state:
             ordered = weight.detach().t().contiguous() if turned else weight.detach()
-            made = weight, weight._version, torch.ops.mkldnn._reorder_linear_weight(ordered, None)
+            made = weight, state, torch.ops.mkldnn._reorder_linear_weight(ordered, None)
             self._packs[turned] = made
         return made[2]
 
@@ -79,7 +81,7 @@ class PackedLinear(nn.Linear):
 class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, plus: Tensor | None, layer: PackedLinear) -> Tensor:
-        ctx.layer = layer
+        ctx.layer, ctx.version = layer, layer.weight._version
         return layer.product(x, plus)
 
     @staticmethod
@@ -87,6 +89,8 @@ class _Product(torch.autograd.Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx, *dys: Tensor
     ) -> tuple[Tensor | None, Tensor | None, None]:
+        if ctx.layer.weight._version != ctx.version:
+            raise RuntimeError("a packed weight was changed in place between forward and backward pass")
         to_x, to_plus, _ = ctx.needs_input_grad
         return (ctx.layer.product_back(dys[0]) if to_x else None), (dys[0] if to_plus else None), None
 

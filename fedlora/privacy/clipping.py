@@ -1,7 +1,7 @@
 """Joint clipping: what bounds the influence of one example on a sum of gradients.
 
 An example is one row: all that is trained, in one. Norms, factors and sums are float64: squares of float32 numbers
-between 1e-38 and 1e38 neither overflow nor vanish in it, the bound C holds to 1e-15, and the rounding of the sum stays
+between 1e-38 and 1e38 neither overflow nor vanish in it, the bound C holds to 1e-11, and the rounding of the sum stays
 far below the noise. The cost is two reads of n x (trained numbers), small beside the forward pass that made them.
 """
 

@@ -6,15 +6,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 
-from fedlora.config.schema import RunConfig, Runtime
+from fedlora.config.schema import Privacy, RunConfig, Runtime
 from fedlora.data.holdings import open_holdings
 from fedlora.data.records import Examples
 from fedlora.data.tokenise import fingerprint
 from fedlora.errors import ConfigError, LedgerError, PrivacyError, WireError, without_records
-from fedlora.kernels.table import ops_for
+from fedlora.kernels.table import Ops, ops_for
 from fedlora.privacy.budget import Budget
 from fedlora.privacy.direct_engine import DirectEngine
 from fedlora.privacy.engine import Engine
@@ -73,7 +74,7 @@ class Host:
         if config.runtime.device == "cuda":
             require_gpu()
             self.model.peft_model.to("cuda")
-        self.engine = engine_of(config, self.model.device)
+        self.engine = engine_of(config.privacy, ops_for(config.model.kernels, self.model.device))
         self.prefix = frozen_prefix(self.model) if config.runtime.cache_prefix else None
         self.noise = SeededNoise(seed_for(config.seed, "client randomness"))
 
@@ -211,13 +212,13 @@ def shared_passes(config: RunConfig, model: AdaptedModel) -> int:
     return asked if why is None else 1
 
 
-def engine_of(config: RunConfig, device: torch.device) -> Engine:
-    """The engine that the config names, on this device. Opacus is imported only where it is used."""
-    if config.privacy != "none" and config.privacy.engine == "opacus":
+def engine_of(privacy: Privacy | Literal["none"], ops: Ops) -> Engine:
+    """The engine that the config names; direct computes with `ops`. Opacus is imported only where it is used."""
+    if privacy != "none" and privacy.engine == "opacus":
         from fedlora.privacy.opacus_engine import OpacusEngine
 
         return OpacusEngine()
-    return DirectEngine(ops_for(config.model.kernels, device))
+    return DirectEngine(ops)
 
 
 def worker_count(runtime: Runtime, cores: int) -> int:

@@ -19,7 +19,7 @@ def scale_low(layer: LoraLayer) -> None:
 
 
 def _forward(layer: LoraLayer, x: Tensor, *args: object, **kwargs: object) -> Tensor:
-    if layer.disable_adapters or args or kwargs:
+    if layer.disable_adapters or layer.merged or args or kwargs:
         return type(layer).forward(layer, x, *args, **kwargs)  # pyright: ignore
     down, up, base = layer.lora_A[ADAPTER], layer.lora_B[ADAPTER], layer.base_layer
     assert isinstance(down, nn.Linear)

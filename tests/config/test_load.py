@@ -1,6 +1,7 @@
 """Errors a person can act on: file, line, key, what is wrong, what to write. Configs survive a round trip."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -266,10 +267,36 @@ def test_a_dumped_config_loads_back_to_an_equal_one(tmp_path):
         assert load_config(again) == config
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (["model.kernels=triton"], "model.kernels: triton, but runtime.device is cpu"),
+        (
+            ["model.kernels=onednn", "model.dtype=bfloat16"],
+            "onednn packs float32 weights on cores, not bfloat16 on cpu",
+        ),
+        (
+            ["model.kernels=onednn", "runtime={kind: ray, device: cuda}"],
+            "not float32 on cuda; write kernels: auto",
+        ),
+        (
+            ["model.gradient_checkpointing=true", "runtime={kind: local, cache_prefix: true}"],
+            "recomputed layers would begin below the states of runtime.cache_prefix",
+        ),
+    ],
+)
+def test_kernels_that_cannot_be_are_named(tmp_path, changes, words):
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        load_config(written(tmp_path, RUN_YAML), changes)
+
+
 def test_the_digest_names_what_is_computed_and_nothing_else(tmp_path):
     path = written(tmp_path, RUN_YAML)
     own = config_digest(load_config(path))
     assert config_digest(load_config(path, ["output=elsewhere", "runtime={kind: ray, workers: 7}"])) == own
+    assert (
+        config_digest(load_config(path, ["model.kernels=torch", "model.gradient_checkpointing=true"])) == own
+    )
     others = [
         config_digest(load_config(path, [change]))
         for change in (

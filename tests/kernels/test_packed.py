@@ -69,6 +69,36 @@ def test_a_weight_changed_in_place_is_packed_anew():
     assert torch.allclose(dx, dy @ layer.weight, atol=1e-5)
 
 
+def test_a_weight_changed_between_forward_and_backward_is_an_error():
+    layer, x = PackedLinear(frozen(20, 10)), torch.randn(4, 20, requires_grad=True)
+    y = layer(x)
+    layer.weight.mul_(3)
+    with pytest.raises(RuntimeError, match="changed in place"):
+        y.sum().backward()
+
+
+def test_data_put_in_the_place_of_a_weights_is_packed_anew():
+    layer, x = PackedLinear(frozen(20, 10)), torch.randn(4, 20)
+    layer(x)
+    layer.weight.data = torch.zeros(10, 20)
+    assert torch.equal(layer(x), layer.bias.expand(4, 10))
+
+
+@pytest.mark.parametrize("of_x", [True, False])
+@pytest.mark.parametrize("of_plus", [True, False])
+def test_what_is_added_in_the_same_pass_has_its_own_gradient(of_x, of_plus):
+    layer, dy = PackedLinear(frozen(20, 10)), torch.randn(3, 4, 10)
+    x = torch.randn(3, 4, 20, requires_grad=of_x)
+    plus = torch.randn(10, 4, 3).transpose(0, 2).requires_grad_(of_plus)
+    y = layer(x, plus)
+    assert torch.allclose(y, nn.functional.linear(x, layer.weight, layer.bias) + plus, atol=1e-5)
+    if of_x or of_plus:
+        y.backward(dy)
+    assert (x.grad is not None) == of_x and (plus.grad is not None) == of_plus
+    assert not of_x or torch.allclose(x.grad, dy @ layer.weight, atol=1e-5)
+    assert not of_plus or torch.equal(plus.grad, dy)
+
+
 def test_a_weight_put_in_the_place_of_another_is_packed_anew():
     layer, x = PackedLinear(frozen(20, 10)), torch.randn(4, 20)
     layer.weight = nn.Parameter(torch.ones(10, 20), requires_grad=False)

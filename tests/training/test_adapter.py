@@ -61,6 +61,14 @@ def test_a_disabled_adapter_is_pefts_own_business(tiny):
     assert not torch.allclose(base, losses(model).detach())
 
 
+def test_a_merged_adapter_counts_once(tiny):
+    model = load(tiny["bert"])
+    with torch.no_grad():
+        apart = losses(model)
+        model.peft_model.base_model.merge_adapter()
+        assert torch.allclose(losses(model), apart, rtol=1e-4, atol=1e-5)
+
+
 def clipped(model):
     return DirectEngine().clipped_sum(model.peft_model, model.trained, [lambda: losses(model)], 0.1)
 
