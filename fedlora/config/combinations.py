@@ -86,8 +86,7 @@ def _kernels(config: "RunConfig") -> Iterator[str]:
         yield f"model.kernels: onednn packs float32 weights on cores, not {dtype} on {device}; write kernels: auto"
     if config.model.gradient_checkpointing and config.runtime.cache_prefix:
         yield (
-            "model.gradient_checkpointing: recomputed layers would begin below the states of runtime.cache_prefix; "
-            "write false for one of them"
+            "model.gradient_checkpointing: cannot be combined with runtime.cache_prefix; write false for one of them"
         )
 
 

@@ -281,7 +281,7 @@ def test_a_dumped_config_loads_back_to_an_equal_one(tmp_path):
         ),
         (
             ["model.gradient_checkpointing=true", "runtime={kind: local, cache_prefix: true}"],
-            "recomputed layers would begin below the states of runtime.cache_prefix",
+            "cannot be combined with runtime.cache_prefix",
         ),
     ],
 )
