@@ -1,7 +1,8 @@
 """The nouns of fedlora: frozen values, no behaviour beyond validation.
 
 Shapes are (rows, columns). An adapted layer computes W x + scale * B (A x) with A (r, d_in) and B (d_out, r).
-B means nothing without its A, so everything shaped like B carries the number of its basis.
+B means nothing without its A, so everything shaped like B carries the number of its basis. Where a frozen left frame
+stands before it, B is a core: W x + scale * L (B (A x)) with L (d_out, k) and B (k, r); nothing else changes.
 """
 
 from __future__ import annotations
@@ -26,15 +27,20 @@ FRAME = -1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Factors:
-    """One adapted site."""
+    """One adapted site. left: the frozen frame before a core, with orthonormal columns; None before a whole B."""
 
     a: Tensor
     b: Tensor
+    left: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.a.ndim != 2 or self.b.ndim != 2 or self.a.shape[0] != self.b.shape[1]:
             raise ShapeError(
                 f"a {tuple(self.a.shape)} and b {tuple(self.b.shape)} share no rank; need (r, n) and (m, r)"
+            )
+        if self.left is not None and (self.left.ndim != 2 or self.left.shape[1] != self.b.shape[0]):
+            raise ShapeError(
+                f"left {tuple(self.left.shape)} and core {tuple(self.b.shape)} share no rank; need (m, k) and (k, r)"
             )
 
 
@@ -50,7 +56,7 @@ class Adapters:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Delta:
-    """A change of B, (d_out, r) a site, in one basis; and of the head, which has none."""
+    """A change of B, (d_out, r) or, of a core, (k, r) a site, in one basis; and of the head, which has none."""
 
     basis: int
     sites: Mapping[Site, Tensor]

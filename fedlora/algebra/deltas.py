@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from fedlora.errors import ShapeError
-from fedlora.values import FRAME, Adapters, Delta, Factors, Gauges
+from fedlora.values import FRAME, Adapters, Delta, Gauges
 
 
 def zeros_like(adapters: Adapters) -> Delta:
-    """No change: zeros shaped like every b, (d_out, r), and every head tensor, in the adapters' basis."""
+    """No change: zeros shaped like every b, and every head tensor, in the adapters' basis."""
     return Delta(
         basis=adapters.basis,
         sites={site: torch.zeros_like(adapters.sites[site].b) for site in sorted(adapters.sites)},
@@ -81,9 +81,7 @@ def applied(adapters: Adapters, delta: Delta) -> Adapters:
     """
     delta.require_basis(adapters.basis)
     moved = _summed({site: factors.b for site, factors in adapters.sites.items()}, delta.sites, 1.0)
-    sites = {
-        site: Factors(a=adapters.sites[site].a, b=b.to(adapters.sites[site].b)) for site, b in moved.items()
-    }
+    sites = {site: replace(adapters.sites[site], b=b.to(adapters.sites[site].b)) for site, b in moved.items()}
     head = _summed(adapters.head, delta.head, 1.0)
     return replace(adapters, sites=sites, head={name: head[name].to(adapters.head[name]) for name in head})
 

@@ -92,6 +92,14 @@ def refactorise(a: Tensor, b: Tensor) -> Refactored:
     )
 
 
+def whole(factors: Factors) -> Factors:
+    """The same product with no left frame: b is left @ core, (d_out, r)."""
+    if factors.left is None:
+        return factors
+    b = (factors.left.double() @ factors.b.double()).to(factors.b.dtype)
+    return Factors(a=factors.a, b=b)
+
+
 def merge(weight: Tensor, factors: Factors, scale: float) -> Tensor:
     """weight + scale * b @ a, in the dtype of weight.
 
@@ -103,6 +111,7 @@ def merge(weight: Tensor, factors: Factors, scale: float) -> Tensor:
     Raises:
         ShapeError: the product is not shaped like weight.
     """
+    factors = whole(factors)
     shape = (factors.b.shape[0], factors.a.shape[1])
     if tuple(weight.shape) != shape:
         raise ShapeError(

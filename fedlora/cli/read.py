@@ -89,13 +89,16 @@ def evaluate(
 
     loaded = load_config(config, overrides or [])
     from fedlora.cli.progress import watching
-    from fedlora.export.peft_directory import load_adapter
+    from fedlora.export.peft_directory import load_adapter, peft_lora
     from fedlora.export.words import number, score
     from fedlora.runtime import scoring
 
     with located(config, overrides or []), only_ours(), watching() as listener:
+        is_run = (path / "config.yaml").exists()
+        if not is_run:
+            loaded = loaded.model_copy(update={"lora": peft_lora(loaded.lora)})
         prepared = scoring.prepared_for_scoring(loaded, listener)
-        if (path / "config.yaml").exists():
+        if is_run:
             scoring.load_run(path, prepared)
         else:
             load_adapter(path, prepared.model, prepared.clients.classes)

@@ -69,6 +69,10 @@ def _method(config: "RunConfig") -> Iterator[str]:
     if config.method.name == "fedavg" and config.lora.init != "kaiming":
         yield f"lora.init: {config.lora.init}, but fedavg keeps the A that PEFT draws; write kaiming, or name: ffa"
 
+    trained = "core" if config.method.name == "fedsb" else "b"
+    if config.lora.trains != trained:
+        yield f"lora.trains: {config.lora.trains}, but {config.method.name} trains the {trained}; write {trained}"
+
 
 def _runtime(config: "RunConfig") -> Iterator[str]:
     if config.runtime.address is not None and config.runtime.kind != "ray":

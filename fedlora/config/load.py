@@ -87,6 +87,8 @@ def _computed(config: RunConfig) -> dict[str, Any]:
         del values["federation"]["enough"]  # a run of before there was such a key stays the same
     if values["world"] is None:
         del values["world"]  # likewise
+    if values["lora"]["trains"] == "b":
+        del values["lora"]["trains"]  # likewise
     return values
 
 

@@ -64,9 +64,14 @@ class Lora(Section):
     """Names of the linear layers to adapt, matched at the end of the module path."""
     layers_to_transform: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] | None = None
     """Only these; null: all. Fewer trained numbers carry less noise, layers below are not back-propagated."""
-    init: Literal["orthonormal", "centred", "kaiming"] = "orthonormal"
-    """The first A: orthonormal rows; the same, but orthogonal to the site's mean input over public text, a large
-    component that carries nothing and dominates gradients (centred); or Kaiming-uniform as PEFT draws it."""
+    init: Literal["orthonormal", "centred", "kaiming", "principal", "activations"] = "orthonormal"
+    """The first A, always from what is public. orthonormal: random orthonormal rows; centred: the same, but orthogonal
+    to the site's mean input over public text, a large component that carries nothing and dominates gradients; kaiming:
+    uniform as PEFT draws it; principal: the frozen weight's first right singular vectors, PiSSA's subspace at unit
+    scale; activations: the directions in which inputs vary most over public text, as EVA."""
+    trains: Literal["b", "core"] = "b"
+    """What of an adapter is trained and sent: B, d_out x r numbers a site; or an r x r core between A and a frozen
+    orthonormal left frame, B = left core (LoRA-XS, Fed-SB), which carries less noise and affords a larger r."""
 
 
 class Iid(Section):
@@ -250,6 +255,15 @@ class Ffa(Section):
     stale: Stale = Stale(beta=0.0)
 
 
+class FedSb(Section):
+    """Fed-SB (arXiv 2502.15436): an r x r core between A and a left frame, both frozen, is averaged."""
+
+    name: Literal["fedsb"]
+    left: Literal["orthonormal", "principal"] = "principal"
+    """The left frame: random orthonormal columns, or the frozen weight's first left singular vectors."""
+    stale: Stale = Stale(beta=0.0)
+
+
 class FedAvg(Section):
     """Plain federated LoRA: A stays as PEFT draws it (Kaiming), B is averaged, nothing is refactorised."""
 
@@ -257,7 +271,7 @@ class FedAvg(Section):
     stale: Stale = Stale(beta=0.0)
 
 
-Method = Annotated[FedSvd | Ffa | FedAvg, Field(discriminator="name")]
+Method = Annotated[FedSvd | Ffa | FedSb | FedAvg, Field(discriminator="name")]
 
 
 class PrivateRuns(Section):

@@ -158,8 +158,9 @@ class DeployedNode:
         except ShapeError as error:
             return str(error)
         # The model's own type: what was finite in a wider one may be so no more.
-        loaded = [t for pair in self._model.factors().values() for t in pair]
-        if not all(bool(torch.isfinite(tensor).all()) for tensor in [*loaded, *self._model.head().values()]):
+        model = self._model
+        loaded = [*(t for pair in model.factors().values() for t in pair), *model.left.values()]
+        if not all(bool(torch.isfinite(tensor).all()) for tensor in [*loaded, *model.head().values()]):
             return "adapters with numbers that are not finite"
         return None
 

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from fedlora.algebra.factors import whole
+from fedlora.config import schema
 from fedlora.config.schema import RunConfig
 from fedlora.errors import ConfigError, FedLoraError
 from fedlora.export.card import model_card
@@ -58,8 +61,8 @@ def write_adapter(
     """
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise ConfigError(f"{directory} is there already and is left alone; name a directory that is not")
-    model = load_model(config.model, config.task, config.lora, classes, config.seed)
-    model.load(adapters)
+    model = load_model(config.model, config.task, peft_lora(config.lora), classes, config.seed)
+    model.load(replace(adapters, sites={site: whole(factors) for site, factors in adapters.sites.items()}))
     aside = directory.with_name(f".{directory.name}.part")
     try:
         shutil.rmtree(aside, ignore_errors=True)
@@ -74,12 +77,17 @@ def write_adapter(
     return directory
 
 
+def peft_lora(lora_cfg: schema.Lora) -> schema.Lora:
+    """The adapter as PEFT has it, with a whole B: what an export holds, whatever of it was trained."""
+    return lora_cfg.model_copy(update={"trains": "b"})
+
+
 def load_adapter(directory: Path, model: AdaptedModel, classes: tuple[str, ...]) -> None:
     """The model computes with the adapter and head that a PEFT directory holds.
 
     Args:
         directory: as `write_adapter` left it, or any LoRA that PEFT saved for the same layers.
-        model: changed in place.
+        model: changed in place; of a config whose `lora` is a `peft_lora`.
         classes: those of the data, compared with the ones the adapter was trained for.
 
     Raises:

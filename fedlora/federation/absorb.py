@@ -15,11 +15,11 @@ from fedlora.config import schema
 from fedlora.errors import ConfigError, IncompleteError
 from fedlora.federation.gather import Gathered
 from fedlora.methods import Method
+from fedlora.methods.subspace import Public
 from fedlora.values import (
     FRAME,
     Adapters,
     Delta,
-    Factors,
     Gauges,
     RoundReport,
     ServerState,
@@ -43,7 +43,7 @@ def start(
     method: Method,
     seed: int,
     dtype: torch.dtype,
-    mean_inputs: Mapping[Site, Tensor] | None = None,
+    public: Mapping[Site, Public] | None = None,
 ) -> ServerState:
     """The state before the first round: basis 0, B zero, nothing remembered, the frame spanning the first A.
 
@@ -53,10 +53,10 @@ def start(
         shapes: (d_out, d_in) of each adapted site.
         head: starting values of a trained head; empty if there is none.
         lora_cfg: `r` and `lora_alpha` are read.
-        method: draws the first A.
+        method: its subspace gives the first factors.
         seed: of the run.
         dtype: of every tensor of the state.
-        mean_inputs: (d_in,) of each site over public text, for `lora.init: centred`.
+        public: of each site, what the method's subspace looks at.
 
     Raises:
         ConfigError: lora.r exceeds a side of a site.
@@ -68,11 +68,8 @@ def start(
                 f"lora.r {r} exceeds a side of {site!r}, {tuple(shape)}; lower it to {min(shape)} or less"
             )
     sites = {
-        site: Factors(
-            a=method.subspace.first_a(site, (r, d_in), seed, dtype, (mean_inputs or {}).get(site)),
-            b=torch.zeros(d_out, r, dtype=dtype),
-        )
-        for site, (d_out, d_in) in sorted(shapes.items())
+        site: method.subspace.first(site, shape, r, seed, dtype, (public or {}).get(site))
+        for site, shape in sorted(shapes.items())
     }
     first_head = {name: tensor.to(dtype) for name, tensor in sorted(head.items())}
     adapters = Adapters(basis=0, scale=lora_cfg.lora_alpha / r, sites=sites, head=first_head)

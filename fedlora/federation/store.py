@@ -19,13 +19,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fedlora.algebra.digest import digest, named_tensors
+from fedlora.algebra.digest import adapters_of, digest, named_tensors, under
 from fedlora.disk import append_durably, fsync, whole_lines, write_durably
 from fedlora.errors import ConfigError, IncompleteError
 from fedlora.federation.absorb import Absorbed, forget
 from fedlora.federation.memory import StaleMemory
 from fedlora.federation.record import Kept
-from fedlora.values import FRAME, Adapters, Delta, Factors, Gauges, RoundPlan, ServerState
+from fedlora.values import FRAME, Delta, Gauges, RoundPlan, ServerState
 
 log = logging.getLogger(__name__)
 
@@ -193,17 +193,11 @@ class Store:
                 f"{path} belongs to run {words['run']}, config.yaml says {self.run}: it was changed since; restore it"
             )
         tensors = load_file(path / "state.safetensors")
-        a, b = _under(tensors, "a:"), _under(tensors, "b:")
         state = ServerState(
             round=words["round"],
-            adapters=Adapters(
-                basis=words["basis"],
-                scale=words["scale"],
-                sites={site: Factors(a=a[site], b=b[site]) for site in a},
-                head=_under(tensors, "head:"),
-            ),
-            frame=_under(tensors, "frame:"),
-            gauges=tuple(Gauges(basis=n, sites=_under(tensors, f"gauge:{n}:")) for n in words["gauges"]),
+            adapters=adapters_of(tensors, basis=words["basis"], scale=words["scale"]),
+            frame=under(tensors, "frame:"),
+            gauges=tuple(Gauges(basis=n, sites=under(tensors, f"gauge:{n}:")) for n in words["gauges"]),
             memory=_delta(tensors, "memory:"),
             remembered=words["remembered"],
         )
@@ -239,14 +233,8 @@ def _delta_tensors(delta: Delta, prefix: str = "") -> dict[str, Tensor]:
     return tensors | {f"{prefix}head:{name}": value.contiguous() for name, value in delta.head.items()}
 
 
-def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {
-        name[len(prefix) :]: tensor for name, tensor in sorted(tensors.items()) if name.startswith(prefix)
-    }
-
-
 def _delta(tensors: Mapping[str, Tensor], prefix: str) -> Delta:
-    return Delta(basis=FRAME, sites=_under(tensors, f"{prefix}b:"), head=_under(tensors, f"{prefix}head:"))
+    return Delta(basis=FRAME, sites=under(tensors, f"{prefix}b:"), head=under(tensors, f"{prefix}head:"))
 
 
 def _state_tensors(state: ServerState) -> dict[str, Tensor]:

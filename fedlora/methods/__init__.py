@@ -4,6 +4,7 @@ from typing import assert_never
 
 from fedlora.config import schema
 from fedlora.methods.fedavg import fedavg
+from fedlora.methods.fedsb import fedsb
 from fedlora.methods.fedsvd import fedsvd
 from fedlora.methods.ffa import ffa
 from fedlora.methods.method import Method
@@ -18,6 +19,8 @@ def build(method_cfg: schema.Method, lora_cfg: schema.Lora) -> Method:
             return fedsvd(method_cfg, lora_cfg)
         case schema.Ffa():
             return ffa(method_cfg, lora_cfg)
+        case schema.FedSb():
+            return fedsb(method_cfg, lora_cfg)
         case schema.FedAvg():
             return fedavg(method_cfg, lora_cfg)
         case _:

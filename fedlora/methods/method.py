@@ -11,12 +11,13 @@ from fedlora.methods.subspace import Subspace
 class Method:
     """A published method as three parts.
 
-    trains: the factor a client trains and sends; "b" while A stays where the server put it.
+    trains: what a client trains and sends: B, or the core between A and a frozen left frame. A and the frame stay
+        where the server put them, so the mean of what is sent is exactly the mean of the changes of the model.
     subspace: where A comes from and how it moves.
     mixing: how updates become one.
     """
 
     name: str
-    trains: Literal["b"]
+    trains: Literal["b", "core"]
     subspace: Subspace
     mixing: Mixing

@@ -4,15 +4,16 @@ from fedlora.code_digest import code_digest
 from fedlora.config.schema import RunConfig
 from fedlora.federation.absorb import start
 from fedlora.methods import Method
+from fedlora.methods.subspace import Public, Subspace
 from fedlora.training.checkpoints import weights_digest
 from fedlora.training.load import load_tokenizer
 from fedlora.training.model import AdaptedModel
-from fedlora.values import Origin, ServerState
+from fedlora.training.public import input_directions, mean_inputs, weight_directions
+from fedlora.values import Origin, ServerState, Site
 
 
 def first_state(config: RunConfig, model: AdaptedModel, method: Method) -> ServerState:
     """The zero-step state: B = 0, the head as the model has it, A as the method draws it."""
-    centred = method.subspace.init == "centred"
     return start(
         model.shapes(),
         head=model.head(),
@@ -20,8 +21,30 @@ def first_state(config: RunConfig, model: AdaptedModel, method: Method) -> Serve
         method=method,
         seed=config.seed,
         dtype=next(iter(model.trained.values())).dtype,
-        mean_inputs=model.mean_inputs(load_tokenizer(config.model.name)) if centred else None,
+        public=public_facts(config, model, method.subspace),
     )
+
+
+def public_facts(config: RunConfig, model: AdaptedModel, subspace: Subspace) -> dict[Site, Public]:
+    """Of each site, what the subspace looks at."""
+    layers, r = model.layers(), config.lora.r
+    weights = weight_directions(layers, r) if "principal" in (subspace.init, subspace.left) else {}
+    means, inputs = {}, {}
+    if subspace.init in ("centred", "activations"):
+        tokenizer = load_tokenizer(config.model.name)
+        if subspace.init == "centred":
+            means = mean_inputs(model.peft_model, layers, tokenizer)
+        else:
+            inputs = input_directions(model.peft_model, layers, tokenizer, r)
+    return {
+        site: Public(
+            mean_input=means.get(site),
+            input_rows=inputs.get(site),
+            weight_columns=weights[site][0] if weights else None,
+            weight_rows=weights[site][1] if weights else None,
+        )
+        for site in layers
+    }
 
 
 def origin(config: RunConfig, run: str) -> Origin:

@@ -14,13 +14,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fedlora.algebra.digest import adapters_of, named_tensors
 from fedlora.algebra.flat import Layout
 from fedlora.errors import ShapeError
 from fedlora.values import (
-    Adapters,
     ClientUpdate,
     DpEvent,
-    Factors,
     LocalWork,
     Refusal,
     RefusalReason,
@@ -40,14 +39,13 @@ def pack_request(request: TrainRequest) -> Parcel:
         ShapeError: adapters of more than one number type.
     """
     adapters = request.adapters
-    tensors = [side for _, factors in sorted(adapters.sites.items()) for side in (factors.a, factors.b)]
-    tensors += [tensor for _, tensor in sorted(adapters.head.items())]
+    named = named_tensors(adapters)
+    tensors = list(named.values())
     words = {
         "named": (request.run, request.base_model, request.code, request.round),
         "work": (request.work.steps, request.work.learning_rate),
         "adapters": (adapters.basis, adapters.scale),
-        "sites": sorted(adapters.sites),
-        "head": sorted(adapters.head),
+        "names": list(named),
         "shapes": [tuple(tensor.shape) for tensor in tensors],
     }
     _require_one_type(tensors)
@@ -60,18 +58,18 @@ def unpack_request(parcel: Parcel) -> TrainRequest:
     words, numbers = parcel
     flat = torch.from_numpy(numbers.copy())
     sizes = [torch.Size(shape).numel() for shape in words["shapes"]]
-    tensors = (part.view(shape) for part, shape in zip(flat.split(sizes), words["shapes"], strict=True))
+    parts = zip(words["names"], flat.split(sizes), words["shapes"], strict=True)
     run, base_model, code, number = words["named"]
     steps, learning_rate = words["work"]
     basis, scale = words["adapters"]
-    sites = {site: Factors(a=next(tensors), b=next(tensors)) for site in words["sites"]}
-    head = {name: next(tensors) for name in words["head"]}
     return TrainRequest(
         run=run,
         base_model=base_model,
         code=code,
         round=number,
-        adapters=Adapters(basis=basis, scale=scale, sites=sites, head=head),
+        adapters=adapters_of(
+            {name: part.view(shape) for name, part, shape in parts}, basis=basis, scale=scale
+        ),
         work=LocalWork(steps=steps, learning_rate=learning_rate),
     )
 

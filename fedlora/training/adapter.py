@@ -2,15 +2,36 @@
 
 from types import MethodType
 
+import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from fedlora.kernels.packed import PackedLinear
 from fedlora.training.model import ADAPTER
 
+LEFT = "lora_left"
+"""Attribute of an adapted layer: the frozen frame (d_out, r) before its core."""
+
+
+def train_core(layer: LoraLayer) -> Tensor:
+    """`layer`'s B is an r x r core from here on, zero like B, before it a left frame (d_out, r), which is returned.
+
+    The core is a linear layer like B, so all that trains, clips and stacks a B takes it as it is.
+    """
+    up = layer.lora_B[ADAPTER]
+    assert isinstance(up, nn.Linear)
+    core = nn.Linear(
+        up.in_features, up.in_features, bias=False, device=up.weight.device, dtype=up.weight.dtype
+    )
+    nn.init.zeros_(core.weight)
+    layer.lora_B[ADAPTER] = core
+    assert isinstance(layer, nn.Module)  # every LoRA layer of PEFT's is one
+    layer.register_buffer(LEFT, torch.zeros_like(up.weight), persistent=False)
+    return layer.get_buffer(LEFT)
+
 
 def scale_low(layer: LoraLayer) -> None:
-    """`layer` computes W x + B (scale A x), where PEFT computes W x + scale (B A x).
+    """`layer` computes W x + B (scale A x), where PEFT computes W x + scale (B A x); with a left frame, L of it.
 
     So the scaling touches r numbers a token, not d_out, and the sum is formed in the place of W x, or in its pass.
     There is one adapter, no dropout, and nothing is ever merged; whatever else PEFT is asked for, it does itself.
@@ -24,6 +45,8 @@ def _forward(layer: LoraLayer, x: Tensor, *args: object, **kwargs: object) -> Te
     down, up, base = layer.lora_A[ADAPTER], layer.lora_B[ADAPTER], layer.base_layer
     assert isinstance(down, nn.Linear)
     low = up(down(x.to(down.weight.dtype)) * layer.scaling[ADAPTER])
+    if (left := getattr(layer, LEFT, None)) is not None:
+        low = low @ left.T
     if isinstance(base, PackedLinear) and low.dtype == x.dtype:
         return base(x, low)
     y = base(x)

@@ -17,7 +17,7 @@ from fedlora.config import schema
 from fedlora.errors import ModelError
 from fedlora.kernels.packed import available, pack_frozen
 from fedlora.seeds import seed_for
-from fedlora.training.adapter import scale_low
+from fedlora.training.adapter import scale_low, train_core
 from fedlora.training.checkpoints import load_base, locate, quiet
 from fedlora.training.model import ADAPTER, LORA_B, AdaptedModel, transformer_of
 from fedlora.training.public import make_identity_pooler
@@ -65,6 +65,7 @@ def load_model(
         peft_model = _injected(model, lora_cfg, saved, isinstance(task_cfg, schema.CausalLm))
     layers = _lora_layers(peft_model)
     _require_linear(layers, lora_cfg.r)
+    left = {site: train_core(layer) for site, layer in layers.items()} if lora_cfg.trains == "core" else {}
     model.config.use_cache = False  # nothing is generated while training
     trained = _only_trained(peft_model, layers, head if trained_head else {})
     for layer in layers.values():
@@ -79,6 +80,7 @@ def load_model(
         sites=tuple(layers),
         scale=lora_cfg.lora_alpha / lora_cfg.r,
         live={site: (_weight(layer.lora_A), _weight(layer.lora_B)) for site, layer in layers.items()},
+        left=left,
         trained=trained,
         causal=isinstance(task_cfg, schema.CausalLm),
         pad_token=model.config.pad_token_id,

@@ -7,10 +7,8 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
 
 from fedlora.errors import ShapeError
-from fedlora.training.public import mean_inputs
 from fedlora.values import Adapters, Delta, Site
 
 ADAPTER = "default"  # PEFT's name for the one adapter that a model here has
@@ -23,7 +21,8 @@ class AdaptedModel:
     """One process's copy of the model. Its weights change in place by `load` and by whoever steps `trained`.
 
     sites: adapted modules, sorted, named as in the base model. scale: lora_alpha / r.
-    live: the A (r, d_in) and the B (d_out, r) of every site that the model computes with.
+    live: the A (r, d_in) and the B (d_out, r) of every site that the model computes with; a core's B is (r, r).
+    left: the frozen left frame (d_out, r) of every site whose core is trained.
     trained: the parameters that require a gradient, by name: `<site>.lora_B`, and the head's own names.
     causal: a language model, not a classifier. pad_token: what fills short rows up; masked, so never learned.
     """
@@ -32,6 +31,7 @@ class AdaptedModel:
     sites: tuple[Site, ...]
     scale: float
     live: Mapping[Site, tuple[nn.Parameter, nn.Parameter]]
+    left: Mapping[Site, Tensor]
     trained: Mapping[str, nn.Parameter]
     causal: bool
     pad_token: int
@@ -47,14 +47,15 @@ class AdaptedModel:
 
     def shapes(self) -> dict[Site, tuple[int, int]]:
         """(d_out, d_in) of every site."""
-        return {site: (b.shape[0], a.shape[1]) for site, (a, b) in self.factors().items()}
+        return {
+            site: (self.left[site].shape[0] if site in self.left else b.shape[0], a.shape[1])
+            for site, (a, b) in self.factors().items()
+        }
 
-    def mean_inputs(self, tokenizer: PreTrainedTokenizerBase) -> dict[Site, Tensor]:
-        """The mean input (d_in,) of every site over public text; see `training.public`."""
+    def layers(self) -> dict[Site, nn.Module]:
+        """The adapted layer of every site, as it stands in the model."""
         base = transformer_of(self.peft_model)
-        return mean_inputs(
-            self.peft_model, {site: base.get_submodule(site) for site in self.sites}, tokenizer
-        )
+        return {site: base.get_submodule(site) for site in self.sites}
 
     def head(self) -> dict[str, Tensor]:
         """Clones of the head's trained tensors; empty where the head is frozen or there is none."""
@@ -62,7 +63,7 @@ class AdaptedModel:
 
     @torch.no_grad()
     def load(self, adapters: Adapters) -> None:
-        """The model computes with `adapters` from here on: A, B and head are copied in.
+        """The model computes with `adapters` from here on: A, B, left frames and head are copied in.
 
         Raises:
             ShapeError: other sites, head tensors, shapes or another scale than this model has; nothing was
@@ -75,6 +76,9 @@ class AdaptedModel:
         _require_names("sites", adapters.sites, live)
         for site, (a, b) in live.items():
             pairs += [(f"{site} a", a, adapters.sites[site].a), (f"{site} b", b, adapters.sites[site].b)]
+        left = {site: factors.left for site, factors in adapters.sites.items() if factors.left is not None}
+        _require_names("left frames", left, self.left)
+        pairs += [(f"{site} left", frame, left[site]) for site, frame in self.left.items()]
         head = {name: p for name, p in self.trained.items() if not name.endswith(LORA_B)}
         _require_names("head tensors", adapters.head, head)
         pairs += [(name, parameter, adapters.head[name]) for name, parameter in head.items()]

@@ -8,8 +8,10 @@ words of the vocabulary show it as well as any text: the pooler of a classifier,
 from collections.abc import Callable, Mapping
 
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
 
 from fedlora.errors import ModelError
 
@@ -57,16 +59,68 @@ def make_identity_pooler(model: PreTrainedModel, tokenizer: PreTrainedTokenizerB
     return f"{path}.weight", f"{path}.bias"
 
 
-@torch.no_grad()
 def mean_inputs(
     model: nn.Module, layers: Mapping[str, nn.Module], tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, Tensor]:
     """The mean input (d_in,) of each of `layers` over all tokens of the public rows, float64."""
-    means: dict[str, Tensor] = {}
+    return _of_inputs(model, layers, tokenizer, lambda inputs: inputs.mean(dim=0))
+
+
+def input_directions(
+    model: nn.Module, layers: Mapping[str, nn.Module], tokenizer: PreTrainedTokenizerBase, r: int
+) -> dict[str, Tensor]:
+    """Orthonormal rows (r, d_in) along which the inputs of each of `layers` vary most over the public rows.
+
+    Float64, the strongest first: EVA (arXiv 2410.07170), less the mean, on public text only.
+    """
+
+    def strongest(inputs: Tensor) -> Tensor:
+        centred = inputs - inputs.mean(dim=0)
+        return _leading(torch.linalg.eigh(centred.T @ centred).eigenvectors.flip(1).T, r)
+
+    return _of_inputs(model, layers, tokenizer, strongest)
+
+
+def weight_directions(layers: Mapping[str, nn.Module], r: int) -> dict[str, tuple[Tensor, Tensor]]:
+    """The first r left (r, d_out) and right (r, d_in) singular vectors of each frozen weight, float64, as rows.
+
+    PiSSA's subspace (arXiv 2404.02948) at unit scale: the weight itself is left alone.
+    """
+    found = {}
+    for name, layer in layers.items():
+        u, _, v = torch.linalg.svd(_frozen_weight(layer).double(), full_matrices=False)
+        found[name] = _leading(u.T, r), _leading(v, r)
+    return found
+
+
+def _frozen_weight(layer: nn.Module) -> Tensor:
+    """(d_out, d_in) of the layer that an adapter stands beside."""
+    base = layer.get_base_layer() if isinstance(layer, LoraLayer) else layer
+    weight = base.weight
+    assert isinstance(weight, Tensor)
+    return weight.detach().T if isinstance(base, Conv1D) else weight.detach()
+
+
+def _leading(rows: Tensor, r: int) -> Tensor:
+    """The first r rows; the sign that a decomposition leaves open makes the largest entry of each positive."""
+    first = rows[:r]
+    largest = first.gather(1, first.abs().argmax(dim=1, keepdim=True))
+    return first * largest.sign()
+
+
+@torch.no_grad()
+def _of_inputs(
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    tokenizer: PreTrainedTokenizerBase,
+    function: Callable[[Tensor], Tensor],
+) -> dict[str, Tensor]:
+    """What `function` makes of each layer's inputs (tokens, d_in), float64, over the public rows."""
+    found: dict[str, Tensor] = {}
 
     def keeping(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def keep(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            means[name] = inputs[0].double().flatten(0, -2).mean(dim=0)
+            found[name] = function(inputs[0].double().flatten(0, -2))
 
         return keep
 
@@ -76,4 +130,4 @@ def mean_inputs(
     finally:
         for handle in handles:
             handle.remove()
-    return means
+    return found

@@ -17,15 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedlora.algebra.digest import named_tensors
+from fedlora.algebra.digest import adapters_of, named_tensors, under
 from fedlora.errors import ShapeError, WireError
 from fedlora.transport import FRAME_VERSION, QUOTED
 from fedlora.values import (
-    Adapters,
     ClientUpdate,
     Delta,
     DpEvent,
-    Factors,
     LocalWork,
     Refusal,
     RefusalReason,
@@ -66,18 +64,12 @@ def decode_request(frame: bytes) -> TrainRequest:
     """The request in `frame`; WireError when it is anything else."""
     header, tensors = _decode(frame, "request")
     with _Strict("request"):
-        sites = sorted({name[2:] for name in tensors if name[:2] in ("a:", "b:")})
         request = TrainRequest(
             run=_text(header["run"]),
             base_model=_text(header["base_model"]),
             code=_text(header["code"]),
             round=_whole(header["round"]),
-            adapters=Adapters(
-                basis=_whole(header["basis"]),
-                scale=_number(header["scale"]),
-                sites={site: Factors(a=tensors[f"a:{site}"], b=tensors[f"b:{site}"]) for site in sites},
-                head=_named(tensors, "head:"),
-            ),
+            adapters=adapters_of(tensors, basis=_whole(header["basis"]), scale=_number(header["scale"])),
             work=LocalWork(steps=_whole(header["steps"]), learning_rate=_number(header["learning_rate"])),
         )
         _require_the_one_way(frame, encode_request(request))
@@ -115,7 +107,7 @@ def _refusal(header: dict[str, Any]) -> Refusal:
 
 
 def _update(header: dict[str, Any], tensors: Mapping[str, Tensor]) -> ClientUpdate:
-    basis, sites, head = _whole(header["basis"]), _named(tensors, "b:"), _named(tensors, "head:")
+    basis, sites, head = _whole(header["basis"]), under(tensors, "b:"), under(tensors, "head:")
     return ClientUpdate(
         client=_text(header["client"]),
         run=_text(header["run"]),
@@ -196,10 +188,6 @@ def _number(value: object) -> float:
     if not math.isfinite(value):
         raise ValueError(f"{value!r} is not finite")
     return float(value)
-
-
-def _named(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def _encode(header: dict[str, Any], tensors: Mapping[str, Tensor]) -> bytes:

@@ -60,7 +60,7 @@ MISTAKES = [
         "  name: fedsdv",
         "  name: fedsvd",
         "method.name",
-        "write fedsvd (allowed: fedsvd, ffa, fedavg)",
+        "write fedsvd (allowed: fedsvd, ffa, fedsb, fedavg)",
     ),
     (
         "  name: fedsvd",

@@ -1,4 +1,4 @@
-"""Methods: three published names, one set of parts."""
+"""Methods: published names, one set of parts."""
 
 import math
 
@@ -6,10 +6,12 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from fedlora.algebra.factors import orthonormalise
 from fedlora.config import schema
+from fedlora.errors import ShapeError
 from fedlora.methods import build
 from fedlora.methods.mixing import Mixing
-from fedlora.methods.subspace import Subspace
+from fedlora.methods.subspace import Public, Subspace
 from fedlora.values import Adapters, Factors, RoundPlan
 
 
@@ -23,7 +25,7 @@ def adapters(init="kaiming"):
     subspace = Subspace(init=init, refactor_every=None)
     sites = {
         site: Factors(
-            a=subspace.first_a(site, (4, 16), 7, torch.float64),
+            a=subspace.first(site, (9, 16), 4, 7, torch.float64).a,
             b=torch.randn(9, 4, generator=generator, dtype=torch.float64),
         )
         for site in ("x", "y")
@@ -55,18 +57,18 @@ def test_fedavg_is_ffa_with_pefts_a():
 @pytest.mark.parametrize("init", ["orthonormal", "kaiming"])
 def test_the_first_a_depends_on_seed_and_site_alone(init):
     subspace = Subspace(init=init, refactor_every=1)
-    first = subspace.first_a("x", (4, 16), 7, torch.float64)
+    first = subspace.first("x", (16, 16), 4, 7, torch.float64).a
     torch.rand(5)  # the ambient generator plays no part
-    assert torch.equal(subspace.first_a("x", (4, 16), 7, torch.float64), first)
-    assert not torch.equal(subspace.first_a("y", (4, 16), 7, torch.float64), first)
-    assert not torch.equal(subspace.first_a("x", (4, 16), 8, torch.float64), first)
-    assert torch.equal(subspace.first_a("x", (4, 16), 7, torch.float32), first.float())
+    assert torch.equal(subspace.first("x", (16, 16), 4, 7, torch.float64).a, first)
+    assert not torch.equal(subspace.first("y", (16, 16), 4, 7, torch.float64).a, first)
+    assert not torch.equal(subspace.first("x", (16, 16), 4, 8, torch.float64).a, first)
+    assert torch.equal(subspace.first("x", (16, 16), 4, 7, torch.float32).a, first.float())
 
 
 def test_the_first_a_has_the_law_it_is_named_after():
     n = 1024
     orthonormal, kaiming = (
-        Subspace(init=init, refactor_every=None).first_a("x", (64, n), 1, torch.float64)
+        Subspace(init=init, refactor_every=None).first("x", (n, n), 64, 1, torch.float64).a
         for init in ("orthonormal", "kaiming")
     )
     assert_close(orthonormal @ orthonormal.T, torch.eye(64, dtype=torch.float64))
@@ -80,9 +82,54 @@ def test_the_first_a_is_bounded_as_peft_draws_it():
     generator = torch.Generator().manual_seed(0)
     drawn = torch.empty(8, 100)
     torch.nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=generator)
-    ours = Subspace(init="kaiming", refactor_every=None).first_a("x", (8, 100), 0, torch.float32)
+    ours = Subspace(init="kaiming", refactor_every=None).first("x", (100, 100), 8, 0, torch.float32).a
     assert_close(ours.std(), drawn.std(), rtol=0.1, atol=0)
     assert_close(ours.abs().max(), drawn.abs().max(), rtol=0.05, atol=0)
+
+
+def public(d_out, d_in, r):
+    draw = torch.Generator().manual_seed(3)
+    rows = {name: orthonormalise(torch.randn(r, d, generator=draw, dtype=torch.float64)).q
+            for name, d in (("input_rows", d_in), ("weight_rows", d_in), ("weight_columns", d_out))}  # fmt: skip
+    return Public(mean_input=torch.ones(d_in, dtype=torch.float64), **rows)
+
+
+def test_public_rows_are_taken_as_they_are():
+    known = public(9, 16, 4)
+    for init, rows in (("principal", known.weight_rows), ("activations", known.input_rows)):
+        first = Subspace(init=init, refactor_every=None).first("x", (9, 16), 4, 0, torch.float64, known)
+        assert torch.equal(first.a, rows)
+        assert torch.equal(first.b, torch.zeros(9, 4, dtype=torch.float64))
+        assert first.left is None
+
+
+@pytest.mark.parametrize("init", ["centred", "principal", "activations"])
+def test_what_is_not_known_of_a_site_is_an_error(init):
+    with pytest.raises(ShapeError, match=r"lower lora\.r"):
+        Subspace(init=init, refactor_every=None).first("x", (9, 16), 4, 0, torch.float64)
+    with pytest.raises(ShapeError, match=r"lower lora\.r"):
+        Subspace(init=init, refactor_every=None).first("x", (9, 20), 4, 0, torch.float64, public(9, 16, 3))
+
+
+@pytest.mark.parametrize("left", ["orthonormal", "principal"])
+def test_a_core_begins_at_zero_between_two_orthonormal_frames(left):
+    known = public(9, 16, 4)
+    subspace = Subspace(init="orthonormal", left=left, refactor_every=None)
+    first = subspace.first("x", (9, 16), 4, 7, torch.float64, known)
+    assert torch.equal(first.b, torch.zeros(4, 4, dtype=torch.float64))
+    assert_close(first.left.T @ first.left, torch.eye(4, dtype=torch.float64))
+    whole_b = Subspace(init="orthonormal", refactor_every=None).first("x", (9, 16), 4, 7, torch.float64)
+    assert torch.equal(first.a, whole_b.a)
+    if left == "principal":
+        assert torch.equal(first.left, known.weight_columns.T)
+    else:
+        assert not torch.equal(subspace.first("y", (9, 16), 4, 7, torch.float64, known).left, first.left)
+
+
+def test_fed_sb_trains_the_core_and_turns_nothing():
+    method = build(schema.FedSb(name="fedsb", left="orthonormal"), lora("principal"))
+    assert (method.name, method.trains, method.mixing) == ("fedsb", "core", Mixing(beta=0.0))
+    assert method.subspace == Subspace(init="principal", left="orthonormal", refactor_every=None)
 
 
 def test_a_fixed_subspace_is_the_very_same_object():

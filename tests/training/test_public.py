@@ -5,9 +5,9 @@ import torch
 
 from fedlora.config.schema import CausalLm, Classification, Lora, Model
 from fedlora.errors import ModelError
-from fedlora.methods.subspace import Subspace
+from fedlora.methods.subspace import Public, Subspace
 from fedlora.training.load import load_model, load_tokenizer
-from fedlora.training.public import public_rows
+from fedlora.training.public import input_directions, mean_inputs, public_rows, weight_directions
 
 LORA = Lora(r=2, lora_alpha=2, target_modules=["query", "value"])
 
@@ -53,14 +53,14 @@ def test_a_model_without_a_pooler_is_refused(tmp_path, tiny_encoder):
 
 def test_centred_rows_of_a_are_orthonormal_and_blind_to_the_mean_input(tiny_encoder):
     model = classifier(tiny_encoder)
-    means = model.mean_inputs(load_tokenizer(str(tiny_encoder)))
+    means = mean_inputs(model.peft_model, model.layers(), load_tokenizer(str(tiny_encoder)))
     assert set(means) == set(model.sites)
     subspace = Subspace(init="centred", refactor_every=1)
     for site, mean in means.items():
-        a = subspace.first_a(site, (2, 32), 5, torch.float64, mean)
+        a = subspace.first(site, (32, 32), 2, 5, torch.float64, Public(mean_input=mean)).a
         assert torch.allclose(a @ a.T, torch.eye(2, dtype=torch.float64), atol=1e-12)
         assert (a @ mean).abs().max() < 1e-12 * max(1.0, float(mean.norm()))
-        plain = Subspace(init="orthonormal", refactor_every=1).first_a(site, (2, 32), 5, torch.float64)
+        plain = Subspace(init="orthonormal", refactor_every=1).first(site, (32, 32), 2, 5, torch.float64).a
         assert (plain @ mean).abs().max() > 1e-3
 
 
@@ -70,9 +70,36 @@ def test_mean_inputs_are_what_the_layers_see(tiny_encoder):
         states = model.peft_model.base_model.model.bert(
             input_ids=public_rows(tokenizer), output_hidden_states=True
         ).hidden_states
-    means = model.mean_inputs(tokenizer)
+    means = mean_inputs(model.peft_model, model.layers(), tokenizer)
     site = "bert.encoder.layer.1.attention.self.query"
     assert torch.allclose(means[site], states[1].double().flatten(0, 1).mean(0), atol=1e-6)
+
+
+def test_input_directions_hold_most_of_what_inputs_vary_by(tiny_encoder):
+    model, tokenizer = classifier(tiny_encoder), load_tokenizer(str(tiny_encoder))
+    with torch.no_grad():
+        states = model.peft_model.base_model.model.bert(
+            input_ids=public_rows(tokenizer), output_hidden_states=True
+        ).hidden_states
+    found = input_directions(model.peft_model, model.layers(), tokenizer, 3)
+    for layer in (0, 1):
+        rows = found[f"bert.encoder.layer.{layer}.attention.self.query"]
+        inputs = states[layer].double().flatten(0, 1)
+        inputs = inputs - inputs.mean(dim=0)
+        assert torch.allclose(rows @ rows.T, torch.eye(3, dtype=torch.float64), atol=1e-9)
+        kept = (inputs @ rows.T).square().sum()
+        best = torch.linalg.svdvals(inputs)[:3].square().sum()  # Eckart and Young
+        assert torch.isclose(kept, best, rtol=1e-6)
+
+
+def test_weight_directions_are_the_best_rank_r_cut_of_the_frozen_weight(tiny_encoder):
+    model = classifier(tiny_encoder)
+    for site, (left, right) in weight_directions(model.layers(), 4).items():
+        weight = model.layers()[site].get_base_layer().weight.detach().double()
+        assert left.shape == right.shape == (4, 32)
+        cut = left.T @ (left @ weight @ right.T) @ right
+        tail = torch.linalg.svdvals(weight)[4:].square().sum().sqrt()
+        assert torch.isclose((weight - cut).norm(), tail, rtol=1e-9)
 
 
 def test_a_causal_model_has_public_rows_too(tmp_path, tiny_encoder):
@@ -91,6 +118,6 @@ def test_a_causal_model_has_public_rows_too(tmp_path, tiny_encoder):
     tokenizer.save_pretrained(tmp_path)
     lora = Lora(r=2, lora_alpha=2, target_modules=["q_proj"])
     model = load_model(Model(name=str(tmp_path)), CausalLm(kind="causal-lm"), lora, (), seed=1)
-    (mean,) = model.mean_inputs(tokenizer).values()
+    (mean,) = mean_inputs(model.peft_model, model.layers(), tokenizer).values()
     assert mean.shape == (16,)
     assert mean.isfinite().all()
