@@ -22,11 +22,16 @@ class Model(Section):
     """A Hugging Face id or a local directory."""
     dtype: Literal["float32", "float64", "bfloat16"] = "float32"
     """Of the frozen weights. Per-example gradients and their norms are float32 or wider anyway."""
+    quantization: Literal["none", "int8", "nf4"] = "none"
+    """Bits of the frozen linear layers inside the encoder or decoder: nf4, 4.5 a number (QLoRA's, without double
+    quantisation); int8, 8 (one scale a row). Products are in `dtype`; what passes through is never rounded, and B and
+    the head stay float32. The whole model is read first. Server and nodes must agree on it; exported adapters belong to
+    the base model as it was."""
     kernels: Literal["auto", "torch", "onednn", "triton"] = "auto"
     """What multiplies. torch: plain torch, on any device. onednn: frozen float32 weights in packed copies (two more a
-    weight), on x86 cores only, about twice as fast where MKL knows the core badly, as AMD's. triton: gradients, norms
-    and clipped sums by kernels of our own, on a GPU only. auto: whichever of them is there for the device. Final states
-    are comparable bit for bit at equal kernels only."""
+    weight; none of quantised ones), on x86 cores only, about twice as fast where MKL knows the core badly, as AMD's.
+    triton: gradients, norms and clipped sums by kernels of our own, on a GPU only. auto: whichever of them is there for
+    the device. Final states are comparable bit for bit at equal kernels only."""
     gradient_checkpointing: bool = False
     """Keeps no activations inside a layer, but computes them again in the backward pass: less memory, a third more
     time, the same gradients to rounding."""

@@ -4,7 +4,7 @@ from fedlora.code_digest import code_digest
 from fedlora.config.schema import RunConfig
 from fedlora.federation.absorb import start
 from fedlora.methods import Method
-from fedlora.training.checkpoints import weights_digest
+from fedlora.training.checkpoints import base_digest
 from fedlora.training.load import load_tokenizer
 from fedlora.training.model import AdaptedModel
 from fedlora.values import Origin, ServerState
@@ -26,4 +26,4 @@ def first_state(config: RunConfig, model: AdaptedModel, method: Method) -> Serve
 
 def origin(config: RunConfig, run: str) -> Origin:
     """What every request of this run says of where it comes from."""
-    return Origin(run=run, base_model=weights_digest(config.model.name), code=code_digest())
+    return Origin(run=run, base_model=base_digest(config.model), code=code_digest())
