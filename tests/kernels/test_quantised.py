@@ -99,9 +99,10 @@ def test_an_outlier_of_a_neighbour_moves_no_bit(name):
     assert torch.equal(rounded(x)[0], rounded(loud)[0])
 
 
+@pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("name", FORMATS)
-def test_nothing_is_kept_for_the_backward_pass_and_the_result_may_be_added_to(name):
-    rounded, kept = QuantisedLinear(drawn(48, 100, bias=False), name), []
+def test_nothing_is_kept_for_the_backward_pass_and_the_result_may_be_added_to(name, bias):
+    rounded, kept = QuantisedLinear(drawn(48, 100, bias=bias), name), []
     x = torch.randn(2, 7, 100, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         y = rounded(x).add_(1)
