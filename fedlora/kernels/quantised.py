@@ -58,17 +58,16 @@ class QuantisedLinear(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., out) of (..., in)."""
-        rows = input.reshape(
-            -1, self.in_features
-        )  # a matrix's product is no view, so callers may add to it in place
+        # The product of a matrix is no view, so callers may add to it in place.
+        rows = input.reshape(-1, self.in_features)
         return _Product.apply(rows, self).view(*input.shape[:-1], self.out_features)  # pyright: ignore
 
     def dense(self, dtype: torch.dtype) -> Tensor:
-        """The rounded weight (out, in)."""
+        """The rounded weight (out, in), made anew."""
         if self.pairs is None:
             return (self.codes * self.scales[:, None]).to(dtype)
         units = torch.embedding(self.pairs, self.codes.int())
-        numbers = (units.view(-1, BLOCK) * self.scales[:, None]).view(-1)
+        numbers = units.view(-1, BLOCK).mul_(self.scales[:, None]).view(-1)
         return numbers[: self.out_features * self.in_features].view(self.out_features, -1).to(dtype)
 
     def extra_repr(self) -> str:
