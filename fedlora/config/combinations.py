@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from fedlora.errors import ConfigError
 
 if TYPE_CHECKING:
-    from fedlora.config.schema import RunConfig
+    from fedlora.config.schema import Model, RunConfig
 
 
 def conflicts(config: "RunConfig") -> list[str]:
@@ -17,6 +17,7 @@ def conflicts(config: "RunConfig") -> list[str]:
         *_method(config),
         *_runtime(config),
         *_kernels(config),
+        *model_conflicts(config.model),
         *_world(config),
     ]
 
@@ -92,6 +93,12 @@ def _kernels(config: "RunConfig") -> Iterator[str]:
         yield (
             "model.gradient_checkpointing: cannot be combined with runtime.cache_prefix; write false for one of them"
         )
+
+
+def model_conflicts(model: "Model") -> Iterator[str]:
+    """The same of a base model alone, a run's or a node's."""
+    if model.quantization != "none" and model.dtype == "float64":
+        yield f"model.dtype: float64, but {model.quantization} keeps no such digits; write float32 or bfloat16"
 
 
 def _world(config: "RunConfig") -> Iterator[str]:

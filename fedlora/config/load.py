@@ -81,10 +81,12 @@ def _computed(config: RunConfig) -> dict[str, Any]:
     values = config.model_dump(mode="json", exclude=_ELSEWHERE)
     for how in ("kernels", "gradient_checkpointing"):
         del values["model"][how]  # how it is computed, like what runtime says
+    if values["model"]["quantization"] == "none":
+        del values["model"]["quantization"]  # a run of before there was such a key stays the same
     if isinstance(values["privacy"], dict):
         del values["privacy"]["tuned_on"]  # a declaration; it decides nothing
     if values["federation"]["enough"] is None:
-        del values["federation"]["enough"]  # a run of before there was such a key stays the same
+        del values["federation"]["enough"]  # likewise
     if values["world"] is None:
         del values["world"]  # likewise
     if values["lora"]["trains"] == "b":

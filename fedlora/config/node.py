@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from fedlora.config.combinations import model_conflicts
 from fedlora.config.schema import Docstrings, Lora, Model, Optimizer, Task
 from fedlora.config.section import Section
 
@@ -66,7 +67,8 @@ class Accepted(Section):
     code: Annotated[list[Sha256], Field(min_length=1)] | None = None
     """Digests of fedlora itself, this node's own and the server's; null: any."""
     base_model: Annotated[list[Sha256], Field(min_length=1)] | None = None
-    """Digests of the weights file; null: whatever `model` names here, which the server's must equal anyway."""
+    """Digests of the weights file, quantised ones with how; null: whatever `model` names here, which the server's must
+    equal anyway."""
 
 
 class NodeConfig(Section):
@@ -126,4 +128,6 @@ class NodeConfig(Section):
             raise ValueError(
                 "data.label: missing, but task.kind is sequence-classification; name the label's column"
             )
+        if wrong := list(model_conflicts(self.model)):
+            raise ValueError("\n".join(wrong))
         return self

@@ -28,7 +28,7 @@ from fedlora.privacy.ledger_format import Debit
 from fedlora.privacy.noise import OsEntropyNoise
 from fedlora.privacy.outbox import Kept, Outbox
 from fedlora.privacy.sampling import poisson
-from fedlora.training.checkpoints import weights_digest
+from fedlora.training.checkpoints import base_digest
 from fedlora.training.client import Node, calibrated, participation, request_digest, train
 from fedlora.training.load import load_model, load_tokenizer
 from fedlora.training.model import AdaptedModel
@@ -166,7 +166,7 @@ class DeployedNode:
 
     def _foreign(self, request: TrainRequest) -> str | None:
         """Why its code or its base model is not what this node accepts; None if they are."""
-        accepted, model = self.config.accept, weights_digest(self.config.model.name)
+        accepted, model = self.config.accept, base_digest(self.config.model)
         if request.base_model != model or model not in (accepted.base_model or [model]):
             return f"base model {request.base_model!r}, here {model}, accept.base_model {accepted.base_model}"
         for whose, code in (("this node's", code_digest()), ("the server's", request.code)):

@@ -90,7 +90,7 @@ def _usage(config: RunConfig, merged: bool) -> str:
 def _training(config: RunConfig, summary: Mapping[str, Any]) -> str:
     metric, method = str(summary["metric"]), METHODS.get(summary["method"], summary["method"])
     rows = (
-        ("Base model", _code(config.model.name)),
+        ("Base model", _base(config)),
         (
             "Method",
             f"{method}, LoRA r {config.lora.r}, alpha {number(config.lora.lora_alpha)}",
@@ -109,6 +109,12 @@ def _training(config: RunConfig, summary: Mapping[str, Any]) -> str:
         ),
     )
     return f"## Training\n\n{_table(rows)}\n"
+
+
+def _base(config: RunConfig) -> str:
+    bits = config.model.quantization
+    rounded = "" if bits == "none" else f", whose layers were in {bits} while it was trained and scored"
+    return f"{_code(config.model.name)}{rounded}"
 
 
 def _privacy(statement: Statement, summary: Mapping[str, Any]) -> str:

@@ -45,6 +45,8 @@ def write_adapter(
 ) -> Path:
     """`directory` holds the trained model, and loading it from there gives the run's own logits.
 
+    Of a run on a quantised base: those of its adapter on the base model as it was.
+
     Written aside and renamed at the end: it is whole, or it is not there.
 
     Args:
@@ -61,13 +63,16 @@ def write_adapter(
     """
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise ConfigError(f"{directory} is there already and is left alone; name a directory that is not")
-    model = load_model(config.model, config.task, peft_lora(config.lora), classes, config.seed)
+    # Nobody who loads it need have the run's quantisation, and a merged weight must not be rounded.
+    base_cfg = config.model.model_copy(update={"quantization": "none"})
+    given = config.model_copy(update={"model": base_cfg, "lora": peft_lora(config.lora)})
+    model = load_model(given.model, given.task, given.lora, classes, given.seed)
     model.load(replace(adapters, sites={site: whole(factors) for site, factors in adapters.sites.items()}))
     aside = directory.with_name(f".{directory.name}.part")
     try:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
-        _write(aside, model, config, classes, merge)
+        _write(aside, model, given, classes, merge)
         (aside / "README.md").write_text(model_card(config, summary, merged=merge), encoding="utf-8")
         aside.replace(directory)
     except OSError as error:

@@ -5,7 +5,7 @@ from fedlora.config.schema import RunConfig
 from fedlora.federation.absorb import start
 from fedlora.methods import Method
 from fedlora.methods.subspace import Public, Subspace
-from fedlora.training.checkpoints import weights_digest
+from fedlora.training.checkpoints import base_digest
 from fedlora.training.load import load_tokenizer
 from fedlora.training.model import AdaptedModel
 from fedlora.training.public import input_directions, mean_inputs, weight_directions
@@ -49,4 +49,4 @@ def public_facts(config: RunConfig, model: AdaptedModel, subspace: Subspace) -> 
 
 def origin(config: RunConfig, run: str) -> Origin:
     """What every request of this run says of where it comes from."""
-    return Origin(run=run, base_model=weights_digest(config.model.name), code=code_digest())
+    return Origin(run=run, base_model=base_digest(config.model), code=code_digest())

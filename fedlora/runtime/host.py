@@ -24,7 +24,7 @@ from fedlora.privacy.noise import SeededNoise
 from fedlora.privacy.stacked import stackable
 from fedlora.runs.rundir import STATES
 from fedlora.seeds import seed_for
-from fedlora.training.checkpoints import weights_digest
+from fedlora.training.checkpoints import base_digest
 from fedlora.training.client import Node, train
 from fedlora.training.load import load_model
 from fedlora.training.model import AdaptedModel
@@ -149,7 +149,7 @@ class Host:
             self.model,
             prefix,
             examples,
-            base_model=weights_digest(config.model.name),
+            base_model=base_digest(config.model),
             # Beside others, a record would leave its rounding in states that outlive its own draw.
             alone=config.privacy != "none",
         )

@@ -53,8 +53,8 @@ def preview(config: RunConfig, listener: Listener) -> Preview:
     """Everything `fedlora check` prints; raises whatever `fedlora simulate` would refuse before its first round."""
     prepared = prepare(config, listener)
     down, up = frame_sizes(prepared, prepared.first_state())
-    parameters = list(prepared.model.peft_model.parameters())
-    model_bytes = sum(p.numel() * p.element_size() for p in parameters)
+    peft_model = prepared.model.peft_model
+    model_bytes = sum(t.nbytes for t in (*peft_model.parameters(), *peft_model.buffers()))
     by_size = {size: _client(prepared, size) for size in sorted(prepared.clients.terms)}
     processes = 1 if config.runtime.kind == "local" else 1 + worker_count(config.runtime, os.cpu_count() or 1)
     return Preview(

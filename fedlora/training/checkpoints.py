@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from fedlora.config import schema
 from fedlora.data.hub import hub_within_reach
 from fedlora.errors import ModelError
+from fedlora.kernels.quantised import FORMATS
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 
@@ -62,6 +63,18 @@ def weights_digest(name: str) -> str:
         with path.open("rb") as file:
             digests.append(hashlib.file_digest(file, "sha256").hexdigest())
     return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+def base_digest(model_cfg: schema.Model) -> str:
+    """SHA-256 of the frozen weights that are computed with: `weights_digest`, or of that and how they are rounded.
+
+    Raises:
+        ModelError: see `weights_digest`.
+    """
+    weights = weights_digest(model_cfg.name)
+    if model_cfg.quantization == "none":
+        return weights
+    return hashlib.sha256(f"{weights} {FORMATS[model_cfg.quantization]}".encode()).hexdigest()
 
 
 def _cached(name: str) -> Path | None:

@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from fedlora.config import schema
 from fedlora.errors import ModelError
 from fedlora.kernels.packed import available, pack_frozen
+from fedlora.kernels.quantised import Quantization, quantise_frozen
 from fedlora.seeds import seed_for
 from fedlora.training.adapter import scale_low, train_core
 from fedlora.training.checkpoints import load_base, locate, quiet
@@ -70,8 +71,12 @@ def load_model(
     trained = _only_trained(peft_model, layers, head if trained_head else {})
     for layer in layers.values():
         scale_low(layer)
-    if _packs(model_cfg.kernels):
-        pack_frozen(peft_model, but=frozenset(id(layer.lora_A[ADAPTER]) for layer in layers.values()))
+    changing = frozenset(id(layer.lora_A[ADAPTER]) for layer in layers.values())
+    onednn = _uses_onednn(model_cfg.kernels)
+    if model_cfg.quantization != "none":
+        _quantise(peft_model, model_cfg.quantization, saved, changing, onednn)
+    if onednn:
+        pack_frozen(peft_model, but=changing)
     peft_model.eval()
     if model_cfg.gradient_checkpointing:
         _recompute_layers(peft_model)
@@ -87,7 +92,27 @@ def load_model(
     )
 
 
-def _packs(kernels: str) -> bool:
+def _quantise(
+    peft_model: PeftModel,
+    quantization: Quantization,
+    saved: list[str],
+    changing: frozenset[int],
+    onednn: bool,
+) -> None:
+    """Linear layers inside the encoder or decoder are rounded, but for those that an export carries whole."""
+    model = transformer_of(peft_model)
+    inside = f"{model.base_model_prefix}."
+
+    def serves(path: str, layer: nn.Module) -> bool:
+        return path.startswith(inside) and not _is_within(path, saved) and id(layer) not in changing
+
+    if quantise_frozen(model, quantization, serves, onednn=onednn) == 0:
+        raise ModelError(
+            f"model.quantization: {type(model).__name__} has no frozen nn.Linear under {inside!r} to round; write none"
+        )
+
+
+def _uses_onednn(kernels: str) -> bool:
     if kernels == "onednn" and not available():
         raise ModelError(
             f"model.kernels: onednn, which torch {torch.__version__} does not offer on {platform.machine()}; "

@@ -5,6 +5,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from fedlora.kernels.quantised import QuantisedLinear
 from fedlora.training.model import AdaptedModel
 from fedlora.training.tasks import TOKEN_BUDGET
 
@@ -54,6 +55,8 @@ def overhead_of(adapted: AdaptedModel) -> float:
     if adapted.device != torch.device("cpu"):
         return float(TOKEN_BUDGET)
     sizes = [
-        module.weight.numel() for module in adapted.peft_model.modules() if isinstance(module, nn.Linear)
+        module.in_features * module.out_features
+        for module in adapted.peft_model.modules()
+        if isinstance(module, nn.Linear | QuantisedLinear)
     ]
     return NUMBERS_A_LAYER * len(sizes) / sum(sizes)

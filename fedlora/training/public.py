@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from fedlora.errors import ModelError
+from fedlora.kernels.quantised import QuantisedLinear
 
 ROWS, WORDS = 256, 12
 SEED = 0
@@ -96,6 +97,8 @@ def weight_directions(layers: Mapping[str, nn.Module], r: int) -> dict[str, tupl
 def _frozen_weight(layer: nn.Module) -> Tensor:
     """(d_out, d_in) of the layer that an adapter stands beside."""
     base = layer.get_base_layer() if isinstance(layer, LoraLayer) else layer
+    if isinstance(base, QuantisedLinear):
+        return base.dense(torch.float64)
     weight = base.weight
     assert isinstance(weight, Tensor)
     return weight.detach().T if isinstance(base, Conv1D) else weight.detach()

@@ -50,7 +50,7 @@ def with_states(
         adapted: the model; its trained parameters may have any value.
         prefix: from `frozen_prefix(adapted)`.
         examples: the client's, whole and in order.
-        base_model: the digest of the checkpoint's weights.
+        base_model: `base_digest`.
         alone: each record passes by itself, as in `Node`; otherwise in micro-batches, whose rounding lets a record
             feel its neighbours.
 

@@ -283,6 +283,14 @@ def test_a_dumped_config_loads_back_to_an_equal_one(tmp_path):
             ["model.gradient_checkpointing=true", "runtime={kind: local, cache_prefix: true}"],
             "cannot be combined with runtime.cache_prefix",
         ),
+        (
+            ["model.quantization=nf4", "model.dtype=float64"],
+            "model.dtype: float64, but nf4 keeps no such digits; write float32 or bfloat16",
+        ),
+        (
+            ["model.quantization=int4"],
+            "model.quantization: 'int4'",
+        ),
     ],
 )
 def test_kernels_that_cannot_be_are_named(tmp_path, changes, words):
@@ -391,3 +399,13 @@ def test_a_key_that_came_later_leaves_the_name_of_a_run_that_does_not_use_it(tmp
     assert "enough: null" in dump_config(load_config(path))
     assert config_digest(load_config(path, few)) != config_digest(load_config(path))
     assert '"enough"' not in json.dumps(_computed(load_config(path)))
+    assert config_digest(load_config(path, ["model.quantization=int8"])) != config_digest(load_config(path))
+    assert "quantization: none" in dump_config(load_config(path))
+    assert '"quantization"' not in json.dumps(_computed(load_config(path)))
+
+
+def test_a_node_refuses_digits_that_its_base_would_not_keep(tmp_path):
+    changes = ["model.quantization=int8", "model.dtype=float64"]
+    with pytest.raises(ConfigError, match=r"model\.dtype: float64, but int8 keeps no such digits"):
+        load_node(written(tmp_path, NODE_YAML), changes)
+    assert load_node(written(tmp_path, NODE_YAML), changes[:1]).model.quantization == "int8"

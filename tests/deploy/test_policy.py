@@ -15,7 +15,7 @@ from fedlora.privacy.accountants import epsilon
 from fedlora.privacy.ledger import read_ledger
 from fedlora.privacy.ledger_format import events_of
 from fedlora.privacy.step import spent
-from fedlora.training.checkpoints import weights_digest
+from fedlora.training.checkpoints import base_digest, weights_digest
 from fedlora.transport.wire import decode_reply, encode_request
 from fedlora.values import ClientUpdate, DpEvent, LocalWork, Refusal, RefusalReason, TrainRequest
 from tests.deploy.nodes import debits, reason, without_records
@@ -90,6 +90,19 @@ def test_code_or_a_base_model_that_the_owner_does_not_accept_is_refused_before_a
         ({"code": [ours, other], "base_model": [other, model]}, {"code": other}),
     ):
         assert asked(accept, changes) == RefusalReason.FAILED  # the records were looked for
+
+
+@pytest.mark.fault("F25")
+def test_a_base_that_one_side_alone_has_quantised_is_refused_before_a_record_is_read(config, request_one):
+    model = config.model.model_copy(update={"quantization": "nf4"})
+    node = without_records(config.model_copy(update={"model": model}))
+    assert reason(node.answer(encode_request(request_one))) == RefusalReason.BAD_REQUEST
+    for digest, expected in (
+        (base_digest(model.model_copy(update={"quantization": "int8"})), RefusalReason.BAD_REQUEST),
+        (base_digest(model), RefusalReason.FAILED),  # the records were looked for
+    ):
+        assert reason(node.answer(encode_request(replace(request_one, base_model=digest)))) == expected
+    assert not Path(config.ledger).exists()
 
 
 @pytest.mark.fault("F25")

@@ -59,6 +59,26 @@ def test_peft_alone_gives_the_same_logits(run, summary, tmp_path):
     )
 
 
+@pytest.mark.parametrize("merge", [False, True])
+@pytest.mark.parametrize("quantization", ["int8", "nf4"])
+def test_what_was_trained_on_a_quantised_base_is_exported_for_the_whole_one(
+    tiny_config, summary, tmp_path, quantization, merge
+):
+    quantised, (model, adapters) = tiny_config(model__quantization=quantization), trained(tiny_config())
+    path = write_adapter(
+        tmp_path / "a", config=quantised, adapters=adapters, classes=CLASSES, summary=summary, merge=merge
+    )
+    if merge:
+        again = AutoModelForSequenceClassification.from_pretrained(path)
+    else:
+        base = AutoModelForSequenceClassification.from_pretrained(
+            quantised.model.name, num_labels=len(CLASSES)
+        )
+        again = PeftModel.from_pretrained(base, path)
+    torch.testing.assert_close(logits(again), logits(model.peft_model), atol=1e-4, rtol=1e-4)
+    assert f"in {quantization} while it was trained" in (path / "README.md").read_text()
+
+
 def test_a_merged_model_needs_no_peft(run, summary, tmp_path):
     config, model, adapters = run
     wanted = logits(model.peft_model)
