@@ -21,6 +21,7 @@ from fedlora.training.adapter import scale_low
 from fedlora.training.checkpoints import load_base, locate, quiet
 from fedlora.training.model import ADAPTER, LORA_B, AdaptedModel, transformer_of
 from fedlora.training.public import make_identity_pooler
+from fedlora.training.same_input import same_inputs
 from fedlora.values import Site
 
 
@@ -67,11 +68,12 @@ def load_model(
     _require_linear(layers, lora_cfg.r)
     model.config.use_cache = False  # nothing is generated while training
     trained = _only_trained(peft_model, layers, head if trained_head else {})
-    for layer in layers.values():
-        scale_low(layer)
+    peft_model.eval()
+    together = same_inputs(peft_model, layers)
+    for site, layer in layers.items():
+        scale_low(layer, together.get(site))
     if _packs(model_cfg.kernels):
         pack_frozen(peft_model, but=frozenset(id(layer.lora_A[ADAPTER]) for layer in layers.values()))
-    peft_model.eval()
     if model_cfg.gradient_checkpointing:
         _recompute_layers(peft_model)
     return AdaptedModel(
