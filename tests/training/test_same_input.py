@@ -150,8 +150,9 @@ def test_another_or_a_changed_input_is_computed_anew(group, change):
     x = torch.randn(2, 3, 16, dtype=torch.float64)
     with torch.no_grad():
         group.low(first, x)
+    still_there = x
     if change == "another":
-        x = x.clone()
+        x = still_there + 1
     elif change == "in place":
         x.mul_(2)
     elif change == "A":
@@ -243,3 +244,23 @@ def test_inference_mode_computes_the_same(tiny):
     with torch.inference_mode():
         found = losses(model)
     assert torch.allclose(found, losses(wanted), rtol=1e-12)
+
+
+def test_what_is_written_into_an_a_is_in_the_common_matrix_without_a_copy(group):
+    x = torch.randn(2, 3, 16, dtype=torch.float64)
+    group.low(group.layers[0], x)
+    before = group.matrix
+    with torch.no_grad():
+        for layer in group.layers:
+            layer.lora_A["default"].weight.mul_(2)
+    assert torch.allclose(group.low(group.layers[0], x), exact(group.layers[0], x), rtol=1e-12)
+    assert group.matrix is before
+
+
+def test_a_first_layer_that_is_on_its_own_leaves_nothing_to_take(group):
+    first, second, _ = group.layers
+    x = torch.randn(2, 3, 16, dtype=torch.float64)
+    group.low(first, x)
+    first.lora_A["default"].requires_grad_(True)
+    assert group.low(first, x) is None
+    assert group.low(second, x) is None
