@@ -231,7 +231,7 @@ def _only_trained(
 ) -> dict[str, nn.Parameter]:
     """Only these parameters require a gradient from here on: every B by site, then the head's by name."""
     peft_model.requires_grad_(False)
-    trained = {f"{site}{LORA_B}": _weight(layer.lora_B) for site, layer in layers.items()}
+    trained = {f"{site}{LORA_B}": _turned(_weight(layer.lora_B)) for site, layer in layers.items()}
     # PEFT put copies of the head's modules in their place; the layers of `head` are no longer used.
     for name in sorted(head):
         top, _, rest = name.partition(".")
@@ -244,6 +244,15 @@ def _only_trained(
     for parameter in trained.values():
         parameter.requires_grad_(True)
     return trained
+
+
+def _turned(b: nn.Parameter) -> nn.Parameter:
+    """The same B (d_out, r), its longer axis last in memory.
+
+    The backward pass multiplies (tokens, d_out) by it, which MKL does in less than half the time this way round.
+    """
+    b.data = b.data.t().contiguous().t()
+    return b
 
 
 def _in_float32_or_wider(module: nn.Module) -> None:
