@@ -22,6 +22,7 @@ from fedlora.training.adapter import scale_low, train_core
 from fedlora.training.checkpoints import load_base, locate, quiet
 from fedlora.training.model import ADAPTER, LORA_B, AdaptedModel, transformer_of
 from fedlora.training.public import make_identity_pooler
+from fedlora.training.same_input import same_inputs
 from fedlora.values import Site
 
 
@@ -66,18 +67,20 @@ def load_model(
         peft_model = _injected(model, lora_cfg, saved, isinstance(task_cfg, schema.CausalLm))
     layers = _lora_layers(peft_model)
     _require_linear(layers, lora_cfg.r)
+    peft_model.eval()
+    together = same_inputs(peft_model, layers)
     left = {site: train_core(layer) for site, layer in layers.items()} if lora_cfg.trains == "core" else {}
     model.config.use_cache = False  # nothing is generated while training
     trained = _only_trained(peft_model, layers, head if trained_head else {})
-    for layer in layers.values():
-        scale_low(layer)
     changing = frozenset(id(layer.lora_A[ADAPTER]) for layer in layers.values())
     onednn = _uses_onednn(model_cfg.kernels)
     if model_cfg.quantization != "none":
         _quantise(peft_model, model_cfg.quantization, saved, changing, onednn)
     if onednn:
         pack_frozen(peft_model, but=changing)
-    peft_model.eval()
+    for site, layer in layers.items():
+        scale_low(layer, together.get(site))
+    peft_model.eval()  # whatever was put in since
     if model_cfg.gradient_checkpointing:
         _recompute_layers(peft_model)
     return AdaptedModel(
@@ -256,7 +259,7 @@ def _only_trained(
 ) -> dict[str, nn.Parameter]:
     """Only these parameters require a gradient from here on: every B by site, then the head's by name."""
     peft_model.requires_grad_(False)
-    trained = {f"{site}{LORA_B}": _weight(layer.lora_B) for site, layer in layers.items()}
+    trained = {f"{site}{LORA_B}": _turned(_weight(layer.lora_B)) for site, layer in layers.items()}
     # PEFT put copies of the head's modules in their place; the layers of `head` are no longer used.
     for name in sorted(head):
         top, _, rest = name.partition(".")
@@ -269,6 +272,15 @@ def _only_trained(
     for parameter in trained.values():
         parameter.requires_grad_(True)
     return trained
+
+
+def _turned(b: nn.Parameter) -> nn.Parameter:
+    """The same B (d_out, r), its longer axis last in memory.
+
+    The backward pass multiplies (tokens, d_out) by it, which MKL does in less than half the time this way round.
+    """
+    b.data = b.data.t().contiguous().t()
+    return b
 
 
 def _in_float32_or_wider(module: nn.Module) -> None:

@@ -95,7 +95,11 @@ class AdaptedModel:
         """What has changed since `load(start)`, in the basis of `start`; shares no memory with the model."""
         return Delta(
             basis=start.basis,
-            sites={site: b.detach() - start.sites[site].b.to(b) for site, (_, b) in self.factors().items()},
+            # B lies turned in memory; what leaves the model lies as its shape says
+            sites={
+                site: (b.detach() - start.sites[site].b.to(b)).contiguous()
+                for site, (_, b) in self.factors().items()
+            },
             head={name: value - start.head[name].to(value) for name, value in self.head().items()},
         )
 

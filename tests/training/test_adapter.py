@@ -1,5 +1,7 @@
 """An adapted layer computes what PEFT's computes, and privacy survives what saves memory."""
 
+import copy
+
 import pytest
 import torch
 from peft.tuners.lora import LoraLayer
@@ -9,6 +11,7 @@ from fedlora.config.schema import Classification, Lora, Model
 from fedlora.errors import PrivacyError
 from fedlora.privacy.direct_engine import DirectEngine
 from fedlora.training.load import load_model
+from fedlora.values import Adapters, Factors
 
 TOKENS = torch.tensor([[7, 8, 9, 10, 11, 12], [3, 4, 5, 6, 0, 0]])
 MASK = (TOKENS != 0).long()
@@ -99,3 +102,24 @@ def test_a_checkpoint_that_hides_the_backward_pass_is_refused(tiny):
     model.peft_model.enable_input_require_grads()
     with pytest.raises(PrivacyError, match="cannot be clipped"):
         clipped(model)
+
+
+def test_b_lies_turned_in_memory_and_what_leaves_the_model_does_not(tiny):
+    model = load(tiny["bert"])
+    copied = copy.deepcopy(model.peft_model).get_parameter(
+        "base_model.model.bert.encoder.layer.0.output.dense.lora_B.default.weight"
+    )
+    for _, b in [*model.live.values(), (None, copied)]:
+        assert b.shape[1] == 2 and b.t().is_contiguous()
+    start = Adapters(
+        basis=0,
+        scale=model.scale,
+        sites={
+            site: Factors(a=a.detach().clone(), b=b.detach().contiguous())
+            for site, (a, b) in model.live.items()
+        },
+        head=model.head(),
+    )
+    model.load(start)
+    assert all(b.t().is_contiguous() for _, b in model.live.values())
+    assert all(change.is_contiguous() and not change.any() for change in model.delta(start).sites.values())
