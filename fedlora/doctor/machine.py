@@ -201,8 +201,10 @@ def _driver() -> str | None:
 
 
 def _triton() -> Iterator[Line]:
-    there = importlib.util.find_spec("triton") is not None
-    yield ok("triton", (_version("triton") or "there") if there else "none; nothing of fedlora needs it")
+    if importlib.util.find_spec("triton") is None:
+        yield ok("triton", "none; nothing of fedlora needs it")
+    else:
+        yield ok("triton", f"{_version('triton') or 'there'}; computes on GPUs only")
 
 
 def _ray(said: dict[str, Any] | str) -> Iterator[Line]:

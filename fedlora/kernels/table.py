@@ -1,5 +1,6 @@
 """The low-rank paths behind one table of functions: which of them computes is the config's and the device's to say."""
 
+import importlib.util
 import logging
 from dataclasses import dataclass, field
 from types import ModuleType
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fedlora.errors import ConfigError, ShapeError
-from fedlora.kernels import torch_ops
+from fedlora.kernels import packed, torch_ops
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +36,21 @@ class Ops(Protocol):
     def weighted_sums(self, rows: Tensor, shares: Tensor) -> Tensor:
         """(k, P) float64: shares (k, n) float64 @ rows (n, P)."""
         ...
+
+
+def chosen(kernels: Kernels, device: str, dtype: str) -> Literal["torch", "onednn", "triton"]:
+    """What a config's choice comes to on a machine like this one.
+
+    Args:
+        kernels: `model.kernels`.
+        device: cpu or cuda.
+        dtype: of the frozen weights; only float32 is packed.
+    """
+    if device == "cuda":
+        wanted = kernels in ("auto", "triton") and importlib.util.find_spec("triton") is not None
+        return "triton" if wanted else "torch"
+    packs = kernels in ("auto", "onednn") and dtype == "float32" and packed.available()
+    return "onednn" if packs else "torch"
 
 
 def ops_for(kernels: Kernels, device: torch.device) -> Ops:

@@ -13,6 +13,7 @@ from fedlora.data.partition import client_names
 from fedlora.disk import write_durably
 from fedlora.errors import IncompleteError
 from fedlora.federation.store import state_digest
+from fedlora.kernels.table import chosen
 from fedlora.runs.evidence import accounts, require_debits, unaccounted
 from fedlora.runs.promise import promise
 from fedlora.runs.rundir import finished_summary, going_on, load_roster, run_config, run_rounds
@@ -132,12 +133,12 @@ def known_clients(run_dir: Path, config: RunConfig) -> list[str]:
 
 
 def execution(run_dir: Path, config: RunConfig, together: int = 1) -> str:
-    """How clients ran: who sums in another order agrees to float tolerance only."""
+    """How clients ran, on machines like this one: who sums in another order agrees to float tolerance only."""
     if load_roster(run_dir) is not None:
         return "flower, one node for each data owner"
-    if together > 1:
-        return f"{config.runtime.kind}, {together} clients share a forward pass in each worker"
-    return f"{config.runtime.kind}, one client after the other in each worker"
+    who = f"{together} clients share a forward pass" if together > 1 else "one client after the other"
+    kernels = chosen(config.model.kernels, config.runtime.device, config.model.dtype)
+    return f"{config.runtime.kind}, {who} in each worker, {kernels} kernels"
 
 
 def versions() -> dict[str, str]:

@@ -1,5 +1,6 @@
 """Every table of kernels gives what plain torch defines, and one that breaks is told of and left."""
 
+import importlib.util
 import inspect
 import logging
 import sys
@@ -12,8 +13,8 @@ from torch.testing import assert_close
 
 import fedlora.kernels
 from fedlora.errors import ConfigError, ShapeError
-from fedlora.kernels import torch_ops
-from fedlora.kernels.table import Ops, WithFallback, ops_for
+from fedlora.kernels import packed, torch_ops
+from fedlora.kernels.table import Ops, WithFallback, chosen, ops_for
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 NAMES = sorted(name for name in vars(Ops) if not name.startswith("_"))
@@ -147,3 +148,21 @@ def test_what_is_no_fault_of_the_kernels_is_raised_and_they_stay(name, error, ca
             result(ops, name)
         assert raised.value is error
     assert fast.calls == {name: 2} and not ops.failed and not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("kernels", "device", "dtype", "packs", "triton", "wanted"),
+    [
+        ("auto", "cpu", "float32", True, True, "onednn"),
+        ("auto", "cpu", "float32", False, True, "torch"),
+        ("auto", "cpu", "bfloat16", True, True, "torch"),
+        ("torch", "cpu", "float32", True, True, "torch"),
+        ("auto", "cuda", "float32", True, True, "triton"),
+        ("auto", "cuda", "bfloat16", True, False, "torch"),
+        ("torch", "cuda", "float32", True, True, "torch"),
+    ],
+)
+def test_a_summary_can_say_what_computed(monkeypatch, kernels, device, dtype, packs, triton, wanted):
+    monkeypatch.setattr(packed, "available", lambda: packs)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if triton else None)
+    assert chosen(kernels, device, dtype) == wanted
