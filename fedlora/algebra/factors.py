@@ -92,6 +92,17 @@ def refactorise(a: Tensor, b: Tensor) -> Refactored:
     )
 
 
+def soft_thresholded(b: Tensor, threshold: float) -> Tensor:
+    """b (m, r) of orthogonal columns, each shortened by `threshold`, those no longer than that to zero.
+
+    Where a has orthonormal rows these lengths are the singular values of b @ a, so this is the proximal step of
+    threshold * nuclear norm (Cai et al., arXiv 0810.3286): of all x it minimises
+    |x - b @ a|^2 / 2 + threshold * |x|_*. SoRA's gates (arXiv 2311.11696), applied to what is already released.
+    """
+    lengths = b.double().norm(dim=0)
+    return (b.double() * (1 - threshold / lengths.clamp_min(1e-300)).clamp_min(0.0)).to(b.dtype)
+
+
 def whole(factors: Factors) -> Factors:
     """The same product with no left frame: b is left @ core, (d_out, r)."""
     if factors.left is None:

@@ -89,6 +89,8 @@ def _computed(config: RunConfig) -> dict[str, Any]:
         del values["federation"]["enough"]  # likewise
     if values["world"] is None:
         del values["world"]  # likewise
+    if values["method"].get("soft_threshold") == 0:
+        del values["method"]["soft_threshold"]  # likewise
     if values["lora"]["trains"] == "b":
         del values["lora"]["trains"]  # likewise
     return values

@@ -250,6 +250,9 @@ class FedSvd(Section):
     name: Literal["fedsvd"]
     refactor_every: Annotated[int, Field(ge=1)] = 1
     """Rounds between two refactorisations."""
+    soft_threshold: Annotated[float, Field(ge=0)] = 0.0
+    """What each refactorisation takes off every singular value of B A (SoRA, arXiv 2311.11696): directions that hold
+    less are dropped, and with them mostly noise. It comes after the noise and costs no privacy. 0: nothing."""
     stale: Stale = Stale(beta=0.0)
 
 

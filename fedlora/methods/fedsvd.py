@@ -17,6 +17,10 @@ def fedsvd(method_cfg: schema.FedSvd, lora_cfg: schema.Lora) -> Method:
     return Method(
         name=method_cfg.name,
         trains="b",
-        subspace=Subspace(init=lora_cfg.init, refactor_every=method_cfg.refactor_every),
+        subspace=Subspace(
+            init=lora_cfg.init,
+            refactor_every=method_cfg.refactor_every,
+            soft_threshold=method_cfg.soft_threshold,
+        ),
         mixing=Mixing(beta=method_cfg.stale.beta),
     )

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fedlora.algebra.factors import orthonormalise, refactorise
+from fedlora.algebra.factors import orthonormalise, refactorise, soft_thresholded
 from fedlora.errors import ShapeError
 from fedlora.seeds import seed_for
 from fedlora.values import Adapters, Factors, Site
@@ -40,11 +40,13 @@ class Subspace:
 
     init: where the first A comes from. left: where the left frame does; None: there is none, B is trained whole.
     refactor_every: rounds between two refactorisations; None leaves A as it began.
+    soft_threshold: what each refactorisation takes off every singular value of B A.
     """
 
     init: Init
     refactor_every: int | None
     left: Left | None = None
+    soft_threshold: float = 0.0
 
     def first(
         self,
@@ -100,7 +102,7 @@ class Subspace:
                 return _known(public.input_rows, "the site's inputs", shape)
 
     def move(self, adapters: Adapters, round: int) -> Adapters:
-        """After `round`: the same model with orthonormal A in a new basis, or the very same object.
+        """After `round`: the same model, but for the threshold, with orthonormal A in a new basis, or the same object.
 
         Args:
             adapters: after the round's update.
@@ -108,7 +110,9 @@ class Subspace:
         """
         if self.refactor_every is None or round % self.refactor_every:
             return adapters
-        sites = {site: _refactored(adapters.sites[site]) for site in sorted(adapters.sites)}
+        sites = {
+            site: _refactored(adapters.sites[site], self.soft_threshold) for site in sorted(adapters.sites)
+        }
         return replace(adapters, basis=adapters.basis + 1, sites=sites)
 
 
@@ -130,6 +134,6 @@ def _without(rows: Tensor, direction: Tensor) -> Tensor:
     return rows - (rows @ unit)[:, None] * unit
 
 
-def _refactored(factors: Factors) -> Factors:
+def _refactored(factors: Factors, threshold: float) -> Factors:
     new = refactorise(factors.a, factors.b)
-    return replace(factors, a=new.a, b=new.b)
+    return replace(factors, a=new.a, b=soft_thresholded(new.b, threshold) if threshold else new.b)

@@ -149,6 +149,26 @@ def test_a_moved_subspace_is_the_same_model_in_the_next_basis():
         assert_close(new.a @ new.a.T, torch.eye(4, dtype=torch.float64))
 
 
+def test_a_threshold_shortens_every_singular_value_and_drops_the_small_ones():
+    before = adapters()
+    values = torch.linalg.svdvals(before.sites["x"].b @ before.sites["x"].a)[:4]
+    threshold = float(values[2] + values[3]) / 2
+    moved = Subspace(init="kaiming", refactor_every=1, soft_threshold=threshold).move(before, 1)
+    after = moved.sites["x"]
+    assert_close(torch.linalg.svdvals(after.b @ after.a)[:4], (values - threshold).clamp_min(0))
+    u, s, v = torch.linalg.svd(before.sites["x"].b @ before.sites["x"].a, full_matrices=False)
+    assert_close(after.b @ after.a, u @ torch.diag((s - threshold).clamp_min(0)) @ v)  # the closed form
+    assert_close(
+        after.a @ after.a.T, torch.eye(4, dtype=torch.float64)
+    )  # directions that are dropped stay open
+
+
+def test_the_config_says_the_threshold():
+    method = build(schema.FedSvd(name="fedsvd", soft_threshold=0.25), lora())
+    assert method.subspace == Subspace(init="orthonormal", refactor_every=1, soft_threshold=0.25)
+    assert build(schema.FedSvd(name="fedsvd"), lora()).subspace.soft_threshold == 0
+
+
 PLAN = RoundPlan(
     run="run",
     round=1,
