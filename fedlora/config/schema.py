@@ -234,8 +234,13 @@ class Federation(Section):
 class Stale(Section):
     """FedStale: remembered updates of absent clients. Costs no epsilon; repeats their noise."""
 
-    beta: Annotated[float, Field(ge=0, le=1)]
-    """0 is FedAvg, 1 is FedVARP. Under strong noise small values are best: beta* = SNR / (1 + SNR)."""
+    beta: Annotated[float, Field(ge=0, le=1)] | Literal["adaptive"]
+    """0 is FedAvg, 1 is FedVARP. Under strong noise small values are best: beta* = SNR / (1 + SNR). adaptive: 0 until
+    clients are heard again, then how much of what was remembered came back, of released values of earlier rounds only:
+    sum <fresh, remembered> / sum |remembered|^2, whose denominator holds the noise."""
+    smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Of an adaptive beta: what is left of either sum when a round is added. 0: the last round alone says; 0.9: about
+    the last ten do."""
     memory: Literal["disk"] = "disk"
     """Where they are kept: in memory.sqlite of the run, so that the server's memory does not grow with the
     federation."""

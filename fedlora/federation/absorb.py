@@ -21,6 +21,7 @@ from fedlora.values import (
     Adapters,
     Delta,
     Gauges,
+    Recurrence,
     RoundReport,
     ServerState,
     Site,
@@ -83,7 +84,8 @@ def start(
 def absorb(state: ServerState, gathered: Gathered, *, method: Method, keep_gauges: int) -> Absorbed:
     """The state after the round whose replies were gathered: the step is taken, then the subspace moves.
 
-    Without any answer B still moves by beta * memory, and stays if beta is 0.
+    Without any answer B still moves by beta * memory, and stays if beta is 0. An adaptive beta of the next round knows
+    this one.
     """
     number = gathered.report.round
     adapters = method.subspace.move(applied(state.adapters, gathered.step), number)
@@ -94,6 +96,7 @@ def absorb(state: ServerState, gathered: Gathered, *, method: Method, keep_gauge
         gauges=_extended(state, adapters, keep_gauges),
         memory=gathered.memory,
         remembered={**state.remembered, **gathered.heard},
+        recurrence=gathered.recurrence,
     )
     return Absorbed(state=after, report=gathered.report)
 
@@ -102,7 +105,8 @@ def forget(state: ServerState, client: str, remembered: Delta | None, weight: fl
     """The state as if the client, now gone from the roster, had left nothing in the memory; the model stays.
 
     Its remembered update is subtracted, and the rest is divided by 1 - weight, since the shares of all others
-    grow by that factor, under uniform weighting and by examples alike.
+    grow by that factor, under uniform weighting and by examples alike. An adaptive beta begins anew: its sums hold
+    what the client sent.
 
     Args:
         state: between two rounds.
@@ -123,7 +127,7 @@ def forget(state: ServerState, client: str, remembered: Delta | None, weight: fl
     # The last member leaves only what rounding left.
     memory = scale(memory, 1 / (1 - weight) if weight < 1 else 0.0)
     others = {name: heard for name, heard in state.remembered.items() if name != client}
-    return replace(state, memory=memory, remembered=others)
+    return replace(state, memory=memory, remembered=others, recurrence=Recurrence())
 
 
 def admit(state: ServerState, weight: float) -> ServerState:

@@ -12,6 +12,7 @@ import logging
 import shutil
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from fedlora.errors import ConfigError, IncompleteError
 from fedlora.federation.absorb import Absorbed, forget
 from fedlora.federation.memory import StaleMemory
 from fedlora.federation.record import Kept
-from fedlora.values import FRAME, Delta, Gauges, RoundPlan, ServerState
+from fedlora.values import FRAME, Delta, Gauges, Recurrence, RoundPlan, ServerState
 
 log = logging.getLogger(__name__)
 
@@ -200,6 +201,7 @@ class Store:
             gauges=tuple(Gauges(basis=n, sites=under(tensors, f"gauge:{n}:")) for n in words["gauges"]),
             memory=_delta(tensors, "memory:"),
             remembered=words["remembered"],
+            recurrence=Recurrence(**words.get("recurrence", {})),  # earlier versions had none
         )
         if digest(_state_tensors(state)) != words["sha256"]:
             raise ValueError("its tensors do not match their digest")
@@ -252,5 +254,6 @@ def _state_words(state: ServerState) -> dict[str, Any]:
         "scale": state.adapters.scale,
         "gauges": [gauges.basis for gauges in state.gauges],
         "remembered": dict(sorted(state.remembered.items())),
+        "recurrence": asdict(state.recurrence),
         "sha256": digest(_state_tensors(state)),
     }

@@ -18,5 +18,5 @@ def fedsvd(method_cfg: schema.FedSvd, lora_cfg: schema.Lora) -> Method:
         name=method_cfg.name,
         trains="b",
         subspace=Subspace(init=lora_cfg.init, refactor_every=method_cfg.refactor_every),
-        mixing=Mixing(beta=method_cfg.stale.beta),
+        mixing=Mixing.of(method_cfg.stale),
     )

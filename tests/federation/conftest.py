@@ -35,9 +35,10 @@ class Lab:
     def lora(self, init="orthonormal") -> schema.Lora:
         return schema.Lora(r=RANK, lora_alpha=6.0, target_modules=["query"], init=init)
 
-    def method(self, name="fedsvd", beta=0.0, init="orthonormal", **more) -> Method:
+    def method(self, name="fedsvd", beta=0.0, init="orthonormal", smoothing=0.9, **more) -> Method:
         kinds = {"fedsvd": schema.FedSvd, "ffa": schema.Ffa, "fedavg": schema.FedAvg}
-        return build(kinds[name](name=name, stale=schema.Stale(beta=beta), **more), self.lora(init))
+        stale = schema.Stale(beta=beta, smoothing=smoothing)
+        return build(kinds[name](name=name, stale=stale, **more), self.lora(init))
 
     def start(self, method, dtype=torch.float64, seed=7) -> ServerState:
         head = {"weight": torch.zeros(2, 4)}
