@@ -241,6 +241,14 @@ class Recurrence:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Moments:
+    """What a server's optimiser remembers of earlier steps, in the frame. second: of their squares; None: not kept."""
+
+    first: Delta
+    second: Delta | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ServerState:
     """All that a resume needs, beside the remembered updates that the store keeps by client.
 
@@ -250,6 +258,7 @@ class ServerState:
     memory: sum over clients of weight * remembered update, in the frame (FedStale).
     remembered: the round of each client's last update that counted.
     recurrence: what an adaptive beta is worked out of; never touched where beta is a number.
+    moments: what the server's optimiser remembers; None where it remembers nothing, and before its first step.
     """
 
     round: int
@@ -259,6 +268,7 @@ class ServerState:
     memory: Delta
     remembered: Mapping[str, int] = field(default_factory=dict)
     recurrence: Recurrence = Recurrence()
+    moments: Moments | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 
 from fedlora.config.combinations import conflicts
 from fedlora.config.section import Section
+from fedlora.config.server import Server, ServerSgd
 from fedlora.config.world import World
 
 Probability = Annotated[float, Field(gt=0, le=1)]
@@ -209,6 +210,9 @@ class Federation(Section):
     """Expected size of a Poisson draw; the rate is batch_size / declared records, the divisor is
     batch_size."""
     optimizer: Optimizer
+    """The clients'."""
+    server: Server = ServerSgd(name="sgd")
+    """The server's: what it makes of a round's mixed update. Post-processing, so it costs no epsilon."""
     weighting: Literal["uniform", "examples"] = "uniform"
     """Share of a client in the whole. `examples` makes record counts matter; they are declared public
     either way."""

@@ -67,7 +67,7 @@ class Lab:
         heard = gather(
             state, plan, replies, memory=memory or Remembered(), method=method, federation=federation
         )
-        return absorb(state, heard, method=method, keep_gauges=federation.keep_gauges)
+        return absorb(state, heard, method=method, federation=federation)
 
     def products(self, state) -> dict[str, torch.Tensor]:
         """The model's change, dense: b @ a of every site, and the head."""
