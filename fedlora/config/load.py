@@ -91,6 +91,8 @@ def _computed(config: RunConfig) -> dict[str, Any]:
         del values["world"]  # likewise
     if values["lora"]["trains"] == "b":
         del values["lora"]["trains"]  # likewise
+    if values["federation"]["optimizer"].get("proximal") == 0:
+        del values["federation"]["optimizer"]["proximal"]  # likewise
     if values["federation"]["server"] == {"name": "sgd", "lr": 1.0}:
         del values["federation"]["server"]  # likewise
     if values["method"]["stale"]["beta"] != "adaptive":

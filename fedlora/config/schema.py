@@ -182,6 +182,9 @@ class Sgd(Section):
     lr: Annotated[float, Field(gt=0)]
     decay: Decay = "none"
     """linear: the rate falls evenly from `lr` in the first round to `lr / rounds` in the last."""
+    proximal: Annotated[float, Field(ge=0)] = 0.0
+    """FedProx (arXiv 1812.06127): each step also goes lr * proximal of the way back to where the round began, after the
+    noise, so it costs no epsilon. lr * proximal is 1 at most; with one step a round it does nothing. 0: off."""
 
 
 class AdamW(Section):
