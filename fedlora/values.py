@@ -230,6 +230,25 @@ class Member:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Recurrence:
+    """How much of what was remembered came back in fresh updates, over the rounds so far, older ones counting less.
+
+    product: sum of <fresh, remembered>. energy: sum of |remembered|^2. Both 0 before a client was heard again.
+    """
+
+    product: float = 0.0
+    energy: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Moments:
+    """What a server's optimiser remembers of earlier steps, in the frame. second: of their squares; None: not kept."""
+
+    first: Delta
+    second: Delta | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ServerState:
     """All that a resume needs, beside the remembered updates that the store keeps by client.
 
@@ -238,6 +257,8 @@ class ServerState:
     gauges: from each basis that a late update may still carry into the frame, newest last.
     memory: sum over clients of weight * remembered update, in the frame (FedStale).
     remembered: the round of each client's last update that counted.
+    recurrence: what an adaptive beta is worked out of; never touched where beta is a number.
+    moments: what the server's optimiser remembers; None where it remembers nothing, and before its first step.
     """
 
     round: int
@@ -246,6 +267,8 @@ class ServerState:
     gauges: tuple[Gauges, ...]
     memory: Delta
     remembered: Mapping[str, int] = field(default_factory=dict)
+    recurrence: Recurrence = Recurrence()
+    moments: Moments | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

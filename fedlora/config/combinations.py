@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from fedlora.errors import ConfigError
 
 if TYPE_CHECKING:
-    from fedlora.config.schema import Model, RunConfig
+    from fedlora.config.schema import Model, Optimizer, RunConfig
 
 
 def conflicts(config: "RunConfig") -> list[str]:
@@ -15,6 +15,7 @@ def conflicts(config: "RunConfig") -> list[str]:
         *_labels(config),
         *_cohort(config),
         *_method(config),
+        *optimizer_conflicts(config.federation.optimizer, "federation.optimizer"),
         *_runtime(config),
         *_kernels(config),
         *model_conflicts(config.model),
@@ -99,6 +100,16 @@ def model_conflicts(model: "Model") -> Iterator[str]:
     """The same of a base model alone, a run's or a node's."""
     if model.quantization != "none" and model.dtype == "float64":
         yield f"model.dtype: float64, but {model.quantization} keeps no such digits; write float32 or bfloat16"
+
+
+def optimizer_conflicts(optimizer: "Optimizer", key: str) -> Iterator[str]:
+    """The same of a client's optimiser alone, a run's or a node's."""
+    back = optimizer.lr * optimizer.proximal if optimizer.name == "sgd" else 0.0
+    if back > 1:
+        yield (
+            f"{key}.proximal: each step would go back {back:g} times its way from the start; "
+            f"write {1 / optimizer.lr:g} or less"
+        )
 
 
 def _world(config: "RunConfig") -> Iterator[str]:

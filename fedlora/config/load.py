@@ -93,6 +93,12 @@ def _computed(config: RunConfig) -> dict[str, Any]:
         del values["method"]["soft_threshold"]  # likewise
     if values["lora"]["trains"] == "b":
         del values["lora"]["trains"]  # likewise
+    if values["federation"]["optimizer"].get("proximal") == 0:
+        del values["federation"]["optimizer"]["proximal"]  # likewise
+    if values["federation"]["server"] == {"name": "sgd", "lr": 1.0}:
+        del values["federation"]["server"]  # likewise
+    if values["method"]["stale"]["beta"] != "adaptive":
+        del values["method"]["stale"]["smoothing"]  # likewise
     return values
 
 

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from fedlora.config.combinations import model_conflicts
+from fedlora.config.combinations import model_conflicts, optimizer_conflicts
 from fedlora.config.schema import Docstrings, Lora, Model, Optimizer, Task
 from fedlora.config.section import Section
 
@@ -128,6 +128,7 @@ class NodeConfig(Section):
             raise ValueError(
                 "data.label: missing, but task.kind is sequence-classification; name the label's column"
             )
-        if wrong := list(model_conflicts(self.model)):
+        of_work = optimizer_conflicts(self.work.optimizer, "work.optimizer")
+        if wrong := [*model_conflicts(self.model), *of_work]:
             raise ValueError("\n".join(wrong))
         return self

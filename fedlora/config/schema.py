@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 
 from fedlora.config.combinations import conflicts
 from fedlora.config.section import Section
+from fedlora.config.server import Server, ServerSgd
 from fedlora.config.world import World
 
 Probability = Annotated[float, Field(gt=0, le=1)]
@@ -181,6 +182,9 @@ class Sgd(Section):
     lr: Annotated[float, Field(gt=0)]
     decay: Decay = "none"
     """linear: the rate falls evenly from `lr` in the first round to `lr / rounds` in the last."""
+    proximal: Annotated[float, Field(ge=0)] = 0.0
+    """FedProx (arXiv 1812.06127): each step also goes lr * proximal of the way back to where the round began, after the
+    noise, so it costs no epsilon. lr * proximal is 1 at most; with one step a round it does nothing. 0: off."""
 
 
 class AdamW(Section):
@@ -209,6 +213,9 @@ class Federation(Section):
     """Expected size of a Poisson draw; the rate is batch_size / declared records, the divisor is
     batch_size."""
     optimizer: Optimizer
+    """The clients'."""
+    server: Server = ServerSgd(name="sgd")
+    """The server's: what it makes of a round's mixed update. Post-processing, so it costs no epsilon."""
     weighting: Literal["uniform", "examples"] = "uniform"
     """Share of a client in the whole. `examples` makes record counts matter; they are declared public
     either way."""
@@ -234,8 +241,13 @@ class Federation(Section):
 class Stale(Section):
     """FedStale: remembered updates of absent clients. Costs no epsilon; repeats their noise."""
 
-    beta: Annotated[float, Field(ge=0, le=1)]
-    """0 is FedAvg, 1 is FedVARP. Under strong noise small values are best: beta* = SNR / (1 + SNR)."""
+    beta: Annotated[float, Field(ge=0, le=1)] | Literal["adaptive"]
+    """0 is FedAvg, 1 is FedVARP. Under strong noise small values are best: beta* = SNR / (1 + SNR). adaptive: 0 until
+    clients are heard again, then how much of what was remembered came back, of released values of earlier rounds only:
+    sum <fresh, remembered> / sum |remembered|^2, whose denominator holds the noise."""
+    smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Of an adaptive beta: what is left of either sum when a round is added. 0: the last round alone says; 0.9: about
+    the last ten do."""
     memory: Literal["disk"] = "disk"
     """Where they are kept: in memory.sqlite of the run, so that the server's memory does not grow with the
     federation."""

@@ -54,7 +54,7 @@ federation:
 method:
   name: fedsvd                                   # fedsvd, ffa, fedavg
   refactor_every: 1                              # rounds between two refactorisations
-  stale: {beta: 0.0, memory: disk}               # FedStale: 0 forgets absent clients, 1 remembers them fully
+  stale: {beta: 0.0, memory: disk}               # FedStale: 0 forgets absent clients, 1 remembers all, or adaptive
 
 # The promise, for each record of each client, over everything that client ever releases.
 # `privacy: none` switches it off; every output then says NOT PRIVATE.

@@ -54,8 +54,12 @@ class Soundness:
             return None
         if not isinstance(self.federation.optimizer, Sgd):
             return None  # the length of an AdamW step says nothing of its noise
-        unit = work(update.round, self.federation).learning_rate * self.max_grad_norm / event.expected_batch
-        noise = unit * event.noise_multiplier * math.sqrt(event.steps * _entries(update.delta))
+        learning_rate = work(update.round, self.federation).learning_rate
+        unit = learning_rate * self.max_grad_norm / event.expected_batch
+        # What a proximal term leaves of a step, one step later.
+        left = 1 - learning_rate * self.federation.optimizer.proximal
+        steps = sum(left ** (2 * later) for later in range(event.steps))
+        noise = unit * event.noise_multiplier * math.sqrt(steps * _entries(update.delta))
         drawn = event.steps * event.expected_batch
         signal = unit * (drawn + DRAWS * (math.sqrt(drawn) + 1))
         least, most = (1 - SPREAD) * noise, (1 + SPREAD) * noise + signal

@@ -173,7 +173,7 @@ class FedLoraStrategy(Strategy):
             federation=self.federation,
         )
         self._require_enough(gathered.report)
-        absorbed = absorb(self.state, gathered, method=self.method, keep_gauges=self.federation.keep_gauges)
+        absorbed = absorb(self.state, gathered, method=self.method, federation=self.federation)
         self.state, self._plan, self._memory = absorbed.state, None, memory
         self.reports.append(absorbed.report)
         return self.arrays(), _figures(absorbed.report)

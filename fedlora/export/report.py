@@ -156,7 +156,7 @@ def _config(summary: Mapping[str, Any], config: RunConfig | None) -> str:
         return f"<h2>Method</h2>\n{pairs([('Method', _method(summary))])}"
     rounds, lora = config.federation, config.lora
     rows = (
-        ("Method", f"{_method(summary)}, FedStale beta {number(config.method.stale.beta)}"),
+        ("Method", f"{_method(summary)}, FedStale beta {_beta(config)}"),
         ("Adapter", f"LoRA r {lora.r}, alpha {number(lora.lora_alpha)}, on {', '.join(lora.target_modules)}"),
         ("Local work", f"{rounds.local_steps} steps, expected batch {rounds.batch_size}"),
         ("Optimizer", f"{rounds.optimizer.name}, learning rate {number(rounds.optimizer.lr)}"),
@@ -165,6 +165,11 @@ def _config(summary: Mapping[str, Any], config: RunConfig | None) -> str:
     )
     whole = folded("The whole config", f"<pre>{escape(dump_config(config))}</pre>")
     return f"<h2>Method</h2>\n{pairs(rows)}\n{whole}"
+
+
+def _beta(config: RunConfig) -> str:
+    beta = config.method.stale.beta
+    return beta if isinstance(beta, str) else number(beta)
 
 
 def _made_with(summary: Mapping[str, Any]) -> str:

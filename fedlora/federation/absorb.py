@@ -15,12 +15,14 @@ from fedlora.config import schema
 from fedlora.errors import ConfigError, IncompleteError
 from fedlora.federation.gather import Gathered
 from fedlora.methods import Method
+from fedlora.methods.server import server_optimizer
 from fedlora.methods.subspace import Public
 from fedlora.values import (
     FRAME,
     Adapters,
     Delta,
     Gauges,
+    Recurrence,
     RoundReport,
     ServerState,
     Site,
@@ -80,20 +82,29 @@ def start(
     )
 
 
-def absorb(state: ServerState, gathered: Gathered, *, method: Method, keep_gauges: int) -> Absorbed:
+def absorb(
+    state: ServerState, gathered: Gathered, *, method: Method, federation: schema.Federation
+) -> Absorbed:
     """The state after the round whose replies were gathered: the step is taken, then the subspace moves.
 
-    Without any answer B still moves by beta * memory, and stays if beta is 0.
+    The step is what the server's optimiser makes of the mixed update. Of `federation`, `server` and `keep_gauges` are
+    read.
+
+    Without any answer B still moves by beta * memory, and stays if beta is 0. An adaptive beta of the next round knows
+    this one.
     """
     number = gathered.report.round
-    adapters = method.subspace.move(applied(state.adapters, gathered.step), number)
+    step, moments = server_optimizer(federation.server).step(gathered.step, state.moments, state.gauges[-1])
+    adapters = method.subspace.move(applied(state.adapters, step), number)
     after = ServerState(
         round=number,
         adapters=adapters,
         frame=state.frame,
-        gauges=_extended(state, adapters, keep_gauges),
+        gauges=_extended(state, adapters, federation.keep_gauges),
         memory=gathered.memory,
         remembered={**state.remembered, **gathered.heard},
+        recurrence=gathered.recurrence,
+        moments=moments,
     )
     return Absorbed(state=after, report=gathered.report)
 
@@ -102,7 +113,8 @@ def forget(state: ServerState, client: str, remembered: Delta | None, weight: fl
     """The state as if the client, now gone from the roster, had left nothing in the memory; the model stays.
 
     Its remembered update is subtracted, and the rest is divided by 1 - weight, since the shares of all others
-    grow by that factor, under uniform weighting and by examples alike.
+    grow by that factor, under uniform weighting and by examples alike. An adaptive beta and the server's
+    optimiser begin anew: their sums hold what the client sent.
 
     Args:
         state: between two rounds.
@@ -123,7 +135,7 @@ def forget(state: ServerState, client: str, remembered: Delta | None, weight: fl
     # The last member leaves only what rounding left.
     memory = scale(memory, 1 / (1 - weight) if weight < 1 else 0.0)
     others = {name: heard for name, heard in state.remembered.items() if name != client}
-    return replace(state, memory=memory, remembered=others)
+    return replace(state, memory=memory, remembered=others, recurrence=Recurrence(), moments=None)
 
 
 def admit(state: ServerState, weight: float) -> ServerState:

@@ -11,11 +11,21 @@ from typing import Protocol
 
 from fedlora.algebra.deltas import into_frame
 from fedlora.algebra.mixing import RunningMix
+from fedlora.algebra.recurrence import RunningRecurrence
 from fedlora.config import schema
 from fedlora.errors import IncompleteError
 from fedlora.federation.sift import fault_of
 from fedlora.methods import Method
-from fedlora.values import ClientUpdate, Delta, Refusal, Reply, RoundPlan, RoundReport, ServerState
+from fedlora.values import (
+    ClientUpdate,
+    Delta,
+    Recurrence,
+    Refusal,
+    Reply,
+    RoundPlan,
+    RoundReport,
+    ServerState,
+)
 
 
 class Memory(Protocol):
@@ -54,10 +64,14 @@ class Remembered:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gathered:
-    """What the replies of a round amount to. heard: the round of each update that counted, by client."""
+    """What the replies of a round amount to. heard: the round of each update that counted, by client.
+
+    recurrence: with this round's, as the next round's beta needs it.
+    """
 
     step: Delta
     memory: Delta
+    recurrence: Recurrence
     heard: Mapping[str, int]
     report: RoundReport
 
@@ -79,7 +93,7 @@ def gather(
         plan: of the round that the replies end.
         replies: from anyone, of this round or earlier ones; none is held longer than until its turn.
         memory: recalls what the state remembers, and keeps what it will.
-        method: its mixing. federation: its `participation`.
+        method: its mixing. federation: its `participation` and the kind of its cohort.
         enough: see `Federation.enough`.
 
     Raises:
@@ -114,6 +128,11 @@ class Gathering:
         self._mixing, self._federation = method.mixing, federation
         self._gauges = {known.basis: known for known in state.gauges}
         self._mix = RunningMix(state.memory, self._gauges)
+        centred = self._mixing.centred(federation)
+        self._recurrence = (
+            RunningRecurrence(self._mix.layout, centred=centred) if self._mixing.adaptive else None
+        )
+        self._beta = self._mixing.beta_in(state.recurrence)
         self._factors = 0.0
         self._turn = 0
         self._spoken: set[str] = set()
@@ -166,8 +185,9 @@ class Gathering:
                 self._fold(late)
         divisor = self._mixing.divisor(self._factors, self._federation.participation)
         return Gathered(
-            step=self._mix.mixed(self._state.adapters.basis, self._mixing.beta, divisor),
+            step=self._mix.mixed(self._state.adapters.basis, self._beta, divisor),
             memory=self._mix.memory(),
+            recurrence=self._known(),
             heard=self._heard,
             report=self._report(),
         )
@@ -196,11 +216,19 @@ class Gathering:
             stale = None if last is None else self._memory.recall(client, last)
             kept = self._memory.keep(client, update.round, into_frame(delta, self._gauges[delta.basis]))
             self._mix.replace(kept, stale, factor=factor, weight=self._plan.weight[client])
+            if self._recurrence is not None:
+                self._recurrence.add(kept, stale, factor**2)
         self._mix.add(delta, factor)
         self._factors += factor
         self._heard[client] = update.round
         if update.accuracy is not None:
             self._accuracy[client] = update.accuracy
+
+    def _known(self) -> Recurrence:
+        known, adaptive = self._state.recurrence, self._mixing.adaptive
+        if adaptive is None or self._recurrence is None:
+            return known
+        return adaptive.after(known, self._recurrence.sums())
 
     def _reject(self, client: str, fault: str) -> None:
         self._rejected.setdefault(client, set()).add(fault)

@@ -61,7 +61,7 @@ def rounds(
                 state, planned, replies,
                 memory=store.memory, method=method, federation=federation, enough=federation.enough,
             )  # fmt: skip
-            absorbed = absorb(state, gathered, method=method, keep_gauges=federation.keep_gauges)
+            absorbed = absorb(state, gathered, method=method, federation=federation)
             _require_enough(planned, absorbed, federation)
             state = absorbed.state
             due = state.round % federation.evaluate_every == 0 or state.round == federation.rounds

@@ -12,6 +12,7 @@ import logging
 import shutil
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from fedlora.errors import ConfigError, IncompleteError
 from fedlora.federation.absorb import Absorbed, forget
 from fedlora.federation.memory import StaleMemory
 from fedlora.federation.record import Kept
-from fedlora.values import FRAME, Delta, Gauges, RoundPlan, ServerState
+from fedlora.values import FRAME, Delta, Gauges, Moments, Recurrence, RoundPlan, ServerState
 
 log = logging.getLogger(__name__)
 
@@ -200,6 +201,8 @@ class Store:
             gauges=tuple(Gauges(basis=n, sites=under(tensors, f"gauge:{n}:")) for n in words["gauges"]),
             memory=_delta(tensors, "memory:"),
             remembered=words["remembered"],
+            recurrence=Recurrence(**words.get("recurrence", {})),  # earlier versions had none
+            moments=_moments(tensors, words.get("moments", 0)),
         )
         if digest(_state_tensors(state)) != words["sha256"]:
             raise ValueError("its tensors do not match their digest")
@@ -237,8 +240,20 @@ def _delta(tensors: Mapping[str, Tensor], prefix: str) -> Delta:
     return Delta(basis=FRAME, sites=under(tensors, f"{prefix}b:"), head=under(tensors, f"{prefix}head:"))
 
 
+def _moments_of(state: ServerState) -> list[Delta]:
+    held = state.moments
+    return [] if held is None else [held.first] if held.second is None else [held.first, held.second]
+
+
+def _moments(tensors: Mapping[str, Tensor], count: int) -> Moments | None:
+    first, second = (_delta(tensors, f"moment:{number}:") for number in (1, 2))
+    return Moments(first=first, second=second if count == 2 else None) if count else None
+
+
 def _state_tensors(state: ServerState) -> dict[str, Tensor]:
     tensors = dict(named_tensors(state.adapters)) | _delta_tensors(state.memory, "memory:")
+    for number, moment in enumerate(_moments_of(state), start=1):
+        tensors |= _delta_tensors(moment, f"moment:{number}:")
     tensors |= {f"frame:{site}": value for site, value in state.frame.items()}
     tensors |= {f"gauge:{g.basis}:{site}": value for g in state.gauges for site, value in g.sites.items()}
     return {name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()}
@@ -252,5 +267,7 @@ def _state_words(state: ServerState) -> dict[str, Any]:
         "scale": state.adapters.scale,
         "gauges": [gauges.basis for gauges in state.gauges],
         "remembered": dict(sorted(state.remembered.items())),
+        "recurrence": asdict(state.recurrence),
+        "moments": len(_moments_of(state)),
         "sha256": digest(_state_tensors(state)),
     }

@@ -18,5 +18,5 @@ def fedavg(method_cfg: schema.FedAvg, lora_cfg: schema.Lora) -> Method:
         name=method_cfg.name,
         trains="b",
         subspace=Subspace(init="kaiming", refactor_every=None),
-        mixing=Mixing(beta=method_cfg.stale.beta),
+        mixing=Mixing.of(method_cfg.stale),
     )

@@ -17,5 +17,5 @@ def fedsb(method_cfg: schema.FedSb, lora_cfg: schema.Lora) -> Method:
         name=method_cfg.name,
         trains="core",
         subspace=Subspace(init=lora_cfg.init, left=method_cfg.left, refactor_every=None),
-        mixing=Mixing(beta=method_cfg.stale.beta),
+        mixing=Mixing.of(method_cfg.stale),
     )

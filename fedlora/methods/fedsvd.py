@@ -22,5 +22,5 @@ def fedsvd(method_cfg: schema.FedSvd, lora_cfg: schema.Lora) -> Method:
             refactor_every=method_cfg.refactor_every,
             soft_threshold=method_cfg.soft_threshold,
         ),
-        mixing=Mixing(beta=method_cfg.stale.beta),
+        mixing=Mixing.of(method_cfg.stale),
     )

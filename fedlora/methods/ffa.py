@@ -15,5 +15,5 @@ def ffa(method_cfg: schema.Ffa, lora_cfg: schema.Lora) -> Method:
         name=method_cfg.name,
         trains="b",
         subspace=Subspace(init=lora_cfg.init, refactor_every=None),
-        mixing=Mixing(beta=method_cfg.stale.beta),
+        mixing=Mixing.of(method_cfg.stale),
     )

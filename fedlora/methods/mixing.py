@@ -3,21 +3,70 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from fedlora.values import RoundPlan
+from fedlora.config import schema
+from fedlora.values import Recurrence, RoundPlan
 
 Participation = Literal["normalised", "importance"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Adaptive:
+    """A beta that follows from what was released in earlier rounds, so it costs no privacy.
+
+    smoothing: what is left of the sums of earlier rounds when those of a round are added, in [0, 1).
+    """
+
+    smoothing: float
+
+    def beta(self, known: Recurrence) -> float:
+        """product / energy, within [0, 1]; see `algebra.recurrence` for why. 0 as long as nobody was heard again."""
+        return min(1.0, max(0.0, known.product / known.energy)) if known.energy > 0 else 0.0
+
+    def after(self, known: Recurrence, of_the_round: Recurrence) -> Recurrence:
+        """What is known once the round is over; a round that says nothing takes nothing away."""
+        if of_the_round.energy == 0:
+            return known
+        return Recurrence(
+            product=self.smoothing * known.product + of_the_round.product,
+            energy=self.smoothing * known.energy + of_the_round.energy,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mixing:
     """FedStale (arXiv 2405.04171). beta: 0 is FedAvg and remembers nothing, 1 is FedVARP."""
 
-    beta: float
+    beta: float | Adaptive
+
+    @classmethod
+    def of(cls, stale: schema.Stale) -> "Mixing":
+        """What the config says."""
+        return cls(beta=Adaptive(smoothing=stale.smoothing) if stale.beta == "adaptive" else stale.beta)
+
+    @property
+    def adaptive(self) -> Adaptive | None:
+        """What beta follows from, where it is no constant."""
+        return self.beta if isinstance(self.beta, Adaptive) else None
 
     @property
     def remembers(self) -> bool:
         """Whether the last update of a client is ever used again."""
-        return self.beta > 0
+        return isinstance(self.beta, Adaptive) or self.beta > 0
+
+    def beta_in(self, known: Recurrence) -> float:
+        """The beta of a round, one for all clients.
+
+        From what was known before the round: nothing that the round draws has a say in it, or FedStale would be biased.
+        """
+        return self.beta.beta(known) if isinstance(self.beta, Adaptive) else self.beta
+
+    @staticmethod
+    def centred(federation: schema.Federation) -> bool:
+        """Whether what all updates have in common costs a round no variance.
+
+        So it is where shares are normalised, or a fixed number of clients is drawn.
+        """
+        return federation.participation == "normalised" or isinstance(federation.cohort, int)
 
     def factor(self, client: str, plan: RoundPlan, participation: Participation) -> float:
         """What a participant's update is multiplied by, before `divisor` divides the sum.

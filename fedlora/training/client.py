@@ -248,10 +248,28 @@ def _step_of(node: Node, request: TrainRequest, step: int) -> tuple[str | int, .
 def optimizer_over(
     trained: Mapping[str, nn.Parameter], config: Optimizer, lr: float
 ) -> torch.optim.Optimizer:
-    """A new optimiser of these parameters; each number moves by its own gradients alone."""
+    """A new optimiser of these parameters, still where the round began; each number moves by its own gradients alone.
+
+    Whatever it adds to a gradient it adds after the noise, from numbers that the server knows or that were released.
+    """
     if isinstance(config, AdamW):
         return torch.optim.AdamW(trained.values(), lr=lr, weight_decay=config.weight_decay)
-    return torch.optim.SGD(trained.values(), lr=lr)
+    optimizer = torch.optim.SGD(trained.values(), lr=lr)
+    if config.proximal:
+        optimizer.register_step_pre_hook(_pull_to(trained, config.proximal))
+    return optimizer
+
+
+def _pull_to(start: Mapping[str, nn.Parameter], strength: float) -> Callable[..., None]:
+    """Adds the gradient of strength / 2 * |number - start|^2 before each step (FedProx)."""
+    began = {parameter: parameter.detach().clone() for parameter in start.values()}
+
+    def pull(*_: object) -> None:
+        for parameter, there in began.items():
+            if parameter.grad is not None:
+                parameter.grad = torch.add(parameter.grad, parameter.detach() - there, alpha=strength)
+
+    return pull
 
 
 def descend(

@@ -392,6 +392,16 @@ def test_a_round_cannot_end_with_more_answers_than_are_asked_for_or_fewer_than_a
         load_config(written(tmp_path, RUN_YAML), given)
 
 
+def test_no_step_goes_further_back_than_it_came(tmp_path):
+    path = written(tmp_path, RUN_YAML)
+    steep = ["federation.optimizer={name: sgd, lr: 16.0, proximal: 0.1}"]
+    with pytest.raises(
+        ConfigError, match=r"federation\.optimizer\.proximal: .*1\.6 times.*; write 0\.0625 or less"
+    ):
+        load_config(path, steep)
+    assert load_config(path, ["federation.optimizer.proximal=0.0625"]).federation.optimizer.proximal == 0.0625
+
+
 def test_a_key_that_came_later_leaves_the_name_of_a_run_that_does_not_use_it(tmp_path):
     """The name is in every noise key: another one is another run."""
     path = written(tmp_path, RUN_YAML)
@@ -402,6 +412,26 @@ def test_a_key_that_came_later_leaves_the_name_of_a_run_that_does_not_use_it(tmp
     assert config_digest(load_config(path, ["model.quantization=int8"])) != config_digest(load_config(path))
     assert "quantization: none" in dump_config(load_config(path))
     assert '"quantization"' not in json.dumps(_computed(load_config(path)))
+
+
+@pytest.mark.parametrize(
+    ("key", "alone", "used"),
+    [
+        ("smoothing", "method.stale.smoothing=0.5", ["method.stale.beta=adaptive"]),
+        ("smoothing", "method.stale.smoothing=0.9", ["method.stale.beta=adaptive", "method.stale.smoothing=0.5"]),
+        ("server", "federation.server={name: sgd, lr: 1.0}", ["federation.server={name: sgd, lr: 0.5}"]),
+        ("proximal", "federation.optimizer.proximal=0", ["federation.optimizer.proximal=0.01"]),
+        ("server", "federation.server.name=sgd", ["federation.server={name: adam, lr: 1.0}"]),
+    ],
+)  # fmt: skip
+def test_a_key_without_effect_leaves_the_name_of_the_run(tmp_path, key, alone, used):
+    path = written(tmp_path, RUN_YAML)
+    own = config_digest(load_config(path))
+    assert f"{key}:" in dump_config(load_config(path))
+    assert f'"{key}"' not in json.dumps(_computed(load_config(path)))
+    assert config_digest(load_config(path, [alone])) == own
+    assert f'"{key}"' in json.dumps(_computed(load_config(path, used)))
+    assert config_digest(load_config(path, used)) != own
 
 
 def test_a_node_refuses_digits_that_its_base_would_not_keep(tmp_path):

@@ -90,3 +90,13 @@ def test_the_rate_is_that_of_the_round_that_was_answered(update):
 def test_an_update_that_does_not_say_what_it_drew_is_found_out(update, claim):
     (event,) = update.spent
     assert SGD.objection(replace(update, spent=(replace(event, **claim),))) is not None
+
+
+def test_a_proximal_term_shortens_the_noise_of_all_steps_but_the_last(update):
+    """At lr * proximal 1 only the last of the two steps is left, of length 1 / sqrt(2)."""
+    pulled = Soundness(federation=federation(Sgd(name="sgd", lr=1.0, proximal=1.0)), max_grad_norm=1.0)
+    shortest = next(n / 100 for n in range(100) if SGD.objection(scaled(update, n / 100)) is None)
+    shorter = scaled(update, 0.8 * shortest)
+    assert SGD.objection(shorter) is not None
+    assert pulled.objection(shorter) is None
+    assert pulled.objection(scaled(update, 0.6 * shortest)) is not None

@@ -55,7 +55,7 @@ def products_after_five_rounds(config, run_dir, *, turn: bool = True) -> dict[st
             state, planned, replies,
             memory=Remembered(), method=prepared.method, federation=config.federation,
         )  # fmt: skip
-        state = absorb(state, heard, method=prepared.method, keep_gauges=config.federation.keep_gauges).state
+        state = absorb(state, heard, method=prepared.method, federation=config.federation).state
     return {s: f.b @ f.a for s, f in state.adapters.sites.items()} | dict(state.adapters.head)
 
 

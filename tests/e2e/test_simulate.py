@@ -76,9 +76,20 @@ class Interrupt:
             raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize(("kind", "at"), [(RoundDone, 0), (ClientDone, 0), (ClientDone, 3), (RoundDone, 2)])
-def test_an_interrupted_run_resumes_to_the_same_state_and_the_same_ledgers(tiny_config, tmp_path, kind, at):
-    config = tiny_config(method__stale={"beta": 0.5})
+@pytest.mark.parametrize(
+    ("kind", "at", "beta"),
+    [
+        (RoundDone, 0, 0.5),
+        (ClientDone, 0, 0.5),
+        (ClientDone, 3, 0.5),
+        (RoundDone, 2, 0.5),
+        (RoundDone, 1, "adaptive"),
+    ],
+)
+def test_an_interrupted_run_resumes_to_the_same_state_and_the_same_ledgers(
+    tiny_config, tmp_path, kind, at, beta
+):
+    config = tiny_config(method__stale={"beta": beta})
     whole = simulate(config, tmp_path / "whole", quiet)
     with pytest.raises(KeyboardInterrupt):
         simulate(config, tmp_path / "cut", Interrupt(kind, at))

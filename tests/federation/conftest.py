@@ -35,9 +35,10 @@ class Lab:
     def lora(self, init="orthonormal") -> schema.Lora:
         return schema.Lora(r=RANK, lora_alpha=6.0, target_modules=["query"], init=init)
 
-    def method(self, name="fedsvd", beta=0.0, init="orthonormal", **more) -> Method:
+    def method(self, name="fedsvd", beta=0.0, init="orthonormal", smoothing=0.9, **more) -> Method:
         kinds = {"fedsvd": schema.FedSvd, "ffa": schema.Ffa, "fedavg": schema.FedAvg}
-        return build(kinds[name](name=name, stale=schema.Stale(beta=beta), **more), self.lora(init))
+        stale = schema.Stale(beta=beta, smoothing=smoothing)
+        return build(kinds[name](name=name, stale=stale, **more), self.lora(init))
 
     def start(self, method, dtype=torch.float64, seed=7) -> ServerState:
         head = {"weight": torch.zeros(2, 4)}
@@ -66,7 +67,7 @@ class Lab:
         heard = gather(
             state, plan, replies, memory=memory or Remembered(), method=method, federation=federation
         )
-        return absorb(state, heard, method=method, keep_gauges=federation.keep_gauges)
+        return absorb(state, heard, method=method, federation=federation)
 
     def products(self, state) -> dict[str, torch.Tensor]:
         """The model's change, dense: b @ a of every site, and the head."""

@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 from fedlora.algebra.deltas import add, scale
 from fedlora.federation.gather import Remembered
-from fedlora.values import RoundPlan
+from fedlora.values import Recurrence, RoundPlan
 
 PROBABILITY = {"a": 0.15, "b": 0.5, "c": 0.8, "d": 1.0}
 WEIGHT = {"a": 0.1, "b": 0.2, "c": 0.3, "d": 0.4}
@@ -27,7 +27,10 @@ def a_state(lab, method, generator):
     memory = scale(state.memory, 0.0)
     for client, (_, delta) in remembered.items():
         memory = add(memory, delta, WEIGHT[client])
-    return replace(state, memory=memory, remembered=dict.fromkeys(remembered, 0)), remembered
+    known = Recurrence(product=3.0, energy=8.0)  # an adaptive beta of 3/8
+    return replace(
+        state, memory=memory, remembered=dict.fromkeys(remembered, 0), recurrence=known
+    ), remembered
 
 
 def mean_step(lab, method, federation, state, remembered, deltas):
@@ -55,7 +58,7 @@ def expected(lab, state, deltas):
     }
 
 
-@pytest.mark.parametrize("beta", [0.0, 0.25, 0.6, 1.0])
+@pytest.mark.parametrize("beta", [0.0, 0.25, 0.6, 1.0, "adaptive"])
 @pytest.mark.parametrize("init", ["orthonormal", "kaiming"])
 def test_importance_is_unbiased_for_every_beta_and_memory(lab, beta, init):
     generator = torch.Generator().manual_seed(1)

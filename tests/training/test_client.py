@@ -1,6 +1,7 @@
 """What a client does with a request, seen by who clips and who draws: each privacy-relevant line has its law."""
 
 import dataclasses
+import itertools
 import json
 from pathlib import Path
 
@@ -263,3 +264,39 @@ def test_an_accuracy_is_that_of_each_record_alone(scene, monkeypatch):
     assert sizes == [1] * RECORDS
     score = tasks.evaluate(one.node.model, one.node.examples)
     assert float(right.mean()) == pytest.approx(score.value)
+
+
+def pulled(scene, strength, steps=STEPS, **changes):
+    """The scene once its client has answered, with a ledger of its own; and the reply."""
+    one = scene(**changes)
+    one.node = dataclasses.replace(one.node, optimizer=Sgd(name="sgd", lr=1.0, proximal=strength))
+    one.ledger_path = one.ledger_path.with_name(f"{strength}-{steps}.jsonl")
+    return one, one.answer(work=LocalWork(steps=steps, learning_rate=1.0))
+
+
+def test_a_proximal_term_changes_neither_clip_nor_draw_nor_noise_nor_price(scene):
+    (plain, reply), (other, changed) = pulled(scene, 0.0), pulled(scene, 0.4)
+    assert changed.spent == reply.spent
+    assert other.node.engine.clips == plain.node.engine.clips == [0.5] * STEPS
+    assert other.node.engine.drawn == plain.node.engine.drawn
+    assert other.node.noise.normals == plain.node.noise.normals
+    assert other.node.noise.uniforms == plain.node.noise.uniforms
+    for site, moved in reply.delta.sites.items():
+        assert float((changed.delta.sites[site] - moved).norm()) > 0.01 * float(moved.norm())
+
+
+def test_a_proximal_term_shrinks_what_was_stepped_not_what_is_released(scene):
+    """Nothing drawn: each release is noise alone, known from a client without the term."""
+    after = [pulled(scene, 0.0, steps, rate=1e-12)[1].delta.sites for steps in range(1, STEPS + 1)]
+    _, reply = pulled(scene, 0.4, rate=1e-12)
+    for site, moved in reply.delta.sites.items():
+        wanted = after[0][site]
+        for before, now in itertools.pairwise(after):
+            wanted = 0.6 * wanted + (now[site] - before[site])
+        torch.testing.assert_close(moved, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_in_a_round_of_one_step_a_proximal_term_changes_no_bit(scene):
+    (_, plain), (_, other) = pulled(scene, 0.0, 1), pulled(scene, 0.4, 1)
+    for site, moved in plain.delta.sites.items():
+        assert torch.equal(other.delta.sites[site], moved)

@@ -37,6 +37,7 @@ from fedlora.values import (
 STEPS, RECORDS = 3, 24
 TARGETS = {"bert": ["query", "value"], "roberta": ["query"], "llama": ["q_proj", "v_proj"]}
 SGD, ADAMW = Sgd(name="sgd", lr=1.0), AdamW(name="adamw", lr=1.0, weight_decay=0.1)
+FEDPROX = Sgd(name="sgd", lr=1.0, proximal=0.4)
 
 
 class WatchedNoise(SeededNoise):
@@ -167,7 +168,7 @@ def assert_same(found, wanted):
 
 
 @pytest.mark.parametrize("name", TARGETS)
-@pytest.mark.parametrize("optimizer", [SGD, ADAMW], ids=lambda one: one.name)
+@pytest.mark.parametrize("optimizer", [SGD, ADAMW, FEDPROX], ids=["sgd", "adamw", "fedprox"])
 def test_replies_are_those_of_clients_one_by_one(scene, name, optimizer):
     one = scene(name, optimizer=optimizer)
     assert_same(one.together(), one.one_by_one())
