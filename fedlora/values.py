@@ -286,10 +286,24 @@ class RoundPlan:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Released:
+    """What is kept of an update that counted, once its numbers are in the sum.
+
+    round: of the request that it answers. length: Euclidean, of all its numbers together, float64.
+    spent: the event of its training; None only where privacy is off.
+    """
+
+    round: int
+    length: float
+    numbers: int
+    spent: DpEvent | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RoundReport:
     """What became of a plan: who answered, who refused and why, whose reply was rejected and why; all sorted.
 
-    accuracy: by client, what those who tell it told.
+    accuracy: by client, what those who tell it told. released: by client, of each update that counted.
     """
 
     round: int
@@ -298,3 +312,4 @@ class RoundReport:
     refused: Mapping[str, str]
     rejected: Mapping[str, str]
     accuracy: Mapping[str, float]
+    released: Mapping[str, Released] = field(default_factory=dict)

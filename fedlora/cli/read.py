@@ -116,13 +116,14 @@ def report(
     ] = None,
     form: FormatOption = Format.TEXT,
 ) -> None:
-    """Write one self-contained HTML file: curves, epsilon by client, participation, privacy statement."""
+    """Write one self-contained HTML file: curves, epsilon by client, signal and noise, what the adapter is."""
     from fedlora.export.report import write_report
-    from fedlora.runs.rundir import run_config, run_rounds
+    from fedlora.runs.rundir import run_config, run_diagnostics, run_rounds
     from fedlora.runs.summary import summary_so_far
 
     target = run_dir / "report.html" if to is None else to
-    write_report(target, summary_so_far(run_dir), run_rounds(run_dir), run_config(run_dir))
+    summary, config = summary_so_far(run_dir), run_config(run_dir)
+    write_report(target, summary, run_rounds(run_dir), config, run_diagnostics(run_dir))
     show({"report": str(target)}, str(target), form)
 
 

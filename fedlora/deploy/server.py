@@ -113,6 +113,7 @@ def _serve(grid: Grid, config: RunConfig, run_dir: Path) -> None:
         cohort=Reported(cohort, journal, Soundness(federation=federation, max_grad_norm=clip)),
         store=store,
         score=centre.score,
+        max_grad_norm=clip,
     ):
         log.info("round %(round)d: %(answered)s answered, score %(score)s, %(seconds).1f s", line)
     state, _ = store.load()

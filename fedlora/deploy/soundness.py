@@ -4,10 +4,11 @@ import math
 from dataclasses import dataclass
 
 from fedlora.algebra.deltas import joint_norm
-from fedlora.config.schema import Federation, Sgd
-from fedlora.federation.loop import work
+from fedlora.config.schema import Federation
+from fedlora.federation.lengths import noise_length
+from fedlora.federation.work import work
 from fedlora.transport.flower_client import MOST_RECORDS
-from fedlora.values import ClientUpdate, Delta, DpEvent
+from fedlora.values import ClientUpdate, Delta, DpEvent, Released
 
 LEAST_NOISE, MOST_NOISE = 1e-2, 1e4
 """An event outside is no participation, and one at the end of the run could stop the accountants."""
@@ -50,20 +51,16 @@ class Soundness:
     def _objection_to_length(self, update: ClientUpdate) -> str | None:
         """Under SGD an update is noise of a known length, and a clipped gradient for each record that was drawn."""
         event = update.spent[0]
-        if self.max_grad_norm is None or event.expected_batch is None:
+        length = joint_norm(update.delta)
+        released = Released(round=update.round, length=length, numbers=_entries(update.delta), spent=event)
+        noise = noise_length(released, self.federation, self.max_grad_norm)
+        if noise is None or self.max_grad_norm is None or event.expected_batch is None:
             return None
-        if not isinstance(self.federation.optimizer, Sgd):
-            return None  # the length of an AdamW step says nothing of its noise
-        learning_rate = work(update.round, self.federation).learning_rate
-        unit = learning_rate * self.max_grad_norm / event.expected_batch
-        # What a proximal term leaves of a step, one step later.
-        left = 1 - learning_rate * self.federation.optimizer.proximal
-        steps = sum(left ** (2 * later) for later in range(event.steps))
-        noise = unit * event.noise_multiplier * math.sqrt(steps * _entries(update.delta))
+        unit = work(update.round, self.federation).learning_rate * self.max_grad_norm / event.expected_batch
         drawn = event.steps * event.expected_batch
         signal = unit * (drawn + DRAWS * (math.sqrt(drawn) + 1))
         least, most = (1 - SPREAD) * noise, (1 + SPREAD) * noise + signal
-        if not math.isfinite(length := joint_norm(update.delta)):
+        if not math.isfinite(length):
             return "it has entries that are not finite"
         if not least <= length <= most:
             return (

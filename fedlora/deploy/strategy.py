@@ -41,8 +41,8 @@ from fedlora.config.schema import Federation
 from fedlora.errors import ConfigError, IncompleteError, WireError
 from fedlora.federation.absorb import absorb
 from fedlora.federation.gather import Remembered, gather
-from fedlora.federation.loop import work
 from fedlora.federation.plan import plan, require_plannable
+from fedlora.federation.work import work
 from fedlora.methods import Method
 from fedlora.transport.flower_cohort import Nodes
 from fedlora.transport.wire import decode_reply, encode_request

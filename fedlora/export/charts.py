@@ -31,6 +31,7 @@ def line_chart(
     title: str,
     show: Callable[[float], str],
     name: str = "score",
+    floor: float | None = None,
 ) -> str:
     """A curve over rounds, with the value before the first one as a dashed line.
 
@@ -40,11 +41,13 @@ def line_chart(
         title: what the chart shows, for those who hear it.
         show: how a value is written.
         name: its own on the page.
+        floor: where the axis begins; None: about where the values do.
     """
     left, right, top, bottom, height = 64, 24, 20, 44, 300
     marks = [(0, before), *points] if before is not None and points[0][0] > 0 else list(points)
     last = max(marks[-1][0], 1)
-    rows = ticks(min(value for _, value in marks), max(value for _, value in marks))
+    low, high = min(value for _, value in marks), max(value for _, value in marks)
+    rows = ticks(low, high) if floor is None else ticks(floor, high if high > floor else floor + 1)
 
     def across(index: float) -> float:
         return left + (WIDTH - left - right) * index / last
@@ -67,7 +70,9 @@ def line_chart(
     parts.append(f'<polyline class="curve" points="{line}"/>')
     dots = marks if len(marks) <= 60 else marks[-1:]
     parts += [f'<circle class="dot" cx="{across(i):.1f}" cy="{up(v):.1f}" r="3.5"/>' for i, v in dots]
-    parts.append(_last_label(across(marks[-1][0]), up(marks[-1][1]), show(marks[-1][1]), clear=top))
+    falls = len(marks) > 1 and marks[-2][1] > marks[-1][1]
+    at = _beside_the_last(up(marks[-1][1]), top, height - bottom, falls=falls)
+    parts.append(_text(across(marks[-1][0]), at, show(marks[-1][1]), anchor="end", kind="strong"))
     return _svg(name, title, height, parts)
 
 
@@ -104,6 +109,67 @@ def matrix_chart(
     names: Sequence[str], rounds: Sequence[int], states: Mapping[tuple[str, int], str], *, title: str
 ) -> str:
     """Who did what in which round. A state is answered, refused, rejected or silent; no entry: not asked."""
+
+    def cell(name: str, index: int, x: float, y: float, radius: float) -> str:
+        return mark(states.get((name, index), "not-asked"), x, y, 0.68 * radius)
+
+    return _grid("participation", names, rounds, cell, title=title)
+
+
+def size_chart(
+    names: Sequence[str], rounds: Sequence[int], sizes: Mapping[tuple[str, int], float], *, title: str
+) -> str:
+    """How much there was of whom in which round, as the area of a disc; a ring: none. No entry: nobody knows.
+
+    Args:
+        names: one row each. rounds: one column each.
+        sizes: none negative; the largest fills its place.
+        title: what the chart shows, for those who hear it.
+    """
+    largest = max([*sizes.values(), 0.0]) or 1.0
+
+    def cell(name: str, index: int, x: float, y: float, radius: float) -> str:
+        size = sizes.get((name, index))
+        if size is None:
+            return mark("not-asked", x, y, radius)
+        if size == 0:
+            return _disc("none", x, y, 0.34 * radius)
+        return _disc("answered", x, y, max(radius * math.sqrt(size / largest), 1.5))
+
+    return _grid("sizes", names, rounds, cell, title=title)
+
+
+Panel = tuple[str, str, Sequence[float]]
+"""A label, a note and values, the largest first."""
+
+
+def panels_chart(panels: Sequence[Panel], *, title: str) -> str:
+    """Small bar charts side by side, all of one scale."""
+    across, pitch, wide, tall, head = 4, WIDTH / 4, WIDTH / 4 - 26, 74, 40
+    largest = max([value for _, _, values in panels for value in values], default=0.0) or 1.0
+    parts: list[str] = []
+    for number, (label, note, values) in enumerate(panels):
+        left, top = pitch * (number % across) + 4, (head + tall + 18) * (number // across)
+        floor, bar = top + head + tall, wide / max(len(values), 1)
+        parts.append(_text(left, top + 16, _short(label, 24), anchor="start", kind="strong"))
+        parts.append(_text(left, top + 32, note, anchor="start", kind="faint"))
+        parts.append(f'<line class="grid" x1="{left:.1f}" y1="{floor}" x2="{left + wide:.1f}" y2="{floor}"/>')
+        for place, value in enumerate(values):
+            high = tall * value / largest
+            middle = left + bar * (place + 0.5)
+            parts.append(_box("bar", middle, floor - high / 2, min(0.8 * bar, 22.0), high))
+    return _svg("panels", title, (head + tall + 18) * math.ceil(len(panels) / across), parts)
+
+
+def _grid(
+    name: str,
+    names: Sequence[str],
+    rounds: Sequence[int],
+    cell: Callable[[str, int, float, float, float], str],
+    *,
+    title: str,
+) -> str:
+    """Rows of clients, columns of rounds; `cell` draws client, round, x, y into a place of that radius."""
     left, right, top, pitch = 150, 16, 12, 24
     wide = min(36.0, (WIDTH - left - right) / len(rounds))
     height = top + pitch * len(names) + 44
@@ -111,10 +177,10 @@ def matrix_chart(
         _text(left - 10, top + pitch * row + pitch / 2 + 4, _short(name), anchor="end")
         for row, name in enumerate(names)
     ]
-    for row, name in enumerate(names):
+    for row, client in enumerate(names):
         for column, index in enumerate(rounds):
             x, y = left + wide * (column + 0.5), top + pitch * (row + 0.5)
-            parts.append(mark(states.get((name, index), "not-asked"), x, y, min(wide, pitch) * 0.34))
+            parts.append(cell(client, index, x, y, min(wide, pitch) / 2))
     every = math.ceil(len(rounds) / max(1, int((WIDTH - left) / 36)))
     parts += [
         _text(left + wide * (column + 0.5), height - 24, str(index), anchor="middle")
@@ -122,7 +188,7 @@ def matrix_chart(
         if column % every == 0 or len(rounds) <= every
     ]
     parts.append(_text(left + wide * len(rounds) / 2, height - 4, "round", anchor="middle", kind="faint"))
-    return _svg("participation", title, height, parts)
+    return _svg(name, title, height, parts)
 
 
 def mark(state: str, x: float, y: float, radius: float) -> str:
@@ -175,8 +241,12 @@ def _dashed(x1: float, y1: float, x2: float, y2: float) -> str:
     return f'<line class="limit" x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"/>'
 
 
-def _last_label(x: float, y: float, label: str, clear: float) -> str:
-    return _text(x, y - 10 if y - 22 > clear else y + 22, label, anchor="end", kind="strong")
+def _beside_the_last(y: float, top: float, floor: float, *, falls: bool) -> float:
+    """Where the label of the last point stands: above it, below where the curve comes from above; inside the chart."""
+    above, below = y - 10, y + 22
+    if falls:
+        return below if below < floor else above
+    return above if above - 12 > top else below
 
 
 def _text(x: float, y: float, label: str, *, anchor: str, kind: str = "") -> str:
@@ -189,5 +259,6 @@ def _plain(label: str) -> str:
     return label.replace(".0 %", " %")
 
 
-def _short(name: str) -> str:
-    return name if len(name) <= 18 else f"{name[:8]}…{name[-8:]}"
+def _short(name: str, most: int = 18) -> str:
+    half = most // 2 - 1
+    return name if len(name) <= most else f"{name[:half]}…{name[-half:]}"

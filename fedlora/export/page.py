@@ -48,6 +48,7 @@ svg text.faint { fill: var(--faint); } svg text.strong { font-weight: 600; }
 .answered { fill: var(--accent); } .refused { fill: var(--warn); } .hole { fill: var(--sheet); }
 .rejected { stroke: var(--bad); stroke-width: 2.5; fill: none; } .silent { fill: none; stroke: var(--warn);
   stroke-width: 1.5; }
+.none { fill: none; stroke: var(--faint); }
 .not-asked { fill: var(--faint); opacity: .6; }
 table { border-collapse: collapse; width: 100%; margin: 10px 0; font-size: 15px; }
 th, td { text-align: left; vertical-align: top; padding: 7px 14px 7px 0;

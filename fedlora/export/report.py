@@ -12,31 +12,41 @@ from fedlora.errors import ConfigError
 from fedlora.export.card import data_source
 from fedlora.export.charts import line_chart
 from fedlora.export.page import folded, page, pairs, table
+from fedlora.export.report_adapter import what_the_adapter_is
 from fedlora.export.report_clients import accuracy_told, epsilon_by_client, participation_by_client
+from fedlora.export.report_signal import signal_by_client
 from fedlora.export.statement import METHODS, NOT_PRIVATE, privacy_statement, reservation
 from fedlora.export.words import bytes_text, duration, epsilon, number, score
 from fedlora.privacy.noise import BY_THE_NODES
 
 
 def write_report(
-    target: Path, summary: Mapping[str, Any], rounds: Sequence[Mapping[str, Any]], config: RunConfig
+    target: Path,
+    summary: Mapping[str, Any],
+    rounds: Sequence[Mapping[str, Any]],
+    config: RunConfig,
+    diagnostics: Mapping[str, Any] | None = None,
 ) -> None:
     """The report is in `target`, whole; ConfigError where it cannot be."""
     try:
-        write_durably(target, report_html(summary, rounds, config))
+        write_durably(target, report_html(summary, rounds, config, diagnostics))
     except OSError as error:
         raise ConfigError(f"{target} cannot be written ({error.strerror}); name another file") from None
 
 
 def report_html(
-    summary: Mapping[str, Any], rounds: Sequence[Mapping[str, Any]], config: RunConfig | None = None
+    summary: Mapping[str, Any],
+    rounds: Sequence[Mapping[str, Any]],
+    config: RunConfig | None = None,
+    diagnostics: Mapping[str, Any] | None = None,
 ) -> str:
-    """A self-contained page: key figures, score curve, epsilon and participation by client, promise.
+    """A self-contained page: key figures, score curve, the clients, signal and noise, the adapter, the promise.
 
     Args:
         summary: as in summary.json.
         rounds: as in rounds.jsonl, oldest first; may be empty.
         config: adds the target epsilon, the data and the whole config, if given.
+        diagnostics: as in diagnostics.json; None: nothing is said of the adapter.
     """
     title = f"{_method(summary)}, {summary['clients']} clients, {summary['rounds_completed']} rounds"
     target = _target(summary, config)
@@ -49,6 +59,8 @@ def report_html(
     parts += [
         epsilon_by_client(summary, target),
         participation_by_client(summary, rounds),
+        signal_by_client(rounds),
+        what_the_adapter_is(diagnostics),
         _statement(summary),
     ]
     return page(title, [part for part in [*parts, _config(summary, config), _made_with(summary)] if part])

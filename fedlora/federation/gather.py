@@ -9,7 +9,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
+
 from fedlora.algebra.deltas import into_frame
+from fedlora.algebra.flat import Layout
 from fedlora.algebra.mixing import RunningMix
 from fedlora.algebra.recurrence import RunningRecurrence
 from fedlora.config import schema
@@ -21,6 +24,7 @@ from fedlora.values import (
     Delta,
     Recurrence,
     Refusal,
+    Released,
     Reply,
     RoundPlan,
     RoundReport,
@@ -140,6 +144,7 @@ class Gathering:
         self._late: dict[str, ClientUpdate] = {}
         self._heard: dict[str, int] = {}
         self._accuracy: dict[str, float] = {}
+        self._released: dict[str, Released] = {}
         self._refused: dict[str, set[str]] = {}
         self._rejected: dict[str, set[str]] = {}
 
@@ -221,6 +226,7 @@ class Gathering:
         self._mix.add(delta, factor)
         self._factors += factor
         self._heard[client] = update.round
+        self._released[client] = _released(update, self._mix.layout)
         if update.accuracy is not None:
             self._accuracy[client] = update.accuracy
 
@@ -241,7 +247,15 @@ class Gathering:
             refused=_joined(self._refused),
             rejected=_joined(self._rejected),
             accuracy={client: self._accuracy[client] for client in sorted(self._accuracy)},
+            released={client: self._released[client] for client in sorted(self._released)},
         )
+
+
+def _released(update: ClientUpdate, layout: Layout) -> Released:
+    row = layout.flat(update.delta)
+    length = float(torch.linalg.vector_norm(row, dtype=torch.float64))
+    spent = update.spent[0] if update.spent else None
+    return Released(round=update.round, length=length, numbers=layout.numbers, spent=spent)
 
 
 def _joined(reasons: Mapping[str, set[str]]) -> dict[str, str]:

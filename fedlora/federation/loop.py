@@ -9,10 +9,12 @@ from fedlora.errors import IncompleteError
 from fedlora.federation.absorb import Absorbed, absorb
 from fedlora.federation.cohort import Cohort
 from fedlora.federation.gather import gather
+from fedlora.federation.lengths import lengths
 from fedlora.federation.plan import Roll
 from fedlora.federation.store import Store
+from fedlora.federation.work import work
 from fedlora.methods import Method
-from fedlora.values import Adapters, LocalWork, Member, Origin, RoundPlan, ServerState, TrainRequest
+from fedlora.values import Adapters, Member, Origin, RoundPlan, ServerState, TrainRequest
 
 Score = Callable[[Adapters], dict[str, Any]]
 """Scores adapters on public test data: {metric, score, loss, epsilon_max}."""
@@ -33,8 +35,11 @@ def rounds(
     store: Store,
     score: Score,
     told: Told = lambda round_: {},
+    max_grad_norm: float | None = None,
 ) -> Iterator[tuple[ServerState, dict[str, Any]]]:
     """Goes on from `state` to the last round; each pair it yields is already on disk.
+
+    `max_grad_norm` is every client's clip, if it is known: with it a line says how much noise is in each update.
 
     Yields:
         The state after a round and that round's line of rounds.jsonl.
@@ -66,18 +71,11 @@ def rounds(
             state = absorbed.state
             due = state.round % federation.evaluate_every == 0 or state.round == federation.rounds
             line = _line(absorbed, score(state.adapters) if due else {}, time.monotonic() - began)
-            line |= told(state.round)
+            line |= lengths(absorbed.report.released, federation, max_grad_norm) | told(state.round)
             store.commit(absorbed, line)
             yield state, line
     finally:
         store.close()  # what an unfinished round has kept never was
-
-
-def work(number: int, federation: Federation) -> LocalWork:
-    """What is asked of a client in round `number` (the first is 1)."""
-    optimizer = federation.optimizer
-    left = 1.0 if optimizer.decay == "none" else (federation.rounds - number + 1) / federation.rounds
-    return LocalWork(steps=federation.local_steps, learning_rate=optimizer.lr * left)
 
 
 def _require_enough(planned: RoundPlan, absorbed: Absorbed, federation: Federation) -> None:

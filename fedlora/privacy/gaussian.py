@@ -58,6 +58,11 @@ def sensitivity(bound: float, noise_multiplier: float, numbers: int) -> float:
     return bound * (1 + MARGIN) + grid(bound, noise_multiplier) * math.sqrt(numbers)
 
 
+def noise_energy(bound: float, noise_multiplier: float, numbers: int) -> float:
+    """The expected squared length of what `released` adds to `numbers` numbers in one release, rounding left aside."""
+    return numbers * (noise_multiplier * sensitivity(bound, noise_multiplier, numbers)) ** 2
+
+
 def _noise_like(
     total: Tensor, deviation: float, step: float, noise: NoiseSource, purpose: tuple[str | int, ...]
 ) -> Tensor:

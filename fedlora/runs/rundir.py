@@ -17,6 +17,8 @@ from fedlora.values import Adapters, Member
 
 SPENT = "spent.jsonl"
 """What nodes said they spent, in a server's run."""
+DIAGNOSTICS = "diagnostics.json"
+"""What the final adapter is."""
 HOLDINGS = ".holdings"
 """The clients' tokenised records, while a simulation is at work; going on with it writes them anew."""
 STATES = ".states"
@@ -121,6 +123,16 @@ def adapters_of(run_dir: Path) -> tuple[Adapters, tuple[str, ...]]:
     except ValueError as error:
         raise ConfigError(f"{path} is damaged ({_first(error)}); restore it") from None
     return state.adapters, tuple(classes)
+
+
+def run_diagnostics(run_dir: Path) -> dict[str, Any] | None:
+    """diagnostics.json, what was measured of the adapter when the run was delivered; None where nothing was.
+
+    Raises:
+        ConfigError: it is damaged.
+    """
+    path = run_dir / DIAGNOSTICS
+    return _words(path, "sites", "restore it, or remove it") if path.exists() else None
 
 
 _LOG_MEND = "restore it, or remove what follows the last whole line"

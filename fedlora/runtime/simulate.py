@@ -135,6 +135,7 @@ def _run_rounds(
         store=store,
         score=score,
         told=lambda number: {"world": told(run_dir, number)} if config.world else {},
+        max_grad_norm=None if config.privacy == "none" else config.privacy.max_grad_norm,
     ):
         spent_s += line["seconds"]
         left = config.federation.rounds - after.round

@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from fedlora.federation.loop import work
 from fedlora.federation.store import Store
+from fedlora.federation.work import work
 from fedlora.runs.summary import run_summary
 from fedlora.runtime.prepare import Prepared
 from fedlora.training.client import participation

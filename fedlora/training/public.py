@@ -89,12 +89,12 @@ def weight_directions(layers: Mapping[str, nn.Module], r: int) -> dict[str, tupl
     """
     found = {}
     for name, layer in layers.items():
-        u, _, v = torch.linalg.svd(_frozen_weight(layer).double(), full_matrices=False)
+        u, _, v = torch.linalg.svd(frozen_weight(layer).double(), full_matrices=False)
         found[name] = _leading(u.T, r), _leading(v, r)
     return found
 
 
-def _frozen_weight(layer: nn.Module) -> Tensor:
+def frozen_weight(layer: nn.Module) -> Tensor:
     """(d_out, d_in) of the layer that an adapter stands beside."""
     base = layer.get_base_layer() if isinstance(layer, LoraLayer) else layer
     if isinstance(base, QuantisedLinear):

@@ -8,8 +8,8 @@ import torch
 
 from fedlora.federation.absorb import absorb
 from fedlora.federation.gather import Remembered, gather
-from fedlora.federation.loop import work
 from fedlora.federation.plan import plan
+from fedlora.federation.work import work
 from fedlora.privacy import gaussian
 from fedlora.privacy.noise import SeededNoise
 from fedlora.runtime.host import Host

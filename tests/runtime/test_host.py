@@ -8,7 +8,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fedlora.errors import ConfigError, LedgerError
-from fedlora.federation.loop import work
+from fedlora.federation.work import work
 from fedlora.runs.rundir import STATES
 from fedlora.runtime.host import Host, ledger_path, shared_passes
 from fedlora.runtime.prepare import prepare

@@ -3,7 +3,7 @@
 import pytest
 
 from fedlora.federation.cohort import Cohort
-from fedlora.federation.loop import work
+from fedlora.federation.work import work
 from fedlora.runtime.local import LocalCohort
 from fedlora.runtime.prepare import prepare
 from fedlora.runtime.world.availability import Always
