@@ -242,7 +242,7 @@ def _chart(found: Mapping[str, Any]) -> str:
     series = [
         Series(
             name=name,
-            values=[_point(result["arms"][name]) for result in results],
+            values=[_point(result["arms"][name], metric) for result in results],
         )
         for name in found["arms"]
     ]
@@ -255,8 +255,9 @@ def _chart(found: Mapping[str, Any]) -> str:
     )
 
 
-def _point(arm: Mapping[str, Any]) -> tuple[float, float, float] | None:
+def _point(arm: Mapping[str, Any], metric: str) -> tuple[float, float, float] | None:
+    """The interval as drawn: that of an accuracy ends where accuracies do."""
     if arm["mean"] is None:
         return None
     low, high = arm["interval"] or (arm["mean"], arm["mean"])
-    return low, arm["mean"], high
+    return (max(low, 0.0), arm["mean"], min(high, 1.0)) if metric == "accuracy" else (low, arm["mean"], high)

@@ -77,7 +77,7 @@ def test_trials_on_the_runs_own_data_are_paid_for_by_the_cells(source, tiny_conf
 
 
 def test_a_proxy_of_the_runs_own_data_is_refused(source):
-    with pytest.raises(ConfigError, match="its data is the run's own.*--tune-on-data"):
+    with pytest.raises(ConfigError, match=r"its data is the run's own.*--tune-on-data"):
         trials_of(source, METHODS[0], Tuning(trials=2, proxy=source.path), 8.0, Path("d"))
 
 
