@@ -57,10 +57,8 @@ def tuning_text(tuning: Mapping[str, Any]) -> str:
         return f"{done}, on {tuning['proxy']}; no privacy cost to this data"
     if tuning["private_runs"] is None:
         return f"{done}, on this data, {NOT_PRIVATE}"
-    return (
-        f"{done}, on this data: each cell stands for {tuning['private_runs']} runs on the same records; "
-        "together they spent what the table says after `with tuning`"
-    )
+    runs = tuning["private_runs"]
+    return f"{done}, on this data; `with tuning`: what {runs} runs like the cell spent on the same records"
 
 
 def control_text(control: Mapping[str, Any]) -> str:

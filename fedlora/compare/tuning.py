@@ -9,7 +9,7 @@ from pathlib import Path
 from fedlora.compare.arms import Arm, as_value
 from fedlora.compare.cells import Cell, Setting, Source
 from fedlora.config.load import load_config
-from fedlora.config.schema import Docstrings, Files, PrivateRuns, RunConfig
+from fedlora.config.schema import Data, Docstrings, Files, HuggingFace, PrivateRuns, RunConfig
 from fedlora.errors import ConfigError
 
 APART = 1_000_000
@@ -125,7 +125,7 @@ def choose(trials: Sequence[Cell], scores: Mapping[Path, float], *, high_is_good
 def _data_of(proxy: Path, base: RunConfig) -> str:
     """The proxy's data section, its partition included, as an override."""
     data = load_config(proxy).data
-    if _records(data) == _records(base.data):
+    if _private(base.data) in _read(data):
         raise ConfigError(
             f"--proxy {proxy}: its data is the run's own; name other data, public or synthetic, or write "
             "--tune-on-data and pay for it"
@@ -133,12 +133,20 @@ def _data_of(proxy: Path, base: RunConfig) -> str:
     return f"data={as_value(data.model_dump(mode='json'))}"
 
 
-def _records(data: object) -> tuple[object, ...]:
+def _read(data: Data) -> list[tuple[object, ...]]:
+    """All that a run on this data learns from or is scored on."""
+    read = [_private(data)]
+    if isinstance(data, Files):
+        read.append(("files", Path(data.test).resolve()))
+    return read
+
+
+def _private(data: Data) -> tuple[object, ...]:
     """What tells training records apart."""
     match data:
         case Files():
             return ("files", Path(data.train).resolve())
+        case HuggingFace():
+            return ("huggingface", data.path, data.name)
         case Docstrings():
             return ("docstrings",)
-        case _:
-            return ("huggingface", getattr(data, "path", None), getattr(data, "name", None))

@@ -76,9 +76,15 @@ def test_trials_on_the_runs_own_data_are_paid_for_by_the_cells(source, tiny_conf
     assert trials_of(source, METHODS[0], tuning, 1.0, Path("d"))[0].config.data == source.config().data
 
 
-def test_a_proxy_of_the_runs_own_data_is_refused(source):
+def test_a_proxy_of_the_runs_own_data_is_refused(source, tiny_config, topic_files, tmp_path):
+    """Also one that is only scored on it: a score of private records is not private."""
     with pytest.raises(ConfigError, match=r"its data is the run's own.*--tune-on-data"):
         trials_of(source, METHODS[0], Tuning(trials=2, proxy=source.path), 8.0, Path("d"))
+    scored = tmp_path / "scored.yaml"
+    train, test = map(str, topic_files)
+    scored.write_text(dump_config(tiny_config(data__train=test, data__test=train)))
+    with pytest.raises(ConfigError, match="its data is the run's own"):
+        trials_of(source, METHODS[0], Tuning(trials=2, proxy=scored), 8.0, Path("d"))
 
 
 def test_the_best_is_chosen_by_the_metrics_own_direction_and_a_diverged_run_never(source, proxy):
