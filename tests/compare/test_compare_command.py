@@ -179,23 +179,26 @@ def test_arms_are_tuned_on_the_proxy_and_cells_have_what_was_chosen(
 ):
     proxy = tmp_path / "proxy.yaml"
     proxy.write_text(dump_config(tiny_config(**SMALL, data__train=str(topic_files[1]))))
-    given = ["--methods", "ffa,config", "--seeds", "1", "--trials", "3", "--proxy", str(proxy), "--control"]
-    given += ["--set", "privacy=none", "--no-references"]
+    given = ["--methods", "ffa,config", "--seeds", "1", "--trials", "9", "--proxy", str(proxy), "--control"]
+    # So low a rate that it learns nothing and some larger one does: else nobody would see whether the choice is used.
+    rate = ["--set", "federation.optimizer.lr=0.01", "--set", "federation.rounds=20"]
+    given += ["--set", "privacy=none", "--no-references", *rate, "--set", "federation.evaluate_every=20"]
     to = tmp_path / "to"
     assert main(["compare", str(config_file), *given, "--to", str(to), "--format", "json"]) == 0
     out, err = capfd.readouterr()
     tuning = json.loads(out)["tuning"]
     tried = tuning["arms"]["ffa"]["tried"]
-    assert [trial["lr"] for trial in tried] == [1.0, 0.5, 2.0]
+    assert [trial["lr"] for trial in tried][:3] == [0.01, 0.005, 0.02] and len(tried) == 9
     best = max(tried, key=lambda trial: trial["score"])["lr"]
+    assert best > 0.01
     assert tuning["arms"]["ffa"]["chosen"]["lr"] == best and list(tuning["arms"]) == ["ffa", "ffa-again"]
-    for name, rate in (("ffa", best), ("ffa-again", best), ("config", 1.0)):
+    for name, rate in (("ffa", best), ("ffa-again", best), ("config", 0.01)):
         assert run_config(to / "cells" / f"{name}-epsnone-seed7").federation.optimizer.lr == rate
     for number, trial in enumerate(tried, 1):
         run = to / "trials" / f"ffa-trial{number}"
         assert run_config(run).data.train == str(topic_files[1])
         assert (finished_summary(run) or {})["score"] == trial["score"]
-    assert "of 3 trials the best is lr" in err
+    assert "of 9 trials the best is lr" in err
 
 
 @pytest.mark.parametrize(
