@@ -13,7 +13,7 @@ from typing import Annotated
 import click
 import typer
 
-from fedlora.cli import audit, doctor, forget, node, provision, read, run, serve, write
+from fedlora.cli import audit, compare, doctor, forget, node, provision, read, run, serve, write
 from fedlora.errors import ConfigError, FedLoraError, IncompleteError
 
 app = typer.Typer(
@@ -28,6 +28,7 @@ app = typer.Typer(
 run.add_to(app)
 read.add_to(app)
 audit.add_to(app)
+compare.add_to(app)
 provision.add_to(app)
 doctor.add_to(app)
 node.add_to(app)

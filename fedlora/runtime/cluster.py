@@ -29,16 +29,22 @@ _HANDED_ON = ("HF_HUB_OFFLINE", "HF_HOME", "HF_TOKEN", "TRANSFORMERS_OFFLINE", "
 
 
 @contextmanager
-def connected(runtime: Runtime, run: str, run_dir: Path) -> Iterator[Vitals]:
+def connected(runtime: Runtime, run: str, run_dir: Path, go_on: str | None = None) -> Iterator[Vitals]:
     """Ray can be used, in a namespace of this run's own, and is watched; afterwards it is as it was before.
 
     SIGTERM within ends the run as Ctrl-C does, so that no process stays behind; Ray's own handler would exit with 15.
+
+    Args:
+        runtime: of the config.
+        run: its name.
+        run_dir: its directory.
+        go_on: what to do when Ray is lost; None: resume the run.
 
     Raises:
         ConfigError: no cluster can be started, or none answers at runtime.address.
     """
     if ray.is_initialized():
-        with closing(Vitals(run_dir)) as vitals:
+        with closing(Vitals(run_dir, go_on=go_on)) as vitals:
             yield vitals
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -51,7 +57,7 @@ def connected(runtime: Runtime, run: str, run_dir: Path) -> Iterator[Vitals]:
         _connect(runtime, f"{run}-{uuid.uuid4().hex[:8]}")
         if is_main:
             signal.signal(signal.SIGTERM, _interrupt)
-        vitals = Vitals(run_dir)
+        vitals = Vitals(run_dir, go_on=go_on)
         yield vitals
     finally:
         if vitals is not None:

@@ -35,7 +35,14 @@ Start = Callable[[HostSetup, Listener], Cohort]
 """Starts a runtime for the clients of a run."""
 
 
-def simulate(config: RunConfig, run_dir: Path, listener: Listener, start: Start | None = None) -> Path:
+def simulate(
+    config: RunConfig,
+    run_dir: Path,
+    listener: Listener,
+    start: Start | None = None,
+    *,
+    scoring_threads: int | None = None,
+) -> Path:
     """`run_dir` holds the finished run of `config`. Nothing is written before all that can be checked is right.
 
     Args:
@@ -43,6 +50,7 @@ def simulate(config: RunConfig, run_dir: Path, listener: Listener, start: Start 
         run_dir: is made where it is missing.
         listener: told of what happens.
         start: None starts the runtime that the config names.
+        scoring_threads: of the server while it scores; None takes all cores, which clients leave idle meanwhile.
 
     Raises:
         ConfigError: the directory holds another run, or an unfinished one; neither is touched.
@@ -55,17 +63,19 @@ def simulate(config: RunConfig, run_dir: Path, listener: Listener, start: Start 
     with locked(run_dir):
         write_durably(run_dir / "classes.json", json.dumps(prepared.clients.classes) + "\n")
         write_durably(run_dir / "config.yaml", dump_config(config))  # last: it makes this a run
-        _drive(prepared, run_dir, listener, start)
+        _drive(prepared, run_dir, listener, start, scoring_threads)
     return run_dir
 
 
-def resume(run_dir: Path, listener: Listener, start: Start | None = None) -> Path:
-    """`run_dir` holds the finished run it was meant to; a finished one is left alone. start: see `simulate`."""
+def resume(
+    run_dir: Path, listener: Listener, start: Start | None = None, *, scoring_threads: int | None = None
+) -> Path:
+    """`run_dir` holds the finished run it was meant to; a finished one is left alone. The rest: see `simulate`."""
     config = run_config(run_dir)
     if finished_summary(run_dir) is not None:
         return run_dir
     with locked(run_dir):
-        _drive(prepare(config, listener), run_dir, listener, start)
+        _drive(prepare(config, listener), run_dir, listener, start, scoring_threads)
     return run_dir
 
 
@@ -75,11 +85,13 @@ def _refuse_existing(config: RunConfig, run_dir: Path) -> None:
         raise ConfigError(f"{run_dir} holds this run, unfinished; go on with: fedlora resume {run_dir}")
 
 
-def _drive(prepared: Prepared, run_dir: Path, listener: Listener, start: Start | None) -> None:
+def _drive(
+    prepared: Prepared, run_dir: Path, listener: Listener, start: Start | None, scoring_threads: int | None
+) -> None:
     """Rounds from the newest checkpoint, or from none, to the last; then the summary."""
     noise = None if prepared.config.privacy == "none" else SEEDED
     store = Store(run_dir, prepared.origin.run, noise, prepared.config.method.stale.dtype)
-    score = _scorer(prepared, run_dir)
+    score = _scorer(prepared, run_dir, scoring_threads or os.cpu_count() or 1)
     if store.is_empty():
         listener(Stage(name="scoring the zero-step model"))
         state = prepared.first_state()
@@ -142,13 +154,13 @@ def _run_rounds(
         listener(RoundDone(round=line, eta_s=left * spent_s / (after.round - first)))
 
 
-def _scorer(prepared: Prepared, run_dir: Path) -> Score:
+def _scorer(prepared: Prepared, run_dir: Path, threads: int) -> Score:
     """Scores adapters on the public test data, and says what the ledgers have spent by then."""
     spending = Spending(prepared.config.privacy, run_dir)
 
     def score(adapters: Adapters) -> dict[str, Any]:
         prepared.model.load(adapters)
-        torch.set_num_threads(os.cpu_count() or 1)  # workers are idle while the server scores
+        torch.set_num_threads(threads)  # clients are idle while the server scores
         found = evaluate(prepared.model, prepared.clients.test)
         torch.set_num_threads(prepared.config.runtime.threads)
         spent = spending.epsilon_max()

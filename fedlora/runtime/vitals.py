@@ -29,8 +29,8 @@ class Vitals:
     when its connection is lost.
     """
 
-    def __init__(self, run_dir: Path, head_s: float = HEAD_S) -> None:
-        self._go_on = f"every finished round is kept, go on with: fedlora resume {run_dir}"
+    def __init__(self, run_dir: Path, head_s: float = HEAD_S, go_on: str | None = None) -> None:
+        self._go_on = go_on or f"every finished round is kept, go on with: fedlora resume {run_dir}"
         self._head_s = head_s
         self._looked = time.monotonic()
         self._missed: float | None = None

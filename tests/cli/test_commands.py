@@ -53,6 +53,7 @@ def test_every_command_of_the_contract_is_there(capsys):
         "status",
         "budget",
         "audit",
+        "compare",
         "provision",
         "doctor",
         "node",

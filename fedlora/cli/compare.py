@@ -1,0 +1,155 @@
+"""The command that compares: several methods, the same data, the same budget."""
+
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fedlora.cli.output import ConfigArgument, Format, FormatOption, SetOption, only_ours, show, table
+from fedlora.errors import ConfigError, IncompleteError
+
+if TYPE_CHECKING:
+    from fedlora.compare.tuning import Tuning
+
+
+def add_to(app: typer.Typer) -> None:
+    """The app knows this command."""
+    app.command("compare", short_help="Compare methods at equal data, budget and work.")(compare)
+
+
+def compare(
+    config: ConfigArgument,
+    methods: Annotated[
+        str,
+        typer.Option(
+            "--methods",
+            metavar="A,B,...",
+            help="Arms: fedsvd, ffa, fedsb, fedavg, fedsvd-paper, config (the file as it stands).",
+        ),
+    ],
+    seeds: Annotated[
+        int, typer.Option("--seeds", min=1, help="Runs of each, from the config's seed upwards.")
+    ] = 5,
+    epsilons: Annotated[
+        str, typer.Option("--epsilons", metavar="E,E,...", help="Budgets. [default: the config's]")
+    ] = "",
+    trials: Annotated[
+        int,
+        typer.Option("--trials", min=0, help="Of learning rate and clipping, for each arm; 0: no tuning."),
+    ] = 0,
+    proxy: Annotated[
+        Path | None,
+        typer.Option(
+            "--proxy", metavar="YAML", help="A config whose data, public or synthetic, trials run on."
+        ),
+    ] = None,
+    tune_on_data: Annotated[
+        bool, typer.Option("--tune-on-data", help="Trials run on the config's own data; its budget pays.")
+    ] = False,
+    own: Annotated[
+        list[str] | None,
+        typer.Option("--arm", metavar='"NAME: KEY=VALUE ..."', help="One more arm; repeatable."),
+    ] = None,
+    control: Annotated[
+        bool, typer.Option("--control", help="The first arm once more: it must not differ from itself.")
+    ] = False,
+    against: Annotated[
+        str | None, typer.Option("--against", metavar="ARM", help="Whom to pair with. [default: the first]")
+    ] = None,
+    references: Annotated[
+        bool,
+        typer.Option(
+            "--references/--no-references",
+            help="Beside: the run without privacy, and one client with all data.",
+        ),
+    ] = True,
+    overrides: SetOption = None,
+    directory: Annotated[
+        Path | None, typer.Option("--to", metavar="DIR", help="[default: the config's `output` and -compare]")
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option("--workers", min=1, help="Runs at a time. [default: one a core]")
+    ] = None,
+    form: FormatOption = Format.TEXT,
+) -> None:
+    """Run methods x epsilons x seeds on one data split; table, paired differences, plot. Interrupted, it goes on."""
+    from fedlora.cli.run import usable
+    from fedlora.compare.cells import Source
+    from fedlora.compare.compare import Request, incomplete
+    from fedlora.compare.compare import compare as work
+
+    source = Source(path=config, overrides=tuple(overrides or ()))
+    output = Path(source.config().output)
+    request = Request(
+        source=source,
+        methods=_words(methods),
+        own=own or (),
+        seeds=seeds,
+        epsilons=_numbers(epsilons),
+        tuning=_tuning(trials, proxy, tune_on_data=tune_on_data),
+        control=control,
+        against=against,
+        references=references,
+        workers=workers,
+        directory=output.with_name(f"{output.name}-compare") if directory is None else directory,
+        go_on=f"fedlora {shlex.join(sys.argv[1:])}",
+    )
+    try:
+        with only_ours(), usable(request.directory):
+            found, failures = work(request, lambda line: print(line, file=sys.stderr, flush=True))
+    except KeyboardInterrupt:
+        raise IncompleteError(
+            f"interrupted; every finished round is kept, give the same command again: {request.go_on}"
+        ) from None
+    show(found, _text(found, request.directory), form)
+    if failures:
+        raise IncompleteError(incomplete(failures, len(found["cells"]), "cells", request.go_on))
+
+
+def _tuning(trials: int, proxy: Path | None, *, tune_on_data: bool) -> "Tuning | None":
+    from fedlora.compare.tuning import Tuning
+
+    if proxy is not None and tune_on_data:
+        raise ConfigError("--proxy, --tune-on-data: one of the two; a proxy costs no privacy")
+    if trials and proxy is None and not tune_on_data:
+        raise ConfigError(
+            f"--trials {trials}: on which data? Name a config with public or synthetic data: --proxy PROXY.yaml, or "
+            "write --tune-on-data and pay for it"
+        )
+    if not trials and (proxy is not None or tune_on_data):
+        given = "--tune-on-data" if proxy is None else f"--proxy {proxy}"
+        raise ConfigError(f"{given}: no trials; write how many for each arm, for example --trials 6")
+    return Tuning(trials=trials, proxy=proxy) if trials else None
+
+
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def _numbers(text: str) -> list[float]:
+    found = []
+    for word in _words(text):
+        try:
+            found.append(float(word))
+        except ValueError:
+            raise ConfigError(
+                f"--epsilons: {word!r} is no number; write for example --epsilons 1,3,8"
+            ) from None
+    return found
+
+
+def _text(found: Mapping[str, Any], directory: Path) -> str:
+    from fedlora.compare.table import HEADS, heading, notes, rows_of
+
+    parts: list[str] = []
+    for result in found["results"]:
+        parts += [heading(result, found), _table(HEADS, rows_of(result, found)), ""]
+    files = ", ".join(f"comparison.{kind}" for kind in ("json", "md", "svg"))
+    return "\n".join([*parts, *(f"  {note}" for note in notes(found)), f"  {directory}: {files}, cells/"])
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join(line.rstrip() for line in table(heads, rows).splitlines())
