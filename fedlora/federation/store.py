@@ -26,7 +26,7 @@ from fedlora.errors import ConfigError, IncompleteError
 from fedlora.federation.absorb import Absorbed, forget
 from fedlora.federation.memory import StaleMemory
 from fedlora.federation.record import Kept
-from fedlora.values import FRAME, Delta, Gauges, Moments, Recurrence, RoundPlan, ServerState
+from fedlora.values import FRAME, Delta, Gauges, Moments, Own, Recurrence, RoundPlan, ServerState
 
 log = logging.getLogger(__name__)
 
@@ -202,6 +202,10 @@ class Store:
             memory=_delta(tensors, "memory:"),
             remembered=words["remembered"],
             recurrence=Recurrence(**words.get("recurrence", {})),  # earlier versions had none
+            own={
+                client: Own(recurrence=Recurrence(product=product, energy=energy), beta=beta)
+                for client, (product, energy, beta) in words.get("own", {}).items()
+            },
             moments=_moments(tensors, words.get("moments", 0)),
         )
         if digest(_state_tensors(state)) != words["sha256"]:
@@ -268,6 +272,10 @@ def _state_words(state: ServerState) -> dict[str, Any]:
         "gauges": [gauges.basis for gauges in state.gauges],
         "remembered": dict(sorted(state.remembered.items())),
         "recurrence": asdict(state.recurrence),
+        "own": {
+            client: (own.recurrence.product, own.recurrence.energy, own.beta)
+            for client, own in sorted(state.own.items())
+        },
         "moments": len(_moments_of(state)),
         "sha256": digest(_state_tensors(state)),
     }
