@@ -249,14 +249,6 @@ class Own:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Moments:
-    """What a server's optimiser remembers of earlier steps, in the frame. second: of their squares; None: not kept."""
-
-    first: Delta
-    second: Delta | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class ServerState:
     """All that a resume needs, beside the remembered updates that the store keeps by client.
 
@@ -267,7 +259,7 @@ class ServerState:
     remembered: the round of each client's last update that counted.
     recurrence: what an adaptive beta is worked out of; never touched where beta is a number.
     own: of each client that has a beta of its own.
-    moments: what the server's optimiser remembers; None where it remembers nothing, and before its first step.
+    moments: what the server's optimiser remembers, in the frame: sums of steps, then of their squares, if it has them.
     """
 
     round: int
@@ -278,7 +270,7 @@ class ServerState:
     remembered: Mapping[str, int] = field(default_factory=dict)
     recurrence: Recurrence = Recurrence()
     own: Mapping[str, Own] = field(default_factory=dict)
-    moments: Moments | None = None
+    moments: tuple[Delta, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -138,7 +138,7 @@ def forget(state: ServerState, client: str, remembered: Delta | None, weight: fl
     memory = scale(memory, 1 / (1 - weight) if weight < 1 else 0.0)
     others = {name: heard for name, heard in state.remembered.items() if name != client}
     own = {name: held for name, held in state.own.items() if name != client}
-    return replace(state, memory=memory, remembered=others, recurrence=Recurrence(), own=own, moments=None)
+    return replace(state, memory=memory, remembered=others, recurrence=Recurrence(), own=own, moments=())
 
 
 def admit(state: ServerState, weight: float) -> ServerState:
