@@ -241,11 +241,11 @@ class Recurrence:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Moments:
-    """What a server's optimiser remembers of earlier steps, in the frame. second: of their squares; None: not kept."""
+class Own:
+    """The same of one client's updates alone, and the beta that its remembered one has until it is heard again."""
 
-    first: Delta
-    second: Delta | None = None
+    recurrence: Recurrence = Recurrence()
+    beta: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -255,10 +255,11 @@ class ServerState:
     round: rounds completed.
     frame: orthonormal rows (r, d_in) a site; spans the row space that A never leaves.
     gauges: from each basis that a late update may still carry into the frame, newest last.
-    memory: sum over clients of weight * remembered update, in the frame (FedStale).
+    memory: sum over clients of weight * remembered update, in the frame (FedStale); times its own beta, if it has one.
     remembered: the round of each client's last update that counted.
     recurrence: what an adaptive beta is worked out of; never touched where beta is a number.
-    moments: what the server's optimiser remembers; None where it remembers nothing, and before its first step.
+    own: of each client that has a beta of its own.
+    moments: what the server's optimiser remembers, in the frame: sums of steps, then of their squares, if it has them.
     """
 
     round: int
@@ -268,7 +269,8 @@ class ServerState:
     memory: Delta
     remembered: Mapping[str, int] = field(default_factory=dict)
     recurrence: Recurrence = Recurrence()
-    moments: Moments | None = None
+    own: Mapping[str, Own] = field(default_factory=dict)
+    moments: tuple[Delta, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

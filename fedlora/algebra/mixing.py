@@ -42,25 +42,36 @@ class RunningMix:
         """The update takes part, in whatever basis it came; the sum turns at the end, once for all of a basis."""
         self._fresh[fresh.basis] = _plus(self._fresh.get(fresh.basis), self.layout.flat(fresh), factor)
 
-    def replace(self, kept: Delta, stale: Delta | None, *, factor: float, weight: float) -> None:
+    def replace(
+        self,
+        kept: Delta,
+        stale: Delta | None,
+        *,
+        factor: float,
+        weight: float,
+        beta: float = 1.0,
+        stale_beta: float = 1.0,
+    ) -> None:
         """From now on `kept` is remembered of this participant, in the place of `stale`; both in the frame.
 
         Args:
             kept: exactly what will be recalled of it, which a narrow memory has rounded.
             stale: what was recalled of it until now; None: nothing.
             factor: as in `add`. weight: its share of the whole, by which it counts in the memory.
+            beta: what `kept` is multiplied by wherever it counts; stale_beta: what `stale` was. For clients that have
+                a beta of their own, beside that of `mixed` for all.
 
         Raises:
             BasisError: one of the two is not in the frame.
             ShapeError: names or shapes differ from the memory's.
         """
         kept.require_basis(FRAME)
-        self._change = _plus(self._change, self.layout.flat(kept).to(self._wide), weight)
+        self._change = _plus(self._change, self.layout.flat(kept).to(self._wide), weight * beta)
         if stale is not None:
             stale.require_basis(FRAME)
             row = self.layout.flat(stale)
-            self._change = _plus(self._change, row, -weight)
-            self._stale = _plus(self._stale, row, factor)
+            self._change = _plus(self._change, row, -weight * stale_beta)
+            self._stale = _plus(self._stale, row, factor * stale_beta)
 
     def mixed(self, basis: int, beta: float, divisor: float) -> Delta:
         """One update, in coordinates of `basis`: the sum over participants / divisor, plus beta * memory."""

@@ -35,8 +35,8 @@ class RunningRecurrence:
         self._fresh: Row = np.zeros(layout.numbers if centred else 0)
         self._stale: Row = np.zeros(layout.numbers if centred else 0)
 
-    def add(self, fresh: Delta, stale: Delta | None, weight: float) -> None:
-        """The client was heard again; or for the first time, when what is remembered is zero.
+    def add(self, fresh: Delta, stale: Delta | None, weight: float) -> Recurrence:
+        """The client was heard again; or for the first time, when what is remembered is zero. Of this pair alone.
 
         Args:
             fresh: what will be remembered of it. stale: what was, in the same frame.
@@ -44,17 +44,20 @@ class RunningRecurrence:
         """
         self._total += weight
         if stale is None and not self._centred:
-            return
+            return Recurrence()
         new = _row(self._layout.flat(fresh))
         if self._centred:
             self._fresh += weight * new
-        if stale is not None:
-            old = _row(self._layout.flat(stale))
-            # Not torch's sums, nor a BLAS: what they round to depends on the number of threads.
-            self._product += weight * float(np.add.reduce(new * old))
-            self._energy += weight * float(np.add.reduce(old * old))
-            if self._centred:
-                self._stale += weight * old
+        if stale is None:
+            return Recurrence()
+        old = _row(self._layout.flat(stale))
+        # Not torch's sums, nor a BLAS: what they round to depends on the number of threads.
+        pair = Recurrence(product=float(np.add.reduce(new * old)), energy=float(np.add.reduce(old * old)))
+        self._product += weight * pair.product
+        self._energy += weight * pair.energy
+        if self._centred:
+            self._stale += weight * old
+        return pair
 
     def sums(self) -> Recurrence:
         """Of the pairs so far; both zero where they say nothing."""

@@ -71,6 +71,15 @@ def _method(config: "RunConfig") -> Iterator[str]:
     if config.method.name == "fedavg" and config.lora.init != "kaiming":
         yield f"lora.init: {config.lora.init}, but fedavg keeps the A that PEFT draws; write kaiming, or name: ffa"
 
+    federation = config.federation
+    alone = federation.participation == "importance" and not isinstance(federation.cohort, int)
+    if config.method.stale.beta == "adaptive-by-client" and not alone:
+        # Else what all updates have in common costs nothing under one beta, and does under several.
+        yield (
+            "method.stale.beta: adaptive-by-client needs clients who count one by one; write adaptive, or "
+            "participation: importance and cohort: {probability: 0.5}"
+        )
+
     trained = "core" if config.method.name == "fedsb" else "b"
     if config.lora.trains != trained:
         yield f"lora.trains: {config.lora.trains}, but {config.method.name} trains the {trained}; write {trained}"

@@ -97,7 +97,7 @@ def _computed(config: RunConfig) -> dict[str, Any]:
         del values["federation"]["optimizer"]["proximal"]  # likewise
     if values["federation"]["server"] == {"name": "sgd", "lr": 1.0}:
         del values["federation"]["server"]  # likewise
-    if values["method"]["stale"]["beta"] != "adaptive":
+    if not isinstance(values["method"]["stale"]["beta"], str):
         del values["method"]["stale"]["smoothing"]  # likewise
     return values
 

@@ -241,10 +241,11 @@ class Federation(Section):
 class Stale(Section):
     """FedStale: remembered updates of absent clients. Costs no epsilon; repeats their noise."""
 
-    beta: Annotated[float, Field(ge=0, le=1)] | Literal["adaptive"]
+    beta: Annotated[float, Field(ge=0, le=1)] | Literal["adaptive", "adaptive-by-client"]
     """0 is FedAvg, 1 is FedVARP. Under strong noise small values are best: beta* = SNR / (1 + SNR). adaptive: 0 until
     clients are heard again, then how much of what was remembered came back, of released values of earlier rounds only:
-    sum <fresh, remembered> / sum |remembered|^2, whose denominator holds the noise."""
+    sum <fresh, remembered> / sum |remembered|^2, whose denominator holds the noise. adaptive-by-client: the same for
+    each client, by its own updates once there are two; needs participation importance and a cohort {probability}."""
     smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """Of an adaptive beta: what is left of either sum when a round is added. 0: the last round alone says; 0.9: about
     the last ten do."""

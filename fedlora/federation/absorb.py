@@ -104,6 +104,7 @@ def absorb(
         memory=gathered.memory,
         remembered={**state.remembered, **gathered.heard},
         recurrence=gathered.recurrence,
+        own={**state.own, **gathered.own},
         moments=moments,
     )
     return Absorbed(state=after, report=gathered.report)
@@ -131,11 +132,13 @@ def forget(state: ServerState, client: str, remembered: Delta | None, weight: fl
         raise IncompleteError(
             f"the update of {client!r} remembered from round {state.remembered[client]} is missing; restore it"
         )
-    memory = state.memory if remembered is None else add(state.memory, remembered, -weight)
+    beta = state.own[client].beta if client in state.own else 1.0
+    memory = state.memory if remembered is None else add(state.memory, remembered, -weight * beta)
     # The last member leaves only what rounding left.
     memory = scale(memory, 1 / (1 - weight) if weight < 1 else 0.0)
     others = {name: heard for name, heard in state.remembered.items() if name != client}
-    return replace(state, memory=memory, remembered=others, recurrence=Recurrence(), moments=None)
+    own = {name: held for name, held in state.own.items() if name != client}
+    return replace(state, memory=memory, remembered=others, recurrence=Recurrence(), own=own, moments=())
 
 
 def admit(state: ServerState, weight: float) -> ServerState:

@@ -22,6 +22,7 @@ from fedlora.methods import Method
 from fedlora.values import (
     ClientUpdate,
     Delta,
+    Own,
     Recurrence,
     Refusal,
     Released,
@@ -70,12 +71,13 @@ class Remembered:
 class Gathered:
     """What the replies of a round amount to. heard: the round of each update that counted, by client.
 
-    recurrence: with this round's, as the next round's beta needs it.
+    recurrence: with this round's, as the next round's beta needs it. own: of the clients that were heard.
     """
 
     step: Delta
     memory: Delta
     recurrence: Recurrence
+    own: Mapping[str, Own]
     heard: Mapping[str, int]
     report: RoundReport
 
@@ -137,6 +139,7 @@ class Gathering:
             RunningRecurrence(self._mix.layout, centred=centred) if self._mixing.adaptive else None
         )
         self._beta = self._mixing.beta_in(state.recurrence)
+        self._own: dict[str, Own] = {}
         self._factors = 0.0
         self._turn = 0
         self._spoken: set[str] = set()
@@ -193,6 +196,7 @@ class Gathering:
             step=self._mix.mixed(self._state.adapters.basis, self._beta, divisor),
             memory=self._mix.memory(),
             recurrence=self._known(),
+            own=self._own,
             heard=self._heard,
             report=self._report(),
         )
@@ -220,15 +224,29 @@ class Gathering:
             last = self._state.remembered.get(client)
             stale = None if last is None else self._memory.recall(client, last)
             kept = self._memory.keep(client, update.round, into_frame(delta, self._gauges[delta.basis]))
-            self._mix.replace(kept, stale, factor=factor, weight=self._plan.weight[client])
-            if self._recurrence is not None:
-                self._recurrence.add(kept, stale, factor**2)
+            beta, stale_beta = self._own_betas(client, kept, stale, factor)
+            self._mix.replace(
+                kept, stale,
+                factor=factor, weight=self._plan.weight[client], beta=beta, stale_beta=stale_beta,
+            )  # fmt: skip
         self._mix.add(delta, factor)
         self._factors += factor
         self._heard[client] = update.round
         self._released[client] = _released(update, self._mix.layout)
         if update.accuracy is not None:
             self._accuracy[client] = update.accuracy
+
+    def _own_betas(self, client: str, kept: Delta, stale: Delta | None, factor: float) -> tuple[float, float]:
+        """Of what is remembered of the client from now on, and of what was; 1 where all have the same."""
+        adaptive = self._mixing.adaptive
+        if adaptive is None or self._recurrence is None:
+            return 1.0, 1.0
+        pair = self._recurrence.add(kept, stale, factor**2)
+        if not adaptive.by_client:
+            return 1.0, 1.0
+        before = self._state.own.get(client, Own())
+        self._own[client] = adaptive.own(before, pair, self._state.recurrence)
+        return self._own[client].beta, before.beta
 
     def _known(self) -> Recurrence:
         known, adaptive = self._state.recurrence, self._mixing.adaptive

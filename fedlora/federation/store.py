@@ -26,7 +26,7 @@ from fedlora.errors import ConfigError, IncompleteError
 from fedlora.federation.absorb import Absorbed, forget
 from fedlora.federation.memory import StaleMemory
 from fedlora.federation.record import Kept
-from fedlora.values import FRAME, Delta, Gauges, Moments, Recurrence, RoundPlan, ServerState
+from fedlora.values import FRAME, Delta, Gauges, Own, Recurrence, RoundPlan, ServerState
 
 log = logging.getLogger(__name__)
 
@@ -202,7 +202,11 @@ class Store:
             memory=_delta(tensors, "memory:"),
             remembered=words["remembered"],
             recurrence=Recurrence(**words.get("recurrence", {})),  # earlier versions had none
-            moments=_moments(tensors, words.get("moments", 0)),
+            own={
+                client: Own(recurrence=Recurrence(product=product, energy=energy), beta=beta)
+                for client, (product, energy, beta) in words.get("own", {}).items()
+            },
+            moments=tuple(_delta(tensors, f"moment:{n + 1}:") for n in range(words.get("moments", 0))),
         )
         if digest(_state_tensors(state)) != words["sha256"]:
             raise ValueError("its tensors do not match their digest")
@@ -240,19 +244,9 @@ def _delta(tensors: Mapping[str, Tensor], prefix: str) -> Delta:
     return Delta(basis=FRAME, sites=under(tensors, f"{prefix}b:"), head=under(tensors, f"{prefix}head:"))
 
 
-def _moments_of(state: ServerState) -> list[Delta]:
-    held = state.moments
-    return [] if held is None else [held.first] if held.second is None else [held.first, held.second]
-
-
-def _moments(tensors: Mapping[str, Tensor], count: int) -> Moments | None:
-    first, second = (_delta(tensors, f"moment:{number}:") for number in (1, 2))
-    return Moments(first=first, second=second if count == 2 else None) if count else None
-
-
 def _state_tensors(state: ServerState) -> dict[str, Tensor]:
     tensors = dict(named_tensors(state.adapters)) | _delta_tensors(state.memory, "memory:")
-    for number, moment in enumerate(_moments_of(state), start=1):
+    for number, moment in enumerate(state.moments, start=1):
         tensors |= _delta_tensors(moment, f"moment:{number}:")
     tensors |= {f"frame:{site}": value for site, value in state.frame.items()}
     tensors |= {f"gauge:{g.basis}:{site}": value for g in state.gauges for site, value in g.sites.items()}
@@ -268,6 +262,10 @@ def _state_words(state: ServerState) -> dict[str, Any]:
         "gauges": [gauges.basis for gauges in state.gauges],
         "remembered": dict(sorted(state.remembered.items())),
         "recurrence": asdict(state.recurrence),
-        "moments": len(_moments_of(state)),
+        "own": {
+            client: (own.recurrence.product, own.recurrence.energy, own.beta)
+            for client, own in sorted(state.own.items())
+        },
+        "moments": len(state.moments),
         "sha256": digest(_state_tensors(state)),
     }

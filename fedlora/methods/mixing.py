@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fedlora.config import schema
-from fedlora.values import Recurrence, RoundPlan
+from fedlora.values import Own, Recurrence, RoundPlan
 
 Participation = Literal["normalised", "importance"]
 
@@ -14,9 +14,11 @@ class Adaptive:
     """A beta that follows from what was released in earlier rounds, so it costs no privacy.
 
     smoothing: what is left of the sums of earlier rounds when those of a round are added, in [0, 1).
+    by_client: each remembered update has a beta of its own, fixed when it was sent; else all have one.
     """
 
     smoothing: float
+    by_client: bool = False
 
     def beta(self, known: Recurrence) -> float:
         """product / energy, within [0, 1]; see `algebra.recurrence` for why. 0 as long as nobody was heard again."""
@@ -31,6 +33,11 @@ class Adaptive:
             energy=self.smoothing * known.energy + of_the_round.energy,
         )
 
+    def own(self, before: Own, pair: Recurrence, known: Recurrence) -> Own:
+        """Of a client just heard: by its own pairs, or by everybody's before the round as long as it has none."""
+        mine = self.after(before.recurrence, pair)
+        return Own(recurrence=mine, beta=self.beta(mine if mine.energy > 0 else known))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mixing:
@@ -41,7 +48,10 @@ class Mixing:
     @classmethod
     def of(cls, stale: schema.Stale) -> "Mixing":
         """What the config says."""
-        return cls(beta=Adaptive(smoothing=stale.smoothing) if stale.beta == "adaptive" else stale.beta)
+        if isinstance(stale.beta, str):
+            by_client = stale.beta == "adaptive-by-client"
+            return cls(beta=Adaptive(smoothing=stale.smoothing, by_client=by_client))
+        return cls(beta=stale.beta)
 
     @property
     def adaptive(self) -> Adaptive | None:
@@ -54,11 +64,13 @@ class Mixing:
         return isinstance(self.beta, Adaptive) or self.beta > 0
 
     def beta_in(self, known: Recurrence) -> float:
-        """The beta of a round, one for all clients.
+        """The beta of a round, one for all clients; 1 where each has its own.
 
         From what was known before the round: nothing that the round draws has a say in it, or FedStale would be biased.
         """
-        return self.beta.beta(known) if isinstance(self.beta, Adaptive) else self.beta
+        if not isinstance(self.beta, Adaptive):
+            return self.beta
+        return 1.0 if self.beta.by_client else self.beta.beta(known)
 
     @staticmethod
     def centred(federation: schema.Federation) -> bool:

@@ -4,25 +4,27 @@ Whatever outlives a round is kept in the canonical frame, float64, where a refac
 """
 
 from dataclasses import dataclass
-from typing import Protocol, assert_never
+from typing import Protocol, TypeAlias, assert_never
 
 import torch
 
 from fedlora.algebra.deltas import add, from_frame, into_frame, scale
 from fedlora.algebra.flat import Layout
 from fedlora.config.server import Server, ServerAdam, ServerMomentum, ServerSgd
-from fedlora.values import FRAME, Delta, Gauges, Moments
+from fedlora.values import FRAME, Delta, Gauges
+
+Moments: TypeAlias = tuple[Delta, ...]
 
 
 class ServerOptimizer(Protocol):
     """Pure: what it remembers goes in and comes out."""
 
-    def step(self, mixed: Delta, moments: Moments | None, gauges: Gauges) -> tuple[Delta, Moments | None]:
+    def step(self, mixed: Delta, moments: Moments, gauges: Gauges) -> tuple[Delta, Moments]:
         """What to add to the model, in the basis of `mixed`, and what to remember.
 
         Args:
             mixed: the round's update, in the basis of `gauges`.
-            moments: what the last round's step left; None: it is the first.
+            moments: what the last round's step left; none: it is the first.
             gauges: of the basis that the model is in.
         """
         ...
@@ -49,9 +51,9 @@ class Sgd:
 
     lr: float
 
-    def step(self, mixed: Delta, moments: Moments | None, gauges: Gauges) -> tuple[Delta, Moments | None]:
+    def step(self, mixed: Delta, moments: Moments, gauges: Gauges) -> tuple[Delta, Moments]:
         """See ServerOptimizer; nothing is remembered."""
-        return scale(mixed, self.lr), None
+        return scale(mixed, self.lr), ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,13 +63,13 @@ class Momentum:
     lr: float
     momentum: float
 
-    def step(self, mixed: Delta, moments: Moments | None, gauges: Gauges) -> tuple[Delta, Moments | None]:
+    def step(self, mixed: Delta, moments: Moments, gauges: Gauges) -> tuple[Delta, Moments]:
         """See ServerOptimizer. What is new does not pass through the frame, so momentum 0 is `Sgd` to the bit."""
         first = into_frame(mixed, gauges)
-        if moments is None:
-            return scale(mixed, self.lr), Moments(first=first)
-        moved = add(mixed, from_frame(moments.first, gauges), self.momentum)
-        return scale(moved, self.lr), Moments(first=add(first, moments.first, self.momentum))
+        if not moments:
+            return scale(mixed, self.lr), (first,)
+        moved = add(mixed, from_frame(moments[0], gauges), self.momentum)
+        return scale(moved, self.lr), (add(first, moments[0], self.momentum),)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,15 +85,14 @@ class Adam:
     beta_2: float
     tau: float
 
-    def step(self, mixed: Delta, moments: Moments | None, gauges: Gauges) -> tuple[Delta, Moments | None]:
+    def step(self, mixed: Delta, moments: Moments, gauges: Gauges) -> tuple[Delta, Moments]:
         """See ServerOptimizer."""
         layout = Layout.of(mixed)
         new = layout.flat(into_frame(mixed, gauges))
         first, second = torch.zeros_like(new), torch.full_like(new, self.tau**2)
-        if moments is not None and moments.second is not None:
-            first, second = layout.flat(moments.first), layout.flat(moments.second)
+        if moments:
+            first, second = (layout.flat(moment) for moment in moments)
         first = self.beta_1 * first + (1 - self.beta_1) * new
         second = self.beta_2 * second + (1 - self.beta_2) * new.square()
         moved = layout.delta_of(self.lr * first / (second.sqrt() + self.tau), FRAME)
-        kept = Moments(first=layout.delta_of(first, FRAME), second=layout.delta_of(second, FRAME))
-        return from_frame(moved, gauges), kept
+        return from_frame(moved, gauges), (layout.delta_of(first, FRAME), layout.delta_of(second, FRAME))

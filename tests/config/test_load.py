@@ -392,6 +392,15 @@ def test_a_round_cannot_end_with_more_answers_than_are_asked_for_or_fewer_than_a
         load_config(written(tmp_path, RUN_YAML), given)
 
 
+def test_clients_have_betas_of_their_own_only_where_each_counts_by_itself(tmp_path):
+    path, own = written(tmp_path, RUN_YAML), "method.stale.beta=adaptive-by-client"
+    importance, coins = "federation.participation=importance", "federation.cohort={probability: 0.5}"
+    for changes in ([own], [own, importance], [own, coins]):
+        with pytest.raises(ConfigError, match=r"method\.stale\.beta: .*; write adaptive, or participation"):
+            load_config(path, changes)
+    assert load_config(path, [own, importance, coins]).method.stale.beta == "adaptive-by-client"
+
+
 def test_no_step_goes_further_back_than_it_came(tmp_path):
     path = written(tmp_path, RUN_YAML)
     steep = ["federation.optimizer={name: sgd, lr: 16.0, proximal: 0.1}"]

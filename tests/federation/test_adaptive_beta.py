@@ -148,13 +148,16 @@ def test_a_round_uses_what_earlier_rounds_knew(lab):
     assert state_digest(moved) == state_digest(other)
 
 
-def test_neither_the_order_of_replies_nor_a_stop_after_every_round_changes_a_bit(lab, tmp_path):
-    *_, plain = ran(lab, "adaptive", 8)
-    *_, turned = ran(lab, "adaptive", 8, order=lambda replies: replies[::-1])
-    *_, stopped = ran(lab, "adaptive", 8, store=Store(tmp_path))
+@pytest.mark.parametrize("beta", ["adaptive", "adaptive-by-client"])
+def test_neither_the_order_of_replies_nor_a_stop_after_every_round_changes_a_bit(lab, tmp_path, beta):
+    *_, plain = ran(lab, beta, 8)
+    *_, turned = ran(lab, beta, 8, order=lambda replies: replies[::-1])
+    *_, stopped = ran(lab, beta, 8, store=Store(tmp_path))
+    assert bool(plain.own) == (beta == "adaptive-by-client")
     loaded = Store(tmp_path).load()[0]
     for other in (turned, stopped, loaded):
         assert other.recurrence == plain.recurrence != NOBODY
+        assert other.own == plain.own
         assert state_digest(other) == state_digest(plain)
         assert_close(dict(other.memory.sites), dict(plain.memory.sites), rtol=0, atol=0)
 
@@ -186,3 +189,30 @@ def test_a_round_without_news_takes_nothing_away():
     known, adaptive = Recurrence(product=1.0, energy=2.0), Adaptive(smoothing=0.5)
     assert adaptive.after(known, NOBODY) == known
     assert adaptive.after(known, Recurrence(product=3.0, energy=4.0)) == Recurrence(product=3.5, energy=5.0)
+
+
+def test_each_client_has_the_beta_of_its_own_signal(lab):
+    """One repeats itself, one sends noise; a third is heard once, and has what the two had before."""
+    federation = lab.federation(cohort={"probability": 0.4}, participation="importance")
+    method = lab.method("ffa", beta="adaptive-by-client")
+    state, memory, draw = lab.start(method), Remembered(), torch.Generator().manual_seed(3)
+    signal = lab.delta(state, draw)
+    for number in range(1, 7):
+        told = {
+            "a": add(signal, lab.delta(state, draw), 0.1),
+            "b": lab.delta(state, draw),
+            "c": lab.delta(state, draw),
+        }
+        cohort = ("a", "b", "c") if number == 6 else ("a", "b")
+        before = state
+        planned = RoundPlan(
+            run="run", round=number, cohort=cohort, probability=dict.fromkeys(NAMES, 0.4), weight=EVEN
+        )
+        replies = [lab.update(client, planned, told[client]) for client in cohort]
+        state = lab.absorb(state, planned, replies, memory=memory, method=method, federation=federation).state
+    # 79 numbers and five pairs: three standard errors of a slope are 3 / sqrt(5 * 79) = 0.15.
+    assert state.own["a"].beta == pytest.approx(1 / 1.01, abs=0.02)
+    assert state.own["b"].beta < 0.15
+    assert state.own["c"].beta == Adaptive(smoothing=0.9).beta(before.recurrence)
+    assert state.own["b"].beta < state.own["c"].beta < state.own["a"].beta
+    assert state.own["c"].recurrence == NOBODY

@@ -25,8 +25,8 @@ STEPS = st.one_of(
 class Server:
     """What a server does with its memory; replies in, checkpoints out."""
 
-    def __init__(self, lab, path, kept):
-        self.lab, self.memory, self.method = lab, StaleMemory(path, kept), lab.method(beta=0.5)
+    def __init__(self, lab, path, kept, beta=0.5):
+        self.lab, self.memory, self.method = lab, StaleMemory(path, kept), lab.method(beta=beta)
         self.state = lab.start(self.method, dtype=torch.float32)
         self.members = [Member(client=f"client-{n}", examples=10 * (n + 1)) for n in range(CLIENTS)]
         self.draw, self.names = torch.Generator().manual_seed(3), count()
@@ -74,7 +74,8 @@ class Server:
     def check(self):
         total = scale(self.state.memory, 0.0)
         for client, at in self.state.remembered.items():
-            total = add(total, self.memory.recall(client, at), self.weight[client])
+            own = self.state.own[client].beta if self.state.own else 1.0
+            total = add(total, self.memory.recall(client, at), own * self.weight[client])
         for found, wanted in zip(_tensors(self.state.memory), _tensors(total), strict=True):
             # Some tens of float64 sums, each scaled by 1 / (1 - weight) a few times.
             assert_close(found, wanted, rtol=0, atol=1e-12)
@@ -84,13 +85,16 @@ def _tensors(delta):
     return [*delta.sites.values(), *delta.head.values()]
 
 
-@pytest.mark.parametrize("kept", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize(
+    ("kept", "beta"),
+    [("float32", 0.5), ("bfloat16", 0.5), ("int8", 0.5), ("float32", "adaptive-by-client")],
+)
 @settings(max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(steps=st.lists(STEPS, max_size=12))
 def test_the_sum_is_that_of_weight_times_what_is_recalled_after_any_history(
-    lab, tmp_path_factory, kept, steps
+    lab, tmp_path_factory, kept, beta, steps
 ):
-    server = Server(lab, tmp_path_factory.mktemp("memory") / "memory.sqlite", kept)
+    server = Server(lab, tmp_path_factory.mktemp("memory") / "memory.sqlite", kept, beta)
     for what in steps:
         server.step(what)
         server.check()

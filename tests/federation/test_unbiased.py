@@ -9,9 +9,10 @@ from torch.testing import assert_close
 
 from fedlora.algebra.deltas import add, scale
 from fedlora.federation.gather import Remembered
-from fedlora.values import Recurrence, RoundPlan
+from fedlora.values import Own, Recurrence, RoundPlan
 
 PROBABILITY = {"a": 0.15, "b": 0.5, "c": 0.8, "d": 1.0}
+OWN = {"a": 0.2, "b": 0.9, "d": 0.5}
 WEIGHT = {"a": 0.1, "b": 0.2, "c": 0.3, "d": 0.4}
 
 
@@ -24,13 +25,14 @@ def a_state(lab, method, generator):
     }
     state = replace(state, adapters=replace(state.adapters, sites=sites))
     remembered = {client: (0, lab.delta(state, generator, basis=-1)) for client in ("a", "b", "d")}
+    adaptive = method.mixing.adaptive
+    own = {client: Own(beta=beta) for client, beta in OWN.items() if adaptive and adaptive.by_client}
     memory = scale(state.memory, 0.0)
     for client, (_, delta) in remembered.items():
-        memory = add(memory, delta, WEIGHT[client])
+        memory = add(memory, delta, WEIGHT[client] * (own[client].beta if own else 1.0))
     known = Recurrence(product=3.0, energy=8.0)  # an adaptive beta of 3/8
-    return replace(
-        state, memory=memory, remembered=dict.fromkeys(remembered, 0), recurrence=known
-    ), remembered
+    heard = dict.fromkeys(remembered, 0)
+    return replace(state, memory=memory, remembered=heard, recurrence=known, own=own), remembered
 
 
 def mean_step(lab, method, federation, state, remembered, deltas):
@@ -58,7 +60,7 @@ def expected(lab, state, deltas):
     }
 
 
-@pytest.mark.parametrize("beta", [0.0, 0.25, 0.6, 1.0, "adaptive"])
+@pytest.mark.parametrize("beta", [0.0, 0.25, 0.6, 1.0, "adaptive", "adaptive-by-client"])
 @pytest.mark.parametrize("init", ["orthonormal", "kaiming"])
 def test_importance_is_unbiased_for_every_beta_and_memory(lab, beta, init):
     generator = torch.Generator().manual_seed(1)
