@@ -27,7 +27,7 @@ def compare(
         typer.Option(
             "--methods",
             metavar="A,B,...",
-            help="Arms: fedsvd, ffa, fedsb, fedavg, fedsvd-paper, config (the file as it stands).",
+            help="Arms: fedsvd, ffa, fedsb, fedavg, fedsvd-paper, ffa-paper, config (the file as it stands).",
         ),
     ],
     seeds: Annotated[

@@ -63,6 +63,18 @@ PUBLISHED = (
         ),
         tuned=False,
     ),
+    Arm(
+        name="ffa-paper",
+        reason="FFA-LoRA as FedSVD's paper runs it: PEFT's A, the head frozen; its rate and clipping are tuned",
+        overrides=(
+            "method={name: ffa}",
+            "lora.trains=b",
+            "lora.init=kaiming",
+            "lora.r=8",
+            "lora.lora_alpha=8",
+            "task.head=frozen",
+        ),
+    ),
 )
 
 AS_IT_STANDS = Arm(name="config", reason="the file as it stands", tuned=False)
