@@ -80,10 +80,14 @@ class Gauges:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LocalWork:
-    """What a server may ask of a client. Never a privacy parameter."""
+    """What a server may ask of a client. Never a privacy parameter.
+
+    proximal: FedProx's pull that the run counts on; a node that has another one stays away.
+    """
 
     steps: int
     learning_rate: float
+    proximal: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -52,7 +52,7 @@ federation:
   evaluate_every: 5                              # rounds between two scores
 
 method:
-  name: fedsvd                                   # fedsvd, ffa, fedavg
+  name: fedsvd                                   # fedsvd, ffa, fedsb, fedavg
   refactor_every: 1                              # rounds between two refactorisations
   stale: {beta: 0.0, memory: disk}               # FedStale: 0 forgets absent clients, 1 remembers all, or adaptive
 

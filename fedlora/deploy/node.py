@@ -151,6 +151,8 @@ class DeployedNode:
             return f"{asked.steps} steps, this node takes 1 to {allowed.local_steps} (work.local_steps)"
         if not 0 < asked.learning_rate <= allowed.optimizer.lr:
             return f"learning rate {asked.learning_rate}, at most {allowed.optimizer.lr} (work.optimizer.lr)"
+        if asked.proximal != (own := getattr(allowed.optimizer, "proximal", 0.0)):
+            return f"a proximal term of {asked.proximal}, this node's is {own} (work.optimizer.proximal)"
         if (foreign := self._foreign(request)) is not None:
             return foreign
         try:

@@ -13,8 +13,10 @@ from fedlora.values import ClientUpdate, Delta, DpEvent, Released
 LEAST_NOISE, MOST_NOISE = 1e-2, 1e4
 """An event outside is no participation, and one at the end of the run could stop the accountants."""
 SPREAD = 0.5
-"""How far the length of noise may be from its expectation, as a part of it. Its relative std is 1 / sqrt(2 n) for n
-numbers, and n is the steps times all trained entries."""
+"""How far the length of noise may be from its expectation, as a part of it, however many numbers there are."""
+DEVIATIONS = 6
+"""The same in standard deviations, which are 1 / sqrt(2 n) of the length for n trained numbers, after however many
+steps: a core has few."""
 DRAWS = 6
 """Standard deviations by which the number of records drawn may exceed its expectation."""
 
@@ -59,7 +61,8 @@ class Soundness:
         unit = work(update.round, self.federation).learning_rate * self.max_grad_norm / event.expected_batch
         drawn = event.steps * event.expected_batch
         signal = unit * (drawn + DRAWS * (math.sqrt(drawn) + 1))
-        least, most = (1 - SPREAD) * noise, (1 + SPREAD) * noise + signal
+        spread = max(SPREAD, DEVIATIONS / math.sqrt(2 * released.numbers))
+        least, most = max(0.0, 1 - spread) * noise, (1 + spread) * noise + signal
         if not math.isfinite(length):
             return "it has entries that are not finite"
         if not least <= length <= most:

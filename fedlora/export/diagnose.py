@@ -87,6 +87,10 @@ def _weights(config: RunConfig, classes: tuple[str, ...], sites: list[Site]) -> 
     return {site: frozen_weight(model.get_submodule(site)) for site in sites}
 
 
+TINY = 1e-300
+"""In the place of a zero, so that every number can be written as JSON."""
+
+
 def _site(factors: Factors, scale: float, weight: Tensor | None) -> dict[str, Any]:
     """shape, singular_values and energy_shares (r,), effective_rank; beside: None where it was not measured."""
     values = singular_values(factors, scale)
@@ -103,7 +107,7 @@ def _beside(factors: Factors, scale: float, weight: Tensor, values: Tensor) -> d
     """relative_norm: of the update, in norms of the weight. explained and by_chance: shares. intruders: a number."""
     base, k = decomposed(weight), factors.a.shape[0]
     return {
-        "relative_norm": float(values.norm() / base.values.norm()),
+        "relative_norm": float(values.norm() / base.values.norm().clamp_min(TINY)),
         "explained": asdict(explained_share(base, factors, k)),
         "by_chance": asdict(share_by_chance(_shape(factors), k)),
         "intruders": intruder_dimensions(weight, factors, scale, base=base),

@@ -90,12 +90,15 @@ def absorb(
     The step is what the server's optimiser makes of the mixed update. Of `federation`, `server` and `keep_gauges` are
     read.
 
-    Without any answer B still moves by beta * memory, and stays if beta is 0. An adaptive beta of the next round knows
-    this one.
+    Without any answer B still moves by beta * memory, and stays if beta is 0: where shares are normalised such a round
+    says nothing, so the optimiser sleeps; with importance its zero is a sample. An adaptive beta of the next
+    round knows this one.
     """
     number = gathered.report.round
-    step, moments = server_optimizer(federation.server).step(gathered.step, state.moments, state.gauges[-1])
-    adapters = method.subspace.move(applied(state.adapters, step), number)
+    step, moments = gathered.step, state.moments
+    if gathered.heard or federation.participation == "importance":
+        step, moments = server_optimizer(federation.server).step(step, moments, state.gauges[-1])
+    adapters = method.subspace.move(applied(state.adapters, step), number, softens=bool(gathered.heard))
     after = ServerState(
         round=number,
         adapters=adapters,
@@ -138,7 +141,10 @@ def forget(state: ServerState, client: str, remembered: Delta | None, weight: fl
     memory = scale(memory, 1 / (1 - weight) if weight < 1 else 0.0)
     others = {name: heard for name, heard in state.remembered.items() if name != client}
     own = {name: held for name, held in state.own.items() if name != client}
-    return replace(state, memory=memory, remembered=others, recurrence=Recurrence(), own=own, moments=())
+    after = replace(state, memory=memory, remembered=others, own=own)
+    if client not in state.remembered:
+        return after  # no sum holds anything of it
+    return replace(after, recurrence=Recurrence(), moments=())
 
 
 def admit(state: ServerState, weight: float) -> ServerState:

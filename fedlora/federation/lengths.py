@@ -45,11 +45,11 @@ def noise_length(update: Released, federation: Federation, max_grad_norm: float 
         return None
     if not isinstance(optimizer, Sgd):
         return None
-    learning_rate = work(update.round, federation).learning_rate
-    left = 1 - learning_rate * optimizer.proximal
+    asked = work(update.round, federation)
+    left = 1 - asked.learning_rate * asked.proximal
     steps = sum(left ** (2 * later) for later in range(spent.steps))
     energy = noise_energy(max_grad_norm, spent.noise_multiplier, update.numbers)
-    return learning_rate / spent.expected_batch * math.sqrt(steps * energy)
+    return asked.learning_rate / spent.expected_batch * math.sqrt(steps * energy)
 
 
 def _short(length: float) -> float:

@@ -1,6 +1,6 @@
 """What a round asks of a client."""
 
-from fedlora.config.schema import Federation
+from fedlora.config.schema import Federation, Sgd
 from fedlora.values import LocalWork
 
 
@@ -8,4 +8,5 @@ def work(number: int, federation: Federation) -> LocalWork:
     """What is asked of a client in round `number` (the first is 1)."""
     optimizer = federation.optimizer
     left = 1.0 if optimizer.decay == "none" else (federation.rounds - number + 1) / federation.rounds
-    return LocalWork(steps=federation.local_steps, learning_rate=optimizer.lr * left)
+    proximal = optimizer.proximal if isinstance(optimizer, Sgd) else 0.0
+    return LocalWork(steps=federation.local_steps, learning_rate=optimizer.lr * left, proximal=proximal)

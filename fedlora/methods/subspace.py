@@ -101,18 +101,18 @@ class Subspace:
             case "activations":
                 return _known(public.input_rows, "the site's inputs", shape)
 
-    def move(self, adapters: Adapters, round: int) -> Adapters:
+    def move(self, adapters: Adapters, round: int, *, softens: bool = True) -> Adapters:
         """After `round`: the same model, but for the threshold, with orthonormal A in a new basis, or the same object.
 
         Args:
             adapters: after the round's update.
             round: rounds completed, this one included; every refactor_every-th one refactorises.
+            softens: whether the threshold is taken off.
         """
         if self.refactor_every is None or round % self.refactor_every:
             return adapters
-        sites = {
-            site: _refactored(adapters.sites[site], self.soft_threshold) for site in sorted(adapters.sites)
-        }
+        threshold = self.soft_threshold if softens else 0.0
+        sites = {site: _refactored(adapters.sites[site], threshold) for site in sorted(adapters.sites)}
         return replace(adapters, basis=adapters.basis + 1, sites=sites)
 
 

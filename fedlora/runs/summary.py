@@ -138,7 +138,7 @@ def execution(run_dir: Path, config: RunConfig, together: int = 1) -> str:
         return "flower, one node for each data owner"
     who = f"{together} clients share a forward pass" if together > 1 else "one client after the other"
     kernels = chosen(config.model.kernels, config.runtime.device, config.model.dtype)
-    return f"{config.runtime.kind}, {who} in each worker, {kernels} kernels"
+    return f"{config.runtime.kind}, {who} in each worker, kernels: {kernels}"
 
 
 def versions() -> dict[str, str]:

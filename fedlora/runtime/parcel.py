@@ -43,7 +43,7 @@ def pack_request(request: TrainRequest) -> Parcel:
     tensors = list(named.values())
     words = {
         "named": (request.run, request.base_model, request.code, request.round),
-        "work": (request.work.steps, request.work.learning_rate),
+        "work": astuple(request.work),
         "adapters": (adapters.basis, adapters.scale),
         "names": list(named),
         "shapes": [tuple(tensor.shape) for tensor in tensors],
@@ -60,7 +60,7 @@ def unpack_request(parcel: Parcel) -> TrainRequest:
     sizes = [torch.Size(shape).numel() for shape in words["shapes"]]
     parts = zip(words["names"], flat.split(sizes), words["shapes"], strict=True)
     run, base_model, code, number = words["named"]
-    steps, learning_rate = words["work"]
+    steps, learning_rate, proximal = words["work"]
     basis, scale = words["adapters"]
     return TrainRequest(
         run=run,
@@ -70,7 +70,7 @@ def unpack_request(parcel: Parcel) -> TrainRequest:
         adapters=adapters_of(
             {name: part.view(shape) for name, part, shape in parts}, basis=basis, scale=scale
         ),
-        work=LocalWork(steps=steps, learning_rate=learning_rate),
+        work=LocalWork(steps=steps, learning_rate=learning_rate, proximal=proximal),
     )
 
 

@@ -173,7 +173,8 @@ def request_digest(request: TrainRequest) -> str:
         request.adapters.basis,
         repr(request.adapters.scale),
     )
-    return digest(named_tensors(request.adapters), *words, work.steps, repr(work.learning_rate))
+    pull = (repr(work.proximal),) if work.proximal else ()
+    return digest(named_tensors(request.adapters), *words, work.steps, repr(work.learning_rate), *pull)
 
 
 def calibrated(

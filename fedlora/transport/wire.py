@@ -57,6 +57,8 @@ def encode_request(request: TrainRequest) -> bytes:
         "steps": request.work.steps,
         "learning_rate": request.work.learning_rate,
     }
+    if request.work.proximal:  # without it, a frame is what it was before there was such a thing
+        header["proximal"] = request.work.proximal
     return _encode(header, named_tensors(adapters))
 
 
@@ -70,7 +72,11 @@ def decode_request(frame: bytes) -> TrainRequest:
             code=_text(header["code"]),
             round=_whole(header["round"]),
             adapters=adapters_of(tensors, basis=_whole(header["basis"]), scale=_number(header["scale"])),
-            work=LocalWork(steps=_whole(header["steps"]), learning_rate=_number(header["learning_rate"])),
+            work=LocalWork(
+                steps=_whole(header["steps"]),
+                learning_rate=_number(header["learning_rate"]),
+                proximal=_number(header.get("proximal", 0.0)),
+            ),
         )
         _require_the_one_way(frame, encode_request(request))
         return request

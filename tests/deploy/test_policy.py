@@ -38,6 +38,7 @@ def misfits(request: TrainRequest) -> Iterator[TrainRequest]:
     yield replace(request, work=LocalWork(steps=0, learning_rate=1.0))
     for rate in (1.5, 0.0, -1.0, float("nan"), float("inf")):
         yield replace(request, work=LocalWork(steps=2, learning_rate=rate))
+    yield replace(request, work=LocalWork(steps=2, learning_rate=1.0, proximal=0.5))  # the node has none
     yield replace(request, adapters=replace(adapters, scale=7.0))
     yield replace(request, adapters=replace(adapters, head={}))
     renamed = {f"x.{name}": tensor for name, tensor in adapters.head.items()}

@@ -82,6 +82,21 @@ def test_a_request_survives_the_journey_bit_for_bit(dtype):
     assert all(torch.equal(got.adapters.head[name], value) for name, value in sent.adapters.head.items())
 
 
+def test_left_frames_and_a_proximal_term_survive_the_journey_and_are_absent_where_there_are_none():
+    plain = request()
+    sites = {
+        site: replace(f, b=f.b[:2], left=torch.eye(3)[:, :2]) for site, f in plain.adapters.sites.items()
+    }
+    cores = replace(
+        plain, adapters=replace(plain.adapters, sites=sites), work=replace(plain.work, proximal=0.25)
+    )
+    back = decode_request(encode_request(cores))
+    assert back.work == cores.work
+    assert all(torch.equal(back.adapters.sites[site].left, f.left) for site, f in sites.items())
+    frame = encode_request(plain)
+    assert b"left:" not in frame and b"proximal" not in frame
+
+
 def test_an_update_survives_the_journey_bit_for_bit():
     got = decode_reply(encode_reply(update()))
     assert isinstance(got, ClientUpdate)
