@@ -80,9 +80,9 @@ def _method(config: "RunConfig") -> Iterator[str]:
             "participation: importance and cohort: {probability: 0.5}"
         )
 
-    trained = "core" if config.method.name == "fedsb" else "b"
+    trained, what = ("core", "a core") if config.method.name == "fedsb" else ("b", "B (fedsb trains cores)")
     if config.lora.trains != trained:
-        yield f"lora.trains: {config.lora.trains}, but {config.method.name} trains the {trained}; write {trained}"
+        yield f"lora.trains: {config.lora.trains}, but {config.method.name} trains {what}; write {trained}"
 
 
 def _runtime(config: "RunConfig") -> Iterator[str]:

@@ -158,7 +158,7 @@ def _evaluation(evaluation: Mapping[str, Any] | None) -> str:
     )
 
 
-METHODS = {"fedsvd": "FedSVD", "ffa": "FFA-LoRA", "fedavg": "FedAvg of LoRA B"}
+METHODS = {"fedsvd": "FedSVD", "ffa": "FFA-LoRA", "fedsb": "Fed-SB", "fedavg": "FedAvg of LoRA B"}
 """Names as the papers write them."""
 
 _ACCOUNTANTS = {

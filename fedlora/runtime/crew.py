@@ -240,7 +240,8 @@ class Crew:
         if late and not self._said:
             self._said = True
             here = len(self.workers) - len(homeless)
-            self._say(f"{late} of {len(self.workers)} Ray workers found no room; going on with {here}")
+            then = f"going on with {here}" if here else "waiting for the first"
+            self._say(f"{late} of {len(self.workers)} Ray workers found no room yet; {then}")
         if len(homeless) == len(self.workers) and min(homeless) > self._room_s:
             raise IncompleteError(
                 f"no node of the Ray cluster had {self._wanted} for a worker in {self._room_s:.0f} s "
