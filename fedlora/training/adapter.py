@@ -14,7 +14,7 @@ LEFT = "lora_left"
 """Attribute of an adapted layer: the frozen frame (d_out, r) before its core."""
 
 
-def train_core(layer: LoraLayer) -> Tensor:
+def train_core(layer: LoraLayer) -> nn.Parameter:
     """`layer`'s B is an r x r core from here on, zero like B, before it a left frame (d_out, r), which is returned.
 
     The core is a linear layer like B, so all that trains, clips and stacks a B takes it as it is.
@@ -27,8 +27,10 @@ def train_core(layer: LoraLayer) -> Tensor:
     nn.init.zeros_(core.weight)
     layer.lora_B[ADAPTER] = core
     assert isinstance(layer, nn.Module)  # every LoRA layer of PEFT's is one
-    layer.register_buffer(LEFT, torch.zeros_like(up.weight), persistent=False)
-    return layer.get_buffer(LEFT)
+    # A parameter stays the same object when a model moves to another device, where a buffer becomes another.
+    left = nn.Parameter(torch.zeros_like(up.weight), requires_grad=False)
+    layer.register_parameter(LEFT, left)
+    return left
 
 
 def scale_low(layer: LoraLayer, same_input: SameInput | None) -> None:

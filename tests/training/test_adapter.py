@@ -10,6 +10,7 @@ from torch.nn.functional import cross_entropy
 from fedlora.config.schema import Classification, Lora, Model
 from fedlora.errors import PrivacyError
 from fedlora.privacy.direct_engine import DirectEngine
+from fedlora.training.adapter import LEFT
 from fedlora.training.load import load_model
 from fedlora.values import Adapters, Factors
 
@@ -123,3 +124,24 @@ def test_b_lies_turned_in_memory_and_what_leaves_the_model_does_not(tiny):
     model.load(start)
     assert all(b.t().is_contiguous() for _, b in model.live.values())
     assert all(change.is_contiguous() and not change.any() for change in model.delta(start).sites.values())
+
+
+def test_a_left_frame_that_is_loaded_after_the_model_moved_is_the_one_it_computes_with(tiny):
+    lora = Lora(target_modules=["query"], r=2, lora_alpha=2, trains="core")
+    model = load_model(
+        Model(name=tiny["bert"]), Classification(kind="sequence-classification"), lora, ("a", "b"), 3
+    )
+    model.peft_model.to(torch.float64)  # as a move to a device does, it makes every tensor anew
+    before = losses(model).detach()
+    draw = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in (*model.trained.values(), *model.left.values()):
+            parameter.copy_(torch.randn(parameter.shape, generator=draw))
+    moved = losses(model).detach()
+    with torch.no_grad():
+        for left in model.left.values():
+            left.zero_()
+    for site, layer in model.layers().items():
+        assert getattr(layer, LEFT) is model.left[site]
+    assert not torch.allclose(moved, before)
+    assert not torch.allclose(losses(model).detach(), moved)
