@@ -18,7 +18,7 @@ from fedlora.privacy.step import spent
 from fedlora.training.checkpoints import base_digest, weights_digest
 from fedlora.transport.wire import decode_reply, encode_request
 from fedlora.values import ClientUpdate, DpEvent, LocalWork, Refusal, RefusalReason, TrainRequest
-from tests.deploy.nodes import debits, reason, without_records
+from tests.deploy.nodes import debits, first_request, reason, without_records
 
 
 def misfits(request: TrainRequest) -> Iterator[TrainRequest]:
@@ -91,6 +91,20 @@ def test_code_or_a_base_model_that_the_owner_does_not_accept_is_refused_before_a
         ({"code": [ours, other], "base_model": [other, model]}, {"code": other}),
     ):
         assert asked(accept, changes) == RefusalReason.FAILED  # the records were looked for
+
+
+@pytest.mark.fault("F25")
+def test_a_left_frame_that_does_not_fit_is_refused_before_a_record_is_read(config, request_one):
+    config = config.model_copy(update={"lora": config.lora.model_copy(update={"trains": "core"})})
+    node, fitting = without_records(config), first_request(config)
+    site, factors = next(iter(fitting.adapters.sites.items()))
+    for left in (None, torch.full_like(factors.left, torch.nan), factors.left[:-1]):
+        sites = {**fitting.adapters.sites, site: replace(factors, left=left)}
+        misfit = replace(fitting, adapters=replace(fitting.adapters, sites=sites))
+        assert reason(node.answer(encode_request(misfit))) == RefusalReason.BAD_REQUEST
+    assert reason(node.answer(encode_request(request_one))) == RefusalReason.BAD_REQUEST  # it sends whole B's
+    assert not Path(config.ledger).exists()
+    assert reason(node.answer(encode_request(fitting))) == RefusalReason.FAILED  # it looked for them
 
 
 @pytest.mark.fault("F25")
