@@ -20,6 +20,18 @@ _Kind = TypeVar("_Kind", bound=Section)
 _ELSEWHERE = {"output", "runtime"}
 """Keys that say where a run happens, not what it computes."""
 
+_SINCE: dict[tuple[str, ...], Any] = {
+    ("federation", "enough"): None,
+    ("federation", "optimizer", "proximal"): 0.0,
+    ("federation", "server"): {"name": "sgd", "lr": 1.0},
+    ("lora", "trains"): "b",
+    ("method", "soft_threshold"): 0.0,
+    ("model", "quantization"): "none",
+    ("world",): None,
+}
+"""Keys that came later, and the value that changes nothing: with it, a run of before there was such a key stays what it
+was."""
+
 
 def load_config(path: FilePath | str, overrides: Sequence[str] = ()) -> RunConfig:
     """The run that a YAML file describes, with the overrides put in its place.
@@ -81,24 +93,16 @@ def _computed(config: RunConfig) -> dict[str, Any]:
     values = config.model_dump(mode="json", exclude=_ELSEWHERE)
     for how in ("kernels", "gradient_checkpointing"):
         del values["model"][how]  # how it is computed, like what runtime says
-    if values["model"]["quantization"] == "none":
-        del values["model"]["quantization"]  # a run of before there was such a key stays the same
     if isinstance(values["privacy"], dict):
         del values["privacy"]["tuned_on"]  # a declaration; it decides nothing
-    if values["federation"]["enough"] is None:
-        del values["federation"]["enough"]  # likewise
-    if values["world"] is None:
-        del values["world"]  # likewise
-    if values["method"].get("soft_threshold") == 0:
-        del values["method"]["soft_threshold"]  # likewise
-    if values["lora"]["trains"] == "b":
-        del values["lora"]["trains"]  # likewise
-    if values["federation"]["optimizer"].get("proximal") == 0:
-        del values["federation"]["optimizer"]["proximal"]  # likewise
-    if values["federation"]["server"] == {"name": "sgd", "lr": 1.0}:
-        del values["federation"]["server"]  # likewise
     if not isinstance(values["method"]["stale"]["beta"], str):
-        del values["method"]["stale"]["smoothing"]  # likewise
+        del values["method"]["stale"]["smoothing"]  # of an adaptive beta only
+    for (*sections, key), before in _SINCE.items():
+        section = values
+        for name in sections:
+            section = section[name]
+        if key in section and section[key] == before:
+            del section[key]
     return values
 
 
