@@ -4,13 +4,13 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: quickstart test slow faults compose-test lint install clean
+.PHONY: quickstart test slow faults compose-test docs lint install clean
 
 quickstart: install   ## fine-tune a real model on eight simulated clients at epsilon 8
 	$(BIN)/fedlora simulate configs/quickstart.yaml
 
-test: install         ## the test suite
-	$(BIN)/python -m pytest
+test: install         ## the test suite, in two processes: many tests wait for others
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 slow: install         ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow
@@ -20,6 +20,11 @@ faults: install       ## faults F1 to F54 of docs/reliability.md, the slow ones 
 
 compose-test: install ## the compose file, started for real; with no Docker engine, root may start one
 	$(BIN)/python -m pytest -s -rs -m slow tests/deploy/test_compose.py
+
+docs: install         ## the site, into docs/_build
+	$(BIN)/python -m pip install --quiet '.[docs]'
+	$(BIN)/python docs/make_reference.py
+	$(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build
 
 lint: install         ## format, lint, types, import contracts
 	$(BIN)/ruff format --check .

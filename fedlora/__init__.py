@@ -2,5 +2,6 @@
 
 import os
 
-# flwr reads this once, when it is imported: nobody is reported to because a library does so by default.
+# Nobody is reported to because a library does so by default. flwr reads its switch once, when it is imported.
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")

@@ -1,7 +1,10 @@
 """Writing so that a power cut leaves the old or the new, never half of either."""
 
+import fcntl
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +38,14 @@ def make_directory(path: Path) -> None:
     make_directory(path.parent)
     path.mkdir(exist_ok=True)
     fsync(path.parent)
+
+
+@contextmanager
+def waiting_for(path: Path) -> Iterator[None]:
+    """No other process is within, of those that ask for `path`, a file for nothing else; whoever comes waits."""
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def whole_lines(path: Path) -> list[dict[str, Any]]:

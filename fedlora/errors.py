@@ -42,6 +42,10 @@ class IncompleteError(FedLoraError):
     exit_status = 4
 
 
+class GuardError(FedLoraError):
+    """The run did not do what it says it does, so it stopped; the last good round is kept."""
+
+
 class ShapeError(FedLoraError):
     """Tensors do not fit together."""
 

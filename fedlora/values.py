@@ -2,7 +2,9 @@
 
 Shapes are (rows, columns). An adapted layer computes W x + scale * B (A x) with A (r, d_in) and B (d_out, r).
 B means nothing without its A, so everything shaped like B carries the number of its basis. Where a frozen left frame
-stands before it, B is a core: W x + scale * L (B (A x)) with L (d_out, k) and B (k, r); nothing else changes.
+stands before it, B is a core: W x + scale * L (B (A x)) with L (d_out, k) and B (k, r); nothing else changes. Of a core
+of which only the diagonal is trained, B is that, (1, r): W x + scale * L (B * (A x)). Where a method leaves a product
+behind that no B A can hold, it is the rest: (W + rest) x + scale * B (A x).
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from fedlora.errors import BasisError, ShapeError
 
@@ -21,26 +23,42 @@ if TYPE_CHECKING:  # the nouns alone cost no import of torch
 Site: TypeAlias = str
 """Dotted path of an adapted module, as in the base model. Always visited in sorted order."""
 
+Side: TypeAlias = Literal["b", "a", "both"]
+"""What of every site a round trains: B (or the core), A, or both; the other is frozen."""
+
 FRAME = -1
 """The basis number of the canonical frame: coordinates in the orthonormal rows `ServerState.frame`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Factors:
-    """One adapted site. left: the frozen frame before a core, with orthonormal columns; None before a whole B."""
+    """One adapted site.
+
+    left: the frozen frame before a core, with orthonormal columns; None before a whole B.
+    rest: (d_out, d_in), added to the frozen weight as it is, `scale` included; None: nothing is.
+    """
 
     a: Tensor
     b: Tensor
     left: Tensor | None = None
+    rest: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.a.ndim != 2 or self.b.ndim != 2 or self.a.shape[0] != self.b.shape[1]:
             raise ShapeError(
                 f"a {tuple(self.a.shape)} and b {tuple(self.b.shape)} share no rank; need (r, n) and (m, r)"
             )
-        if self.left is not None and (self.left.ndim != 2 or self.left.shape[1] != self.b.shape[0]):
+        if self.left is not None:
+            k = self.left.shape[1] if self.left.ndim == 2 else None
+            if self.b.shape[0] != k and self.b.shape != (1, k):
+                raise ShapeError(
+                    f"left {tuple(self.left.shape)} and core {tuple(self.b.shape)} share no rank; "
+                    "need (m, k) and (k, r)"
+                )
+        rows = (self.b if self.left is None else self.left).shape[0]
+        if self.rest is not None and self.rest.shape != (rows, self.a.shape[1]):
             raise ShapeError(
-                f"left {tuple(self.left.shape)} and core {tuple(self.b.shape)} share no rank; need (m, k) and (k, r)"
+                f"rest {tuple(self.rest.shape)} is not shaped like the weight, {(rows, self.a.shape[1])}"
             )
 
 
@@ -56,11 +74,16 @@ class Adapters:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Delta:
-    """A change of B, (d_out, r) or, of a core, (k, r) a site, in one basis; and of the head, which has none."""
+    """A change of B, (d_out, r) or, of a core, (k, r) a site, in one basis; of the head, which has none; and of A.
+
+    sites: of B; empty where the round trained A alone. a: of A, (r, d_in) a site; empty where it was frozen. A belongs
+    to its basis as a whole: no gauge carries its changes into another.
+    """
 
     basis: int
     sites: Mapping[Site, Tensor]
     head: Mapping[str, Tensor] = field(default_factory=dict)
+    a: Mapping[Site, Tensor] = field(default_factory=dict)
 
     def require_basis(self, basis: int) -> None:
         """Refuses to let coordinates of another basis through."""
@@ -83,11 +106,15 @@ class LocalWork:
     """What a server may ask of a client. Never a privacy parameter.
 
     proximal: FedProx's pull that the run counts on; a node that has another one stays away.
+    precondition: what the run counts on that a step makes of B's gradient; likewise.
+    side: which factors are trained; a node whose model has A frozen stays away from all but "b".
     """
 
     steps: int
     learning_rate: float
     proximal: float = 0.0
+    precondition: str = "none"
+    side: Side = "b"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -257,7 +284,8 @@ class ServerState:
     """All that a resume needs, beside the remembered updates that the store keeps by client.
 
     round: rounds completed.
-    frame: orthonormal rows (r, d_in) a site; spans the row space that A never leaves.
+    frame: orthonormal rows (r, d_in) a site; spans the row space of A. When A leaves it a new one begins, and all that
+        was kept in the old one is forgotten: gauges, memory, moments, what adaptive betas know.
     gauges: from each basis that a late update may still carry into the frame, newest last.
     memory: sum over clients of weight * remembered update, in the frame (FedStale); times its own beta, if it has one.
     remembered: the round of each client's last update that counted.
@@ -295,7 +323,8 @@ class RoundPlan:
 class Released:
     """What is kept of an update that counted, once its numbers are in the sum.
 
-    round: of the request that it answers. length: Euclidean, of all its numbers together, float64.
+    round: of the request that it answers. length: Euclidean, of all its numbers together, float64. numbers: how many
+        were trained.
     spent: the event of its training; None only where privacy is off.
     """
 

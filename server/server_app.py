@@ -6,6 +6,7 @@ the run is a simulation, of the config that Flower's run config names.
 
 import logging
 import os
+from pathlib import Path
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
@@ -13,7 +14,7 @@ from flwr.serverapp import Grid, ServerApp
 from fedlora.config.load import load_config
 from fedlora.config.located import located
 from fedlora.deploy.server import serve
-from fedlora.export.deliver import deliver
+from fedlora.export.deliver import deliver, delivering
 from fedlora.runs.rundir import adapters_of, run_rounds
 from fedlora.runs.summary import summary_so_far
 from fedlora.runtime.flwr_run import named, simulate_on
@@ -29,11 +30,9 @@ def main(grid: Grid, context: Context) -> None:
     path, overrides = os.environ.get("FEDLORA_CONFIG"), os.environ.get("FEDLORA_CONFIG_SET", "").split()
     if simulated := path is None:
         path, overrides = named(context.run_config)
-    config = load_config(path, overrides)
+    config, say = load_config(path, overrides), logging.getLogger("fedlora").info
     with located(path, overrides):
-        run_dir = simulate_on(grid, config) if simulated else serve(grid, config)
-    found, rounds = summary_so_far(run_dir), run_rounds(run_dir)
-    say = logging.getLogger("fedlora").info
-    deliver(
-        run_dir, config=config, summary=found, rounds=rounds, trained=lambda: adapters_of(run_dir), say=say
-    )
+        stored = delivering(Path(config.output), config, say)
+        run_dir = simulate_on(grid, config, stored) if simulated else serve(grid, config, stored)
+    told = {"summary": summary_so_far(run_dir), "rounds": run_rounds(run_dir)}
+    deliver(run_dir, config=config, **told, trained=lambda: adapters_of(run_dir), say=say)

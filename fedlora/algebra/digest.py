@@ -7,11 +7,11 @@ from torch import Tensor
 
 from fedlora.values import Adapters, Factors
 
-FACTORS = ("a", "b", "left")
+FACTORS = ("a", "b", "left", "rest")
 
 
 def named_tensors(adapters: Adapters) -> dict[str, Tensor]:
-    """Every tensor of `adapters` under its wire name, in wire order: a, b and left site by site, then the head."""
+    """Every tensor of `adapters` under its wire name, in wire order: a, b, left, rest site by site, then the head."""
     named = {
         f"{factor}:{site}": tensor
         for site in sorted(adapters.sites)
@@ -34,7 +34,12 @@ def adapters_of(named: Mapping[str, Tensor], *, basis: int, scale: float) -> Ada
         basis=basis,
         scale=scale,
         sites={
-            site: Factors(a=named[f"a:{site}"], b=named[f"b:{site}"], left=named.get(f"left:{site}"))
+            site: Factors(
+                a=named[f"a:{site}"],
+                b=named[f"b:{site}"],
+                left=named.get(f"left:{site}"),
+                rest=named.get(f"rest:{site}"),
+            )
             for site in sites
         },
         head=under(named, "head:"),

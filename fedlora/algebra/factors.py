@@ -4,6 +4,7 @@ Everything is computed in float64 whatever the dtype of the input: the matrices 
 would be carried through every later round.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -92,6 +93,19 @@ def refactorise(a: Tensor, b: Tensor) -> Refactored:
     )
 
 
+def truncated(product: Tensor, r: int) -> Factors:
+    """The nearest product of rank r in the Frobenius norm (Eckart and Young): a with orthonormal rows, float64.
+
+    Args:
+        product: (m, n), r at most the smaller side.
+        r: rank.
+
+    Cost: O(m n min(m, n)).
+    """
+    u, s, v = torch.linalg.svd(product.double(), full_matrices=False)
+    return Factors(a=v[:r], b=u[:, :r] * s[:r])
+
+
 def soft_thresholded(b: Tensor, threshold: float) -> Tensor:
     """b (m, r) of orthogonal columns, each shortened by `threshold`, those no longer than that to zero.
 
@@ -103,16 +117,44 @@ def soft_thresholded(b: Tensor, threshold: float) -> Tensor:
     return (b.double() * (1 - threshold / lengths.clamp_min(1e-300)).clamp_min(0.0)).to(b.dtype)
 
 
+def is_diagonal(factors: Factors) -> bool:
+    """Whether b (1, r) is the diagonal of a core: r numbers that no change of basis may mix."""
+    return factors.left is not None and factors.left.shape[1] != factors.b.shape[0]
+
+
 def whole(factors: Factors) -> Factors:
-    """The same product with no left frame: b is left @ core, (d_out, r)."""
+    """The same with no left frame: b is left @ core, (d_out, r)."""
     if factors.left is None:
         return factors
-    b = (factors.left.double() @ factors.b.double()).to(factors.b.dtype)
-    return Factors(a=factors.a, b=b)
+    left, core = factors.left.double(), factors.b.double()
+    b = left * core if is_diagonal(factors) else left @ core
+    return Factors(a=factors.a, b=b.to(factors.b.dtype), rest=factors.rest)
+
+
+def folded(factors: Factors, scale: float) -> Factors:
+    """The same change of the weight as one product, with neither left frame nor rest; what only rounding adds is gone.
+
+    Where there is a rest, the rank grows to that of the whole change, min(d_out, d_in) at most.
+    """
+    if factors.rest is None:
+        return whole(factors)
+    u, s, v = torch.linalg.svd(change(factors, scale) / scale, full_matrices=False)
+    # Rounding of each entry is a matrix of random signs, whose largest singular value grows like this.
+    noise = torch.finfo(factors.rest.dtype).eps * math.sqrt(max(factors.rest.shape)) * s[0]
+    r = max(1, int((s > noise).sum()))
+    dtype = factors.b.dtype
+    return Factors(a=v[:r].to(dtype), b=(u[:, :r] * s[:r]).to(dtype))
+
+
+def padded(factors: Factors, r: int) -> Factors:
+    """The same product with zeros up to rank r."""
+    more = r - len(factors.a)
+    a = torch.nn.functional.pad(factors.a, (0, 0, 0, more))
+    return Factors(a=a, b=torch.nn.functional.pad(factors.b, (0, more)))
 
 
 def merge(weight: Tensor, factors: Factors, scale: float) -> Tensor:
-    """weight + scale * b @ a, in the dtype of weight.
+    """weight + scale * b @ a + rest, in the dtype of weight.
 
     Args:
         weight: (d_out, d_in) of the frozen layer.
@@ -128,7 +170,14 @@ def merge(weight: Tensor, factors: Factors, scale: float) -> Tensor:
         raise ShapeError(
             f"b @ a is {shape} but the weight is {tuple(weight.shape)}; these factors belong to another layer"
         )
-    return (weight.double() + scale * (factors.b.double() @ factors.a.double())).to(weight.dtype)
+    return (weight.double() + change(factors, scale)).to(weight.dtype)
+
+
+def change(factors: Factors, scale: float) -> Tensor:
+    """All that the site adds to its weight, (d_out, d_in) float64: scale * b @ a + rest."""
+    factors = whole(factors)
+    product = scale * (factors.b.double() @ factors.a.double())
+    return product if factors.rest is None else product + factors.rest.double()
 
 
 def _lq(a: Tensor) -> tuple[Tensor, Tensor]:

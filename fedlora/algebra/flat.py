@@ -11,31 +11,33 @@ import torch
 from torch import Tensor
 
 from fedlora.errors import ShapeError
-from fedlora.values import Adapters, Delta, Site
+from fedlora.values import Delta
 
 Shapes = tuple[tuple[str, tuple[int, ...]], ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Where each tensor of a delta stands in its flat vector: sites in sorted order, then head tensors in theirs."""
+    """Where each tensor of a delta stands in its flat vector: of B by site, of the head by name, of A by site."""
 
     sites: Shapes
     head: Shapes
+    a: Shapes = ()
 
     @classmethod
-    def of(cls, like: Adapters | Delta) -> "Layout":
-        """The layout of every delta shaped like this one, or of what adds to these adapters."""
-        sites = like.sites
-        b: Mapping[Site, Tensor] = {
-            site: value if isinstance(value, Tensor) else value.b for site, value in sites.items()
-        }
-        return cls(sites=_shapes(b), head=_shapes(like.head))
+    def of(cls, like: Delta) -> "Layout":
+        """The layout of every delta shaped like this one."""
+        return cls(sites=_shapes(like.sites), head=_shapes(like.head), a=_shapes(like.a))
+
+    @property
+    def parts(self) -> Shapes:
+        """Name and shape of every tensor, in the vector's order."""
+        return (*self.sites, *self.head, *self.a)
 
     @property
     def numbers(self) -> int:
         """Length of the flat vector."""
-        return sum(math.prod(shape) for _, shape in (*self.sites, *self.head))
+        return sum(math.prod(shape) for _, shape in self.parts)
 
     def flat(self, delta: Delta) -> Tensor:
         """The delta's numbers (numbers,); its own storage, not a copy, if it came from `delta_of`.
@@ -64,14 +66,14 @@ class Layout:
             torch.cat([part.flatten() for part in parts], out=row)
 
     def _parts(self, delta: Delta) -> list[Tensor]:
-        sites, head = delta.sites, delta.head
-        if len(sites) != len(self.sites) or len(head) != len(self.head):
+        kinds = ((delta.sites, self.sites), (delta.head, self.head), (delta.a, self.a))
+        if any(len(given) != len(needed) for given, needed in kinds):
             raise ShapeError(f"a delta of {_told(Layout.of(delta))} where {_told(self)} is needed")
         try:
-            parts = [sites[name] for name, _ in self.sites] + [head[name] for name, _ in self.head]
+            parts = [given[name] for given, needed in kinds for name, _ in needed]
         except KeyError as error:
             raise ShapeError(f"a delta without {error} where {_told(self)} is needed") from None
-        for part, (name, shape) in zip(parts, (*self.sites, *self.head), strict=True):
+        for part, (name, shape) in zip(parts, self.parts, strict=True):
             if part.shape != shape:
                 raise ShapeError(f"{name!r} is {tuple(part.shape)} where {shape} is needed")
         return parts
@@ -82,11 +84,12 @@ class Layout:
             raise ShapeError(
                 f"{tuple(flat.shape)} numbers where ({self.numbers},) make a delta of {_told(self)}"
             )
-        ends = iter(flat.split([torch.Size(shape).numel() for _, shape in (*self.sites, *self.head)]))
-        sites = {name: next(ends).view(shape) for name, shape in self.sites}
-        return Delta(
-            basis=basis, sites=sites, head={name: next(ends).view(shape) for name, shape in self.head}
+        ends = iter(flat.split([torch.Size(shape).numel() for _, shape in self.parts]))
+        sites, head, a = (
+            {name: next(ends).view(shape) for name, shape in shapes}
+            for shapes in (self.sites, self.head, self.a)
         )
+        return Delta(basis=basis, sites=sites, head=head, a=a)
 
 
 def _shapes(tensors: Mapping[str, Tensor]) -> Shapes:
@@ -94,7 +97,8 @@ def _shapes(tensors: Mapping[str, Tensor]) -> Shapes:
 
 
 def _told(layout: Layout) -> str:
-    return f"{len(layout.sites)} sites and {len(layout.head)} head tensors, {layout.numbers} numbers"
+    sites = f"{len(layout.sites)} sites" + (f" (and A of {len(layout.a)})" if layout.a else "")
+    return f"{sites} and {len(layout.head)} head tensors, {layout.numbers} numbers"
 
 
 def _holds(first: Tensor, numbers: int) -> bool:

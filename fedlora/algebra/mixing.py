@@ -8,9 +8,9 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from fedlora.algebra.deltas import add, from_frame, into_frame, scale
+from fedlora.algebra.deltas import add, from_frame, into_frame, scale, tensors
 from fedlora.algebra.flat import Layout
-from fedlora.values import FRAME, Delta, Gauges
+from fedlora.values import FRAME, Delta, Gauges, Site
 
 
 class RunningMix:
@@ -36,7 +36,7 @@ class RunningMix:
         self._stale: Tensor | None = None
         # As wide as the memory, so that ten thousand replacements leave no rounding behind.
         self._change: Tensor | None = None
-        self._wide = next(iter([*memory.sites.values(), *memory.head.values()])).dtype
+        self._wide = tensors(memory)[0].dtype
 
     def add(self, fresh: Delta, factor: float) -> None:
         """The update takes part, in whatever basis it came; the sum turns at the end, once for all of a basis."""
@@ -91,6 +91,28 @@ class RunningMix:
         if self._change is None:
             return self._memory
         return add(self._memory, self.layout.delta_of(self._change, FRAME))
+
+
+class RunningProducts:
+    """sum over participants of factor * (change of B) (change of A), (d_out, d_in) float64 a site; one at a time.
+
+    With the sums of either change it gives the exact mean of the products (B + dB) (A + dA), which the product of the
+    means is not.
+    """
+
+    def __init__(self) -> None:
+        """Nobody has taken part yet."""
+        self._sums: dict[Site, Tensor] = {}
+
+    def add(self, fresh: Delta, factor: float) -> None:
+        """The update takes part; sites without a change of both add nothing."""
+        for site in fresh.sites.keys() & fresh.a.keys():
+            product = fresh.sites[site].double() @ fresh.a[site].double()
+            self._sums[site] = _plus(self._sums.get(site), product, factor)
+
+    def mean(self, divisor: float) -> dict[Site, Tensor]:
+        """The sums / divisor, by site."""
+        return {site: self._sums[site] / divisor for site in sorted(self._sums)}
 
 
 def _plus(total: Tensor | None, row: Tensor, factor: float) -> Tensor:

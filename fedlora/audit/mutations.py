@@ -105,8 +105,9 @@ class _Unclipped:
         trained: Mapping[str, nn.Parameter],
         losses: Iterable[Callable[[], Tensor]],
         max_grad_norm: float | None,
+        sequences_per_record: int = 1,
     ) -> dict[str, Tensor]:
-        return self._engine.clipped_sum(model, trained, losses, None)
+        return self._engine.clipped_sum(model, trained, losses, None, sequences_per_record)
 
 
 class _ClippedByLayer:
@@ -121,12 +122,15 @@ class _ClippedByLayer:
         trained: Mapping[str, nn.Parameter],
         losses: Iterable[Callable[[], Tensor]],
         max_grad_norm: float | None,
+        sequences_per_record: int = 1,
     ) -> dict[str, Tensor]:
         sums, batches = {}, list(losses)
         for name, parameter in trained.items():
             for other in trained.values():
                 other.requires_grad_(other is parameter)
-            sums |= self._engine.clipped_sum(model, {name: parameter}, batches, max_grad_norm)
+            sums |= self._engine.clipped_sum(
+                model, {name: parameter}, batches, max_grad_norm, sequences_per_record
+            )
         for parameter in trained.values():
             parameter.requires_grad_(True)
         return sums

@@ -12,9 +12,28 @@ from typing import Annotated
 
 import click
 import typer
+import typer.core
 
-from fedlora.cli import audit, compare, doctor, forget, node, provision, read, run, serve, write
+from fedlora.cli import (
+    audit,
+    compare,
+    completion,
+    doctor,
+    export,
+    forget,
+    init,
+    node,
+    provision,
+    read,
+    run,
+    serve,
+    sweep,
+)
 from fedlora.errors import ConfigError, FedLoraError, IncompleteError
+
+typer.core.HAS_RICH = (
+    False  # help is plain here, and typer would escape brackets for a markup that nobody renders
+)
 
 app = typer.Typer(
     name="fedlora",
@@ -29,12 +48,15 @@ run.add_to(app)
 read.add_to(app)
 audit.add_to(app)
 compare.add_to(app)
+sweep.add_to(app)
 provision.add_to(app)
 doctor.add_to(app)
 node.add_to(app)
 serve.add_to(app)
-write.add_to(app)
+init.add_to(app)
+export.add_to(app)
 forget.add_to(app)
+completion.add_to(app)
 
 _QUIET = {
     "TRANSFORMERS_VERBOSITY": "error",
@@ -62,6 +84,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: those of the command line; None takes the process's own. `--debug` may stand anywhere.
     """
+    if (asked := os.environ.get(completion.VARIABLE)) is not None:
+        return completion.answer(typer.main.get_command(app), asked)
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given
     for name, value in _QUIET.items():

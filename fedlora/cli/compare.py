@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fedlora.cli.output import ConfigArgument, Format, FormatOption, SetOption, only_ours, show, table
+from fedlora.cli.output import ConfigArgument, Format, FormatOption, SetOption, show, table
 from fedlora.errors import ConfigError, IncompleteError
 
 if TYPE_CHECKING:
@@ -27,7 +27,8 @@ def compare(
         typer.Option(
             "--methods",
             metavar="A,B,...",
-            help="Arms: fedsvd, ffa, fedsb, fedavg, fedsvd-paper, ffa-paper, config (the file as it stands).",
+            help="Arms: a method's name, a rule beside one (lora-pro, allora, mifa), a method as published "
+            "(fedsvd-paper, ffa-paper, ffa-head), or config, the file as it stands. Another name lists them all.",
         ),
     ],
     seeds: Annotated[
@@ -40,6 +41,10 @@ def compare(
         int,
         typer.Option("--trials", min=0, help="Of learning rate and clipping, for each arm; 0: no tuning."),
     ] = 0,
+    trial_seeds: Annotated[
+        int,
+        typer.Option("--trial-seeds", min=1, help="Runs of each setting tried; their mean is its score."),
+    ] = 1,
     proxy: Annotated[
         Path | None,
         typer.Option(
@@ -76,10 +81,11 @@ def compare(
     form: FormatOption = Format.TEXT,
 ) -> None:
     """Run methods x epsilons x seeds on one data split; table, paired differences, plot. Interrupted, it goes on."""
-    from fedlora.cli.run import usable
+    from fedlora.cli.run_dir import many_runs
     from fedlora.compare.cells import Source
-    from fedlora.compare.compare import Request, incomplete
+    from fedlora.compare.compare import Request
     from fedlora.compare.compare import compare as work
+    from fedlora.compare.finish import incomplete
 
     source = Source(path=config, overrides=tuple(overrides or ()))
     output = Path(source.config().output)
@@ -89,7 +95,7 @@ def compare(
         own=own or (),
         seeds=seeds,
         epsilons=_numbers(epsilons),
-        tuning=_tuning(trials, proxy, tune_on_data=tune_on_data),
+        tuning=_tuning(trials, trial_seeds, proxy, tune_on_data=tune_on_data),
         control=control,
         against=against,
         references=references,
@@ -97,32 +103,27 @@ def compare(
         directory=output.with_name(f"{output.name}-compare") if directory is None else directory,
         go_on=f"fedlora {shlex.join(sys.argv[1:])}",
     )
-    try:
-        with only_ours(), usable(request.directory):
-            found, failures = work(request, lambda line: print(line, file=sys.stderr, flush=True))
-    except KeyboardInterrupt:
-        raise IncompleteError(
-            f"interrupted; every finished round is kept, give the same command again: {request.go_on}"
-        ) from None
+    with many_runs(request.directory, request.go_on):
+        found, failures = work(request, lambda line: print(line, file=sys.stderr, flush=True))
     show(found, _text(found, request.directory), form)
     if failures:
         raise IncompleteError(incomplete(failures, len(found["cells"]), "cells", request.go_on))
 
 
-def _tuning(trials: int, proxy: Path | None, *, tune_on_data: bool) -> "Tuning | None":
+def _tuning(trials: int, seeds: int, proxy: Path | None, *, tune_on_data: bool) -> "Tuning | None":
     from fedlora.compare.tuning import Tuning
 
     if proxy is not None and tune_on_data:
         raise ConfigError("--proxy, --tune-on-data: one of the two; a proxy costs no privacy")
     if trials and proxy is None and not tune_on_data:
         raise ConfigError(
-            f"--trials {trials}: on which data? Name a config with public or synthetic data: --proxy PROXY.yaml, or "
-            "write --tune-on-data and pay for it"
+            f"--trials {trials}: on which data? none is named; name a config with public or synthetic data: "
+            "--proxy PROXY.yaml, or write --tune-on-data and pay for it"
         )
     if not trials and (proxy is not None or tune_on_data):
         given = "--tune-on-data" if proxy is None else f"--proxy {proxy}"
         raise ConfigError(f"{given}: no trials; write how many for each arm, for example --trials 6")
-    return Tuning(trials=trials, proxy=proxy) if trials else None
+    return Tuning(trials=trials, proxy=proxy, seeds=seeds) if trials else None
 
 
 def _words(text: str) -> list[str]:

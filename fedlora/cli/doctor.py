@@ -44,9 +44,9 @@ def doctor(
     from fedlora.doctor.doctor import examine, exit_status
 
     if root_certificates is not None and server is None:
-        raise ConfigError("--root-certificates: for whom? name the server too: --server HOST:PORT")
+        raise ConfigError("--root-certificates: for whom? no server is named; write: --server HOST:PORT")
     if overrides and config is None:
-        raise ConfigError("--set: of which config? name a run.yaml or a node.yaml too")
+        raise ConfigError("--set: of which config? none is given; name a run.yaml or a node.yaml too")
     named = {"server": server, "root_certificates": root_certificates, "kit": kit}
     with only_ours():
         lines = list(examine(config, overrides=overrides or (), **named))

@@ -116,7 +116,9 @@ def require_one_source(run_dir: Path | None, server: str | None, *, follow: bool
         ConfigError: anything else.
     """
     if (run_dir is None) == (server is None):
-        raise ConfigError("status: give RUN_DIR or --server HOST:PORT, one of them")
+        raise ConfigError(
+            "status: of what? neither or both are named; give RUN_DIR or --server HOST:PORT, one of them"
+        )
     if server is None and (follow or roots is not None):
         name = "--follow" if follow else "--root-certificates"
         raise ConfigError(

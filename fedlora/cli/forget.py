@@ -25,7 +25,7 @@ def forget(
     """
     from dataclasses import asdict
 
-    from fedlora.cli.run import usable
+    from fedlora.cli.run_dir import usable
     from fedlora.runs import forgetting
 
     with only_ours(), usable(run_dir):

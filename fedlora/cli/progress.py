@@ -1,5 +1,6 @@
 """What a person sees while a run goes on: one moving line on a terminal, one plain line a round elsewhere."""
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,13 +15,13 @@ from fedlora.federation.events import ClientDone, Event, Listener, RoundDone, Ru
 
 @contextmanager
 def watching(stream: TextIO | None = None) -> Iterator[Listener]:
-    """A listener for as long as the block runs; by default on stderr.
+    """A listener for as long as the block runs; by default on stderr. Without colours where NO_COLOR is set.
 
     Args:
-        stream: where to write; a terminal gets a moving line, anything else plain lines.
+        stream: where to write; a terminal that can move its cursor gets a moving line, anything else plain lines.
     """
     target = sys.stderr if stream is None else stream
-    if not target.isatty():
+    if not target.isatty() or os.environ.get("TERM") in ("dumb", "unknown"):
         yield PlainLines(target)
         return
     columns = (

@@ -89,14 +89,14 @@ def evaluate(
 
     loaded = load_config(config, overrides or [])
     from fedlora.cli.progress import watching
-    from fedlora.export.peft_directory import load_adapter, peft_lora
+    from fedlora.export.peft_directory import load_adapter, peft_lora, ranks_in
     from fedlora.export.words import number, score
     from fedlora.runtime import scoring
 
     with located(config, overrides or []), only_ours(), watching() as listener:
         is_run = (path / "config.yaml").exists()
         if not is_run:
-            loaded = loaded.model_copy(update={"lora": peft_lora(loaded.lora)})
+            loaded = loaded.model_copy(update={"lora": peft_lora(loaded.lora, ranks_in(path))})
         prepared = scoring.prepared_for_scoring(loaded, listener)
         if is_run:
             scoring.load_run(path, prepared)
@@ -117,13 +117,13 @@ def report(
     form: FormatOption = Format.TEXT,
 ) -> None:
     """Write one self-contained HTML file: curves, epsilon by client, signal and noise, what the adapter is."""
-    from fedlora.export.report import write_report
-    from fedlora.runs.rundir import run_config, run_diagnostics, run_rounds
+    from fedlora.export.deliver import report_of
+    from fedlora.runs.rundir import run_config, run_rounds
     from fedlora.runs.summary import summary_so_far
 
     target = run_dir / "report.html" if to is None else to
     summary, config = summary_so_far(run_dir), run_config(run_dir)
-    write_report(target, summary, run_rounds(run_dir), config, run_diagnostics(run_dir))
+    report_of(run_dir, target, config=config, summary=summary, rounds=run_rounds(run_dir))
     show({"report": str(target)}, str(target), form)
 
 

@@ -1,9 +1,6 @@
 """Commands that work: check, simulate, resume."""
 
-import errno
-import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -23,11 +20,14 @@ from fedlora.cli.output import (
     summary_text,
     telling,
 )
-from fedlora.errors import ConfigError, IncompleteError
+from fedlora.cli.run_dir import interruption, usable
+from fedlora.errors import IncompleteError
 
 if TYPE_CHECKING:
+    from fedlora.config.schema import RunConfig
     from fedlora.federation.events import Listener
-    from fedlora.runtime.preview import Preview
+    from fedlora.runtime.outline import Preview
+    from fedlora.values import ServerState
 
 
 def add_to(app: typer.Typer) -> None:
@@ -41,6 +41,12 @@ def check(
     config: Annotated[
         Path, typer.Argument(metavar="CONFIG", help="A run's YAML file, or a data owner's node.yaml.")
     ],
+    measure: Annotated[
+        bool,
+        typer.Option(
+            "--measure", help="Of a run: load its model and run a few test records; all is then exact."
+        ),
+    ] = False,
     overrides: SetOption = None,
     form: FormatOption = Format.TEXT,
 ) -> None:
@@ -53,13 +59,22 @@ def check(
         _check_node(config, overrides or [], form)
         return
     loaded = load_config(config, overrides or [])
+    with located(config, overrides or []), only_ours():
+        found = _previewed(loaded, measure=measure)
+    value = {"config": loaded.model_dump(mode="json"), **asdict(found)}
+    show(value, f"{dump_config(loaded)}\n{preview_text(found)}", form)
+
+
+def _previewed(config: "RunConfig", *, measure: bool) -> "Preview":
+    if not measure:
+        from fedlora.runtime.outline import outline
+
+        return outline(config)
     from fedlora.cli.progress import watching
     from fedlora.runtime.preview import preview
 
-    with located(config, overrides or []), only_ours(), watching() as listener:
-        found = preview(loaded, listener)
-    value = {"config": loaded.model_dump(mode="json"), **asdict(found)}
-    show(value, f"{dump_config(loaded)}\n{preview_text(found)}", form)
+    with watching() as listener:
+        return preview(config, listener)
 
 
 def _check_node(path: Path, overrides: Sequence[str], form: Format) -> None:
@@ -91,7 +106,13 @@ def simulate(
     from fedlora.runtime import simulate as runtime
 
     with located(config, overrides or []), usable(target):
-        _to_the_end(target, lambda listener: runtime.simulate(loaded, target, listener), form)
+        _to_the_end(
+            target,
+            lambda listener: runtime.simulate(
+                loaded, target, listener, stored=_delivering(target, loaded, listener)
+            ),
+            form,
+        )
 
 
 def resume(run_dir: RunDirArgument, form: FormatOption = Format.TEXT) -> None:
@@ -100,9 +121,20 @@ def resume(run_dir: RunDirArgument, form: FormatOption = Format.TEXT) -> None:
     from fedlora.runs.rundir import run_config
     from fedlora.runtime import simulate as runtime
 
-    run_config(run_dir)
+    config = run_config(run_dir)
     with located(run_dir / "config.yaml"), usable(run_dir):
-        _to_the_end(run_dir, lambda listener: runtime.resume(run_dir, listener), form)
+        _to_the_end(
+            run_dir,
+            lambda listener: runtime.resume(run_dir, listener, stored=_delivering(run_dir, config, listener)),
+            form,
+        )
+
+
+def _delivering(run_dir: Path, config: "RunConfig", listener: "Listener") -> "Callable[[ServerState], None]":
+    from fedlora.export.deliver import delivering
+    from fedlora.federation.events import Stage
+
+    return delivering(run_dir, config, lambda words: listener(Stage(name=words)))
 
 
 def _to_the_end(run_dir: Path, work: "Callable[[Listener], Path]", form: Format) -> None:
@@ -139,48 +171,6 @@ def _to_the_end(run_dir: Path, work: "Callable[[Listener], Path]", form: Format)
     show(summary, f"{heading}\n{summary_text(summary, run_dir)}", form)
 
 
-@contextmanager
-def usable(run_dir: Path) -> Iterator[None]:
-    """What the system refuses to do with the run directory is a ConfigError that names it; all else passes.
-
-    Raises:
-        ConfigError: the directory cannot be made, read or written, or its disk is full.
-    """
-    mend = "choose another --run-dir or output"
-    for place in (run_dir, *run_dir.parents):
-        if os.path.lexists(place):
-            if not place.is_dir():
-                raise ConfigError(f"{place} is no directory, so no run can be kept in {run_dir}; {mend}")
-            break
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in _FULL and not _concerns(error, run_dir):
-            raise
-        why = error.strerror or type(error).__name__
-        raise ConfigError(
-            f"{run_dir} cannot be used as a run directory ({why}); make it writable, or {mend}"
-        ) from error
-
-
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
-
-
-def _concerns(error: OSError, run_dir: Path) -> bool:
-    """Whether the error names the directory, something in it, or one that it was to be made in."""
-    if not isinstance(error.filename, str | os.PathLike):
-        return False
-    named, ours = Path(error.filename).resolve(), run_dir.resolve()
-    return named.is_relative_to(ours) or ours.is_relative_to(named)
-
-
-def interruption(run_dir: Path) -> str:
-    """What to say to somebody who pressed Ctrl-C."""
-    if (run_dir / "config.yaml").exists():
-        return f"interrupted; every finished round is kept, go on with: fedlora resume {run_dir}"
-    return "interrupted before the first round; nothing was written, give the same command again"
-
-
 def preview_text(found: "Preview") -> str:
     """The preview as people read it."""
     from fedlora.export.words import bytes_text, duration, epsilon, number
@@ -199,7 +189,10 @@ def preview_text(found: "Preview") -> str:
         ("memory", f"about {bytes_text(found.memory_bytes)}"),
         ("time", f"about {duration(found.training_seconds)} at this machine's present load"),
     ]
-    heads = ("client", "records", "sample rate", "noise multiplier", "epsilon at most")
+    if not found.trained_parameters:
+        facts = [fact for fact in facts if fact[0] == "steps"]
+    noise = "noise multiplier" if found.measured else "noise, about"
+    heads = ("client", "records", "sample rate", noise, "epsilon at most")
     return "\n".join(
         [first_rows(heads, rows), "", pairs(facts), *[f"  note: {note}" for note in found.notes]]
     )

@@ -9,7 +9,8 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -59,6 +60,16 @@ def serve(
     app: Annotated[
         Path, typer.Option("--app", metavar="DIR", help="Whose pyproject.toml names the Flower entry points.")
     ] = Path(),
+    metrics_port: Annotated[
+        int | None,
+        typer.Option(
+            "--metrics-port",
+            metavar="PORT",
+            help="Figures for Prometheus at 127.0.0.1:PORT/metrics while it runs. Off by default.",
+            min=0,
+            max=65535,
+        ),
+    ] = None,
     overrides: SetOption = None,
 ) -> None:
     """Run a federation on a SuperLink that runs in --isolation process; stays until the run is finished.
@@ -79,7 +90,7 @@ def serve(
     _log()
     from fedlora.deploy.worker import Worker, alone, until_told  # light: a signal is heard from here on
 
-    with only_ours(), until_told(), alone(run_dir):
+    with only_ours(), until_told(), alone(run_dir), _metrics(run_dir, metrics_port):
         from fedlora.deploy.superlink import SuperLink, bundle
         from fedlora.deploy.supernode import require_known_flwr
         from fedlora.deploy.supervise import Supervisor
@@ -101,6 +112,20 @@ def serve(
         ).run()
         _deliver(run_dir, config)
         logging.getLogger(__name__).info("finished: %s", run_dir)
+
+
+@contextmanager
+def _metrics(run_dir: Path, port: int | None) -> Iterator[None]:
+    """This machine can read the run's figures within; nothing listens without a port."""
+    if port is None:
+        yield
+        return
+    from fedlora.monitor.metrics import metrics_served
+    from fedlora.monitor.view import View
+
+    with metrics_served(View(run_dir), "127.0.0.1", port) as bound:
+        logging.getLogger(__name__).info("figures for Prometheus at http://127.0.0.1:%d/metrics", bound)
+        yield
 
 
 def work(order: dict[str, Any]) -> int:
@@ -134,10 +159,12 @@ def _work(path: str, overrides: Sequence[str], order: dict[str, Any]) -> None:
         from fedlora.deploy.server import (
             serve as serve_run,
         )  # imports torch: the SuperLink knows of us by now
+        from fedlora.export.deliver import delivering
 
         config = load_config(path, overrides)
         with located(path, overrides):
-            _deliver(serve_run(grid, config), config)
+            stored = delivering(Path(config.output), config, logging.getLogger("fedlora").info)
+            _deliver(serve_run(grid, config, stored), config)
 
 
 def _deliver(run_dir: Path, config: "RunConfig") -> None:
@@ -164,6 +191,10 @@ def _checked(config: "RunConfig") -> Path:
     from fedlora.config.load import load_config, require_same
 
     require_servable(config)
+    if len(config.tracking) > 1:  # what is imported for it takes a second
+        from fedlora.tracking.telling import require_trackers
+
+        require_trackers(config.tracking)
     run_dir = Path(config.output)
     held = run_dir / "config.yaml"
     if held.exists():

@@ -1,11 +1,14 @@
-"""What can be compared: each arm a name and what it changes in the config. A new method is one line in METHODS."""
+"""What can be compared: each arm a name and what it changes in the config. A new method is one line in METHODS, a
+rule beside one a line in VARIANTS."""
 
 import difflib
 import json
+import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from fedlora.config.asking import expected_cohort
 from fedlora.config.schema import Classification, IndependentCohort, RunConfig
 from fedlora.errors import ConfigError
 
@@ -36,23 +39,86 @@ METHODS = (
     ),
     Arm(
         name="fedsb",
-        reason="an r x r core between two frozen frames: the fewest noised numbers",
+        reason="an r x r core between two frozen frames: few noised numbers",
         overrides=("method={name: fedsb}", "lora.trains=core"),
+    ),
+    Arm(
+        name="svfit",
+        reason="the r largest singular values of each weight: the fewest noised numbers",
+        overrides=("method={name: svfit}", "lora.init=principal", "lora.trains=singular-values"),
     ),
     Arm(
         name="fedavg",
         reason="B averaged under the A that PEFT draws: LoRA without further choices",
         overrides=("method={name: fedavg}", "lora.init=kaiming", "lora.trains=b"),
     ),
+    Arm(
+        name="fedask",
+        reason="FedSVD with the singular values' roots on either side",
+        overrides=("method={name: fedask}", "lora.trains=b"),
+    ),
+    Arm(
+        name="periodic",
+        reason="B averaged, unloaded into the weight four times a run, A drawn anew each time",
+        overrides=("method={name: periodic, restart_every: QUARTER}", "lora.trains=b"),
+    ),
+    Arm(
+        name="switch",
+        reason="B averaged, the weakest direction of A drawn anew four times a run",
+        overrides=("method={name: switch, restart_every: QUARTER}", "lora.trains=b"),
+    ),
+    Arm(
+        name="rolora",
+        reason="B and A in turn, the frozen one orthonormal",
+        overrides=("method={name: rolora, refactor: true}", "lora.trains=ab"),
+    ),
+    *(
+        Arm(name=name, reason=reason, overrides=(f"method={{name: {name}}}", "lora.trains=ab"))
+        for name, reason in (
+            ("fedit", "A and B averaged apart: the mean of products is missed"),
+            ("fedex", "the same, what is missed goes into the weight"),
+            ("flora", "products go into the weight, A and B begin anew each round"),
+            ("flexlora", "the mean of products, cut to rank r"),
+            ("lora-fair", "A and B averaged, B corrected towards the mean of products"),
+        )
+    ),
 )
 """Each method as itself: no stale memory, none of the other methods' choices; all else is the config's."""
+
+VARIANTS = (
+    Arm(
+        name="lora-pro",
+        reason="FFA-LoRA under PEFT's A, its steps straightened: what an orthonormal A gives for nothing",
+        overrides=(
+            "method={name: ffa}",
+            "lora.init=kaiming",
+            "lora.trains=b",
+            "federation.optimizer.precondition=lora-pro",
+        ),
+    ),
+    Arm(
+        name="allora",
+        reason="B averaged, A stays; rows that have moved little move faster",
+        overrides=("method={name: ffa}", "lora.trains=b", "federation.optimizer.precondition=allora"),
+    ),
+    Arm(
+        name="mifa",
+        reason="FedSVD, each round the sum of everybody's newest update",
+        overrides=("method={name: fedsvd, stale: {rule: mifa, beta: 1.0}}", "lora.trains=b"),
+    ),
+)
+"""Published rules that are a key beside a method; under AdamW clients have none of a step."""
+
+_DRAWN = ("federation.reshuffle=false", "privacy.max_participations=OFTEN")
+"""Cohorts drawn afresh in each round. OFTEN: as often as a client is then asked, and two standard deviations more; the
+config's own where it draws so itself."""
 
 PUBLISHED = (
     Arm(
         name="fedsvd-paper",
         reason="FedSVD as published (arXiv 2505.12805); draws and steps are the config's, so all arms do equal work",
         overrides=(
-            "method={name: fedsvd, refactor_every: 1}",
+            "method={name: fedsvd, refactor_every: 1, route: dense}",
             "lora.trains=b",
             "lora.init=kaiming",
             "lora.r=8",
@@ -60,6 +126,7 @@ PUBLISHED = (
             "task.head=frozen",
             "privacy.max_grad_norm=2.0",
             "federation.optimizer={name: sgd, lr: 0.5}",
+            *_DRAWN,
         ),
         tuned=False,
     ),
@@ -73,6 +140,20 @@ PUBLISHED = (
             "lora.r=8",
             "lora.lora_alpha=8",
             "task.head=frozen",
+            *_DRAWN,
+        ),
+    ),
+    Arm(
+        name="ffa-head",
+        reason="the same with its head trained, from zero, which no paper of the two does",
+        overrides=(
+            "method={name: ffa}",
+            "lora.trains=b",
+            "lora.init=kaiming",
+            "lora.r=8",
+            "lora.lora_alpha=8",
+            "task.head=trained",
+            *_DRAWN,
         ),
     ),
 )
@@ -94,7 +175,7 @@ def arms_of(config: RunConfig, own: Sequence[str]) -> dict[str, Arm]:
     Raises:
         ConfigError: one of the user's cannot be read, or has the name of another.
     """
-    known = {arm.name: _fitted(arm, config) for arm in (*METHODS, *PUBLISHED, AS_IT_STANDS)}
+    known = {arm.name: _fitted(arm, config) for arm in (*METHODS, *VARIANTS, *PUBLISHED, AS_IT_STANDS)}
     known |= {arm.name: arm for arm in references(config)}
     for text in own:
         arm = parse_arm(text)
@@ -138,6 +219,10 @@ def chosen(known: dict[str, Arm], names: Sequence[str]) -> list[Arm]:
     return [known[name] for name in names]
 
 
+UNCLIPPED = 8.0
+"""A run without clipping has rate * bound over this for its rate: its gradients are long where others are cut short."""
+
+
 def references(config: RunConfig) -> list[Arm]:
     """What stands beside in every table: the price of privacy, and the price of records that stay apart."""
     found = [
@@ -148,9 +233,23 @@ def references(config: RunConfig) -> list[Arm]:
         )
     ]
     if config.privacy != "none":
-        reason = "the file without clipping and noise"
-        found.insert(0, Arm(name="not-private", reason=reason, overrides=("privacy=none",)))
+        arm = Arm(
+            name="not-private", reason="the file without clipping and noise", overrides=("privacy=none",)
+        )
+        found.insert(0, _with_a_tame_rate(arm, config))
     return found
+
+
+def _with_a_tame_rate(arm: Arm, config: RunConfig) -> Arm:
+    """The arm, its search for a rate begun lower under SGD: at the rates that go with small clips, unclipped steps run
+    away.
+    """
+    if config.privacy == "none" or config.federation.optimizer.name != "sgd":
+        return arm
+    rate = config.federation.optimizer.lr * config.privacy.max_grad_norm / UNCLIPPED
+    lower = f"federation.optimizer.lr={as_value(rate)}"
+    reason = f"{arm.reason}, at a rate that suits unclipped steps"
+    return replace(arm, reason=reason, overrides=(*arm.overrides, lower))
 
 
 def control_of(arm: Arm, config: RunConfig) -> Arm:
@@ -188,28 +287,42 @@ def cohort_size(config: RunConfig) -> float:
     Raises:
         ConfigError: they depend on a column that only the data tells.
     """
-    cohort = config.federation.cohort
-    if not isinstance(cohort, IndependentCohort):
-        return cohort
-    if isinstance(cohort.probability, dict):
-        return sum(cohort.probability.values())
-    clients = getattr(config.data.partition, "clients", None)
-    if clients is None:
+    cohort, clients = config.federation.cohort, getattr(config.data.partition, "clients", None)
+    if clients is None and isinstance(cohort, IndependentCohort) and not isinstance(cohort.probability, dict):
         raise ConfigError(
             "federation.cohort: a probability over a partition by column has no known size, which the arm `central` "
             "needs; write a number of clients, or leave the references out: --no-references"
         )
-    return cohort.probability * clients
+    return expected_cohort(config.federation, clients or 0)
 
 
 def _fitted(arm: Arm, config: RunConfig) -> Arm:
-    """The arm without what a config of this kind does not have: a clipping norm, a head."""
+    """The arm without what a config of this kind does not have, a clipping norm or a head; its words as numbers."""
     lacks = [
         *(["privacy."] if config.privacy == "none" else []),
         *(["task.head"] if not isinstance(config.task, Classification) else []),
     ]
-    kept = tuple(o for o in arm.overrides if not o.startswith(tuple(lacks)))
+    quarter, often = str(max(1, config.federation.rounds // 4)), str(_participations(config))
+    kept = tuple(
+        override.replace("QUARTER", quarter).replace("OFTEN", often)
+        for override in arm.overrides
+        if not override.startswith(tuple(lacks))
+    )
     return Arm(name=arm.name, reason=arm.reason, overrides=kept, tuned=arm.tuned)
+
+
+def _participations(config: RunConfig) -> int:
+    if config.privacy == "none":
+        return 0
+    federation, own = config.federation, config.privacy.max_participations
+    clients = getattr(config.data.partition, "clients", None)
+    if not federation.reshuffle or not isinstance(federation.cohort, int):
+        return own
+    if clients is None:  # only the data tells how many they are
+        return federation.rounds
+    share = federation.cohort / clients
+    spread = math.sqrt(federation.rounds * share * (1 - share))
+    return min(federation.rounds, math.ceil(federation.rounds * share + 2 * spread))
 
 
 def as_value(value: object) -> str:

@@ -1,6 +1,6 @@
 """The runs of a comparison, from a config, arms, epsilons and seeds; pure but for reading the YAML."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,7 +76,7 @@ def cells_of(
     *,
     epsilons: Sequence[float],
     seeds: Sequence[int],
-    setting: Setting | None,
+    setting: Callable[[float | None], Setting | None],
     private_runs: int | None,
     directory: Path,
 ) -> list[Cell]:
@@ -87,17 +87,18 @@ def cells_of(
         arm: what this one changes.
         epsilons: target budgets.
         seeds: of the runs.
-        setting: that tuning chose; None: the arm's own.
+        setting: that tuning chose for a budget; None: the arm's own.
         private_runs: how many runs on the same records each of these stands for, itself among them; None: itself alone.
         directory: in which they lie, `ARM-epsE-seedS` each.
 
     Raises:
         ConfigError: the arm does not fit the config.
     """
-    changes = (*arm.overrides, *(setting.overrides() if setting is not None else ()))
-    private = source.config(changes, arm.name).privacy != "none"
+    private = source.config(arm.overrides, arm.name).privacy != "none"
     found = []
     for epsilon in epsilons if private else [None]:
+        chosen = setting(epsilon)
+        changes = (*arm.overrides, *(chosen.overrides() if chosen is not None else ()))
         for seed in seeds:
             budget = () if epsilon is None else _budget(epsilon, private_runs)
             run_dir = directory / f"{arm.name}-eps{'none' if epsilon is None else f'{epsilon:g}'}-seed{seed}"

@@ -1,27 +1,34 @@
 """The whole comparison: trials, then cells, each an ordinary run directory; then what they amount to."""
 
 import json
-import time
-from collections.abc import Callable, Mapping, Sequence
+import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from fedlora.compare.arms import Arm, arms_of, chosen, control_of, references
-from fedlora.compare.cells import Cell, Source, cells_of, longest_first, require_unchanged
+from fedlora.compare.cells import Cell, Source, cells_of
 from fedlora.compare.comparison import HIGH_IS_GOOD, comparison
+from fedlora.compare.finish import Tell, Where, finish, incomplete, summary_of
 from fedlora.compare.table import markdown
-from fedlora.compare.tuning import Choice, Tuning, choose, private_runs, trial_epsilon, trials_of
+from fedlora.compare.tuning import (
+    Choice,
+    Choices,
+    Tuning,
+    choose,
+    private_runs,
+    setting_of,
+    trial_epsilons,
+    trials_of,
+)
 from fedlora.config.schema import RunConfig
 from fedlora.disk import make_directory, write_durably
 from fedlora.errors import ConfigError, IncompleteError
-from fedlora.export.charts import Series, interval_chart, standalone
-from fedlora.export.words import duration, score
-from fedlora.runs.rundir import finished_summary
-from fedlora.runtime.cells import finish_all
-
-Tell = Callable[[str], None]
-"""Takes a line of progress."""
+from fedlora.export.intervals import Series, interval_chart, standalone
+from fedlora.export.words import score
+from fedlora.runs.rundir import STATES, finished_summary, locked
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,9 +74,16 @@ def compare(request: Request, tell: Tell) -> tuple[dict[str, Any], list[str]]:
     """
     plan = _plan(request)
     _cells(request, plan, {})  # what is wrong with a cell is told before the first trial
+    make_directory(request.directory)
+    with locked(request.directory):
+        return _compared(request, plan, tell)
+
+
+def _compared(request: Request, plan: _Plan, tell: Tell) -> tuple[dict[str, Any], list[str]]:
     choices, told = _tuned(request, plan, tell)
     cells = _cells(request, plan, choices)
-    failures = _finish(cells, request, tell, "cell")
+    failures = finish(cells, _where(request), tell, "cell")
+    shutil.rmtree(request.directory / STATES, ignore_errors=True)
     found = comparison(
         plan.arms,
         cells,
@@ -122,29 +136,34 @@ def _epsilons(asked: Sequence[float], config: RunConfig) -> list[float]:
     return sorted(set(asked)) or [config.privacy.target_epsilon]
 
 
-def _tuned(request: Request, plan: _Plan, tell: Tell) -> tuple[dict[str, Choice], dict[str, Any] | None]:
-    """By arm what its trials chose, and what all trials share. The control has the choice of its twin."""
+def _tuned(request: Request, plan: _Plan, tell: Tell) -> tuple[Choices, dict[str, Any] | None]:
+    """What trials chose, and what all trials share. The control has the choices of its twin."""
     tuning = request.tuning
     if tuning is None:
         return {}, None
-    epsilon = trial_epsilon(plan.epsilons, tuning) if plan.epsilons else None
+    epsilons = trial_epsilons(plan.epsilons, tuning)
     twin = plan.control[0] if plan.control else None
     directory = request.directory / "trials"
-    trials = {
-        arm.name: trials_of(request.source, arm, tuning, epsilon, directory)
-        for arm in plan.arms
-        if arm.tuned and arm.name != twin
-    }
+    trials: dict[tuple[str, float | None], list[Cell]] = {}
+    for arm in plan.arms:
+        if not arm.tuned or arm.name == twin:
+            continue
+        for epsilon in epsilons or [None]:
+            cells = trials_of(request.source, arm, tuning, epsilon, directory)
+            trials[arm.name, cells[0].epsilon] = cells  # once, of an arm without privacy
     every = [trial for cells in trials.values() for trial in cells]
-    if failures := _finish(every, request, tell, "trial"):
+    if failures := finish(every, _where(request), tell, "trial"):
         raise IncompleteError(incomplete(failures, len(every), "trials", request.go_on))
-    choices = {name: _choice(cells, tell) for name, cells in trials.items()}
+    choices: dict[str, dict[float | None, Choice]] = {}
+    for (name, epsilon), cells in trials.items():
+        choices.setdefault(name, {})[epsilon] = _choice(cells, tell)
     if plan.control and plan.control[1] in choices:
         choices[plan.control[0]] = choices[plan.control[1]]
     told = {
         "trials": tuning.trials,
+        "seeds": tuning.seeds,
         "proxy": None if tuning.proxy is None else str(tuning.proxy),
-        "epsilon": epsilon,
+        "epsilons": epsilons,
         "seed": every[0].seed if every else None,
         "private_runs": private_runs(tuning, plan.config),
     }
@@ -152,23 +171,20 @@ def _tuned(request: Request, plan: _Plan, tell: Tell) -> tuple[dict[str, Choice]
 
 
 def _choice(trials: Sequence[Cell], tell: Tell) -> Choice:
-    summaries = {trial.run_dir: _summary(trial) for trial in trials}
+    summaries = {trial.run_dir: summary_of(trial) for trial in trials}
     metric = str(next(iter(summaries.values()))["metric"])
     scores = {run_dir: summary["score"] for run_dir, summary in summaries.items()}
     choice = choose(trials, scores, high_is_good=HIGH_IS_GOOD[metric])
     norm = "" if choice.best.max_grad_norm is None else f", max_grad_norm {choice.best.max_grad_norm:g}"
     reached = score(metric, dict(choice.tried)[choice.best])
-    tell(f"{trials[0].arm}: of {len(trials)} trials the best is lr {choice.best.lr:g}{norm} ({reached})")
+    budget = "" if trials[0].epsilon is None else f" at epsilon {trials[0].epsilon:g}"
+    tell(
+        f"{trials[0].arm}{budget}: of {len(choice.tried)} trials the best is lr {choice.best.lr:g}{norm} ({reached})"
+    )
     return choice
 
 
-def _summary(cell: Cell) -> Mapping[str, Any]:
-    summary = finished_summary(cell.run_dir)
-    assert summary is not None  # it was finished a moment ago
-    return summary
-
-
-def _cells(request: Request, plan: _Plan, choices: Mapping[str, Choice]) -> list[Cell]:
+def _cells(request: Request, plan: _Plan, choices: Choices) -> list[Cell]:
     return [
         cell
         for arm in plan.arms
@@ -177,56 +193,20 @@ def _cells(request: Request, plan: _Plan, choices: Mapping[str, Choice]) -> list
             arm,
             epsilons=plan.epsilons,
             seeds=plan.seeds,
-            setting=choices[arm.name].best if arm.name in choices else None,
+            setting=partial(setting_of, choices, arm.name),
             private_runs=private_runs(request.tuning, plan.config) if arm.name in choices else None,
             directory=request.directory / "cells",
         )
     ]
 
 
-def _finish(cells: Sequence[Cell], request: Request, tell: Tell, what: str) -> list[str]:
-    """Every cell is finished, but for those that failed, which are returned in words."""
-    require_unchanged(cells)
-    due = longest_first([cell for cell in cells if finished_summary(cell.run_dir) is None])
-    if len(due) < len(cells):
-        tell(f"{len(cells) - len(due)} of {len(cells)} {what}s are finished already")
-    if not due:
-        return []
-    make_directory(due[0].run_dir.parent)
-    by_directory = {cell.run_dir: cell for cell in due}
-    runtime = due[0].config.runtime.model_copy(
-        update={
-            "address": request.source.config().runtime.address,
-            "workers": "auto" if request.workers is None else request.workers,
-        }
+def _where(request: Request) -> Where:
+    return Where(
+        directory=request.directory,
+        address=request.source.config().runtime.address,
+        workers=request.workers,
+        go_on=request.go_on,
     )
-    failures: list[str] = []
-    began, done, total = time.monotonic(), 0.0, sum(cell.work for cell in due)
-    runs = [(cell.config, cell.run_dir) for cell in due]
-    for number, ended in enumerate(finish_all(runs, runtime, request.directory, request.go_on), 1):
-        cell = by_directory[ended.run_dir]
-        done += cell.work
-        left_s = (time.monotonic() - began) * (total - done) / done
-        if ended.error is not None:
-            failures.append(f"{cell.run_dir.name}: {ended.error}")
-        news = f"FAILED: {ended.error}" if ended.error is not None else _reached(cell)
-        place = f"{what} {len(cells) - len(due) + number}/{len(cells)}"
-        left = f"; {duration(max(left_s, 1))} left" if number < len(due) else ""
-        tell(f"{place}  {cell.run_dir.name}: {news}  ({duration(ended.seconds)}{left})")
-    return failures
-
-
-def _reached(cell: Cell) -> str:
-    summary = _summary(cell)
-    return f"{summary['metric']} {score(str(summary['metric']), summary['score'])}"
-
-
-def incomplete(failures: Sequence[str], total: int, what: str, go_on: str) -> str:
-    """What to say where some failed: the first few, and how to go on."""
-    first = "\n".join(f"  {failure}" for failure in failures[:3])
-    more = f"\n  and {len(failures) - 3} more" if len(failures) > 3 else ""
-    mend = f"mend that, then give the same command again: {go_on}"
-    return f"{len(failures)} of {total} {what} failed:\n{first}{more}\n{mend}"
 
 
 def _write(found: Mapping[str, Any], directory: Path) -> None:

@@ -6,7 +6,7 @@ from typing import Any, TypeAlias
 from fedlora.compare.arms import Arm
 from fedlora.compare.cells import Cell, Setting
 from fedlora.compare.statistics import CONFIDENCE, Estimate, estimate, paired
-from fedlora.compare.tuning import Choice
+from fedlora.compare.tuning import Choices
 
 Finished: TypeAlias = Sequence[tuple[Cell, Mapping[str, Any]]]
 """Cells with their summary.json."""
@@ -20,7 +20,7 @@ def comparison(
     *,
     against: str,
     tuning: Mapping[str, Any] | None,
-    choices: Mapping[str, Choice],
+    choices: Choices,
     control: tuple[str, str] | None,
 ) -> dict[str, Any]:
     """comparison.json.
@@ -31,7 +31,7 @@ def comparison(
         finished: those that are, with their summaries.
         against: the arm that the others are paired with.
         tuning: what all trials share.
-        choices: by arm, of those that were tuned.
+        choices: of those arms that were tuned.
         control: the arm that must not differ, and the one that it must not differ from.
     """
     summaries = {cell.run_dir: summary for cell, summary in finished}
@@ -56,7 +56,7 @@ def comparison(
         "noise_source": next((s["noise_source"] for s in summaries.values() if s["private"]), None),
         "against": against,
         "arms": {arm.name: {"reason": arm.reason, "overrides": list(arm.overrides)} for arm in arms},
-        "tuning": None if tuning is None else {**tuning, "arms": {n: _told(c) for n, c in choices.items()}},
+        "tuning": None if tuning is None else {**tuning, "arms": _told(choices)},
         "results": results,
         "control": None if control is None else _control(*control, epsilons or [None], finished),
         "cells": [_cell(cell, summaries.get(cell.run_dir)) for cell in cells],
@@ -115,10 +115,18 @@ def _control(name: str, of: str, epsilons: Sequence[float | None], finished: Fin
     }
 
 
-def _told(choice: Choice) -> dict[str, Any]:
+def _told(choices: Choices) -> dict[str, Any]:
+    """By arm, one entry a budget."""
     return {
-        "chosen": _setting(choice.best),
-        "tried": [{**_setting(setting), "score": score} for setting, score in choice.tried],
+        name: [
+            {
+                "epsilon": epsilon,
+                "chosen": _setting(choice.best),
+                "tried": [{**_setting(setting), "score": score} for setting, score in choice.tried],
+            }
+            for epsilon, choice in own.items()
+        ]
+        for name, own in choices.items()
     }
 
 

@@ -15,7 +15,7 @@ MARK = "*"
 
 def rows_of(result: Mapping[str, Any], found: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """One row an arm, under HEADS. result: of one epsilon; found: the whole comparison."""
-    return [_row(name, arm, found) for name, arm in result["arms"].items()]
+    return [_row(name, arm, found, result["epsilon"]) for name, arm in result["arms"].items()]
 
 
 def heading(result: Mapping[str, Any], found: Mapping[str, Any]) -> str:
@@ -50,9 +50,17 @@ def notes(found: Mapping[str, Any]) -> list[str]:
 
 def tuning_text(tuning: Mapping[str, Any]) -> str:
     """The budget of the search, and what it cost."""
-    budget = "without privacy" if tuning["epsilon"] is None else f"at epsilon {tuning['epsilon']:g}"
+    budgets = ", ".join(f"{epsilon:g}" for epsilon in tuning["epsilons"])
+    each = "each of epsilon " if len(tuning["epsilons"]) > 1 else "epsilon "
+    budget = f"at {each}{budgets}" if budgets else "without privacy"
     arms = ", ".join(tuning["arms"])
-    done = f"tuning: {tuning['trials']} trials each of {arms}, {budget}, seed {tuning['seed']}"
+    several = tuning["seeds"] > 1
+    seeds = (
+        f"seeds {tuning['seed']} to {tuning['seed'] + tuning['seeds'] - 1}"
+        if several
+        else f"seed {tuning['seed']}"
+    )
+    done = f"tuning: {tuning['trials']} trials each of {arms}, {budget}, {seeds}"
     if tuning["proxy"] is not None:
         return f"{done}, on {tuning['proxy']}; no privacy cost to this data"
     if tuning["private_runs"] is None:
@@ -87,7 +95,9 @@ def markdown(found: Mapping[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _row(name: str, arm: Mapping[str, Any], found: Mapping[str, Any]) -> tuple[str, ...]:
+def _row(
+    name: str, arm: Mapping[str, Any], found: Mapping[str, Any], epsilon: float | None
+) -> tuple[str, ...]:
     metric, pair = str(found["metric"]), arm["paired"]
     return (
         name,
@@ -97,7 +107,7 @@ def _row(name: str, arm: Mapping[str, Any], found: Mapping[str, Any]) -> tuple[s
         "-" if pair is None else _between(metric, pair["interval"], sign="+"),
         MARK if pair is not None and pair["excludes_zero"] else "",
         _spent(arm),
-        _settings(name, found),
+        _settings(name, found, epsilon),
     )
 
 
@@ -111,11 +121,12 @@ def _spent(arm: Mapping[str, Any]) -> str:
     return told if with_tuning is None else f"{told}, with tuning {epsilon_text(with_tuning)}"
 
 
-def _settings(name: str, found: Mapping[str, Any]) -> str:
-    """What tuning chose; a dash for an arm that has its own."""
-    chosen = ((found["tuning"] or {"arms": {}})["arms"].get(name) or {"chosen": None})["chosen"]
-    if chosen is None:
+def _settings(name: str, found: Mapping[str, Any], epsilon: float | None) -> str:
+    """What tuning chose for this budget, or for the one that it looked at; a dash for an arm that has its own."""
+    choices = (found["tuning"] or {"arms": {}})["arms"].get(name)
+    if not choices:
         return "-"
+    chosen = next((c for c in choices if c["epsilon"] == epsilon), choices[0])["chosen"]
     return ", ".join(number(value) for value in (chosen["lr"], chosen["max_grad_norm"]) if value is not None)
 
 

@@ -5,11 +5,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
+from statistics import fmean
+from typing import TypeAlias
 
 from fedlora.compare.arms import Arm, as_value
 from fedlora.compare.cells import Cell, Setting, Source
+from fedlora.config.data import Data, Docstrings, Files, HuggingFace
 from fedlora.config.load import load_config
-from fedlora.config.schema import Data, Docstrings, Files, HuggingFace, PrivateRuns, RunConfig
+from fedlora.config.schema import PrivateRuns, RunConfig
 from fedlora.errors import ConfigError
 
 APART = 1_000_000
@@ -22,18 +25,34 @@ REACH = 3
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tuning:
-    """What trials are made of. proxy: None tunes on the run's own data. trials: of each arm."""
+    """What trials are made of. proxy: None tunes on the run's own data. trials: settings tried for each arm.
+
+    seeds: runs of each setting, judged by their mean: under much noise the best of one seed is luck.
+    """
 
     trials: int
     proxy: Path | None
+    seeds: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
-    """Of one arm: what was tried with which score, and the best of it."""
+    """Of one arm at one budget: what was tried with which score, and the best of it."""
 
     tried: tuple[tuple[Setting, float], ...]
     best: Setting
+
+
+Choices: TypeAlias = Mapping[str, Mapping[float | None, Choice]]
+"""By arm and budget; None: of an arm without privacy."""
+
+
+def setting_of(choices: Choices, arm: str, epsilon: float | None) -> Setting | None:
+    """What was chosen for the arm at this budget, or at the one budget of its trials; None: it was not tuned."""
+    own = choices.get(arm)
+    if not own:
+        return None
+    return (own[epsilon] if epsilon in own else next(iter(own.values()))).best
 
 
 def grid(centre: Setting, trials: int) -> list[Setting]:
@@ -59,13 +78,14 @@ def grid(centre: Setting, trials: int) -> list[Setting]:
     ]
 
 
-def trial_epsilon(epsilons: Sequence[float], tuning: Tuning) -> float:
-    """The budget of a trial: the middle one on a proxy, the smallest on the run's own data.
+def trial_epsilons(epsilons: Sequence[float], tuning: Tuning) -> list[float]:
+    """The budgets of trials: each on a proxy, since the best rate falls with the noise; else the smallest alone.
 
-    A cell says that it cost as much as K runs like itself; no trial may have spent more than a cell.
+    A cell says that it cost as much as K runs like itself; no trial on the run's own data may have spent more than a
+    cell, and there may be no more of them.
     """
     ordered = sorted(epsilons)
-    return ordered[0] if tuning.proxy is None else ordered[(len(ordered) - 1) // 2]
+    return ordered[:1] if tuning.proxy is None else ordered
 
 
 def private_runs(tuning: Tuning | None, config: RunConfig) -> int | None:
@@ -75,16 +95,17 @@ def private_runs(tuning: Tuning | None, config: RunConfig) -> int | None:
     if tuning is None or tuning.proxy is not None or config.privacy == "none":
         return None
     declared = config.privacy.tuned_on
-    return tuning.trials + (declared.private_runs if isinstance(declared, PrivateRuns) else 1)
+    return tuning.trials * tuning.seeds + (declared.private_runs if isinstance(declared, PrivateRuns) else 1)
 
 
 def trials_of(source: Source, arm: Arm, tuning: Tuning, epsilon: float | None, directory: Path) -> list[Cell]:
-    """One cell a point of the grid, in its order. epsilon: of private arms.
+    """The cells of each point of the grid, a seed after the other, in its order. epsilon: of private arms.
 
     Raises:
         ConfigError: the arm does not fit the proxy, or the proxy is the run's own data.
     """
     base = source.config()
+    words = arm.name if epsilon is None else f"{arm.name}-eps{epsilon:g}"
     proxy = () if tuning.proxy is None else (_data_of(tuning.proxy, base),)
     changes = (*proxy, *arm.overrides)
     centre = source.config(changes, arm.name)
@@ -92,28 +113,32 @@ def trials_of(source: Source, arm: Arm, tuning: Tuning, epsilon: float | None, d
     target = () if budget is None else (f"privacy.target_epsilon={as_value(budget)}",)
     found = []
     for number, setting in enumerate(grid(Setting.of(centre), tuning.trials), 1):
-        run_dir = directory / f"{arm.name}-trial{number}"
-        place = (
-            f"seed={base.seed + APART}",
-            "runtime.kind=local",
-            "runtime.address=null",
-            "runtime.threads=1",
-        )
-        output = f"output={as_value(str(run_dir))}"
-        config = source.config((*changes, *target, *setting.overrides(), *place, output), arm.name)
-        found.append(Cell(arm=arm.name, epsilon=budget, seed=config.seed, config=config, run_dir=run_dir))
+        for again in range(tuning.seeds):
+            run_dir = directory / (f"{words}-trial{number}" + (f"-again{again}" if again else ""))
+            place = (
+                f"seed={base.seed + APART + again}",
+                "runtime.kind=local",
+                "runtime.address=null",
+                "runtime.threads=1",
+            )
+            output = f"output={as_value(str(run_dir))}"
+            config = source.config((*changes, *target, *setting.overrides(), *place, output), arm.name)
+            found.append(Cell(arm=arm.name, epsilon=budget, seed=config.seed, config=config, run_dir=run_dir))
     return found
 
 
 def choose(trials: Sequence[Cell], scores: Mapping[Path, float], *, high_is_good: bool) -> Choice:
-    """The best of the trials of one arm; of equals the first. A score that is no number is the worst.
+    """The setting with the best mean over its seeds; of equals the first. A mean that is no number is the worst.
 
     Args:
         trials: in the order of the grid.
         scores: by run directory, one of each.
         high_is_good: of the metric.
     """
-    tried = tuple((Setting.of(trial.config), scores[trial.run_dir]) for trial in trials)
+    by_setting: dict[Setting, list[float]] = {}
+    for trial in trials:
+        by_setting.setdefault(Setting.of(trial.config), []).append(scores[trial.run_dir])
+    tried = tuple((setting, fmean(found)) for setting, found in by_setting.items())
 
     def worth(score: float) -> float:
         signed = score if high_is_good else -score

@@ -1,21 +1,27 @@
 """Which values of a run cannot go together, though each is fine by itself."""
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
+from fedlora.config.columns import column_conflicts
 from fedlora.errors import ConfigError
 
 if TYPE_CHECKING:
-    from fedlora.config.schema import Model, Optimizer, RunConfig
+    from fedlora.config.schema import Lora, Model, Optimizer, RunConfig
 
 
 def conflicts(config: "RunConfig") -> list[str]:
     """Every impossible combination, as `key: what is wrong; what to write instead`."""
     return [
+        *column_conflicts(config.data, config.task),
         *_labels(config),
+        *_streaming(config),
         *_cohort(config),
         *_method(config),
-        *optimizer_conflicts(config.federation.optimizer, "federation.optimizer"),
+        *optimizer_conflicts(config.federation.optimizer, config.lora, "federation.optimizer"),
+        *_ranks(config),
+        *lora_conflicts(config.lora),
         *_runtime(config),
         *_kernels(config),
         *model_conflicts(config.model),
@@ -41,9 +47,18 @@ def _labels(config: "RunConfig") -> Iterator[str]:
         return
     if config.task.kind == "sequence-classification":
         yield "data.label: missing, but task.kind is sequence-classification; name the label column"
-    if config.data.partition.kind in ("dirichlet", "pathological"):
+    if config.data.partition.kind in ("dirichlet", "pathological", "shards"):
         kind = config.data.partition.kind
         yield f"data.partition.kind: {kind} deals out labels, but data.label is null; write iid or column"
+
+
+def _streaming(config: "RunConfig") -> Iterator[str]:
+    data = config.data
+    if data.source == "huggingface" and data.streaming and data.max_train_examples is None:
+        yield (
+            "data.max_train_examples: missing, but data.streaming is true; write how many rows to read: sampling rates "
+            "and noise follow from each client's number of records"
+        )
 
 
 def _cohort(config: "RunConfig") -> Iterator[str]:
@@ -63,6 +78,8 @@ def _cohort(config: "RunConfig") -> Iterator[str]:
             kind = config.runtime.kind
             waits = f"runtime.kind is {kind}, which waits for all"
             yield f"federation.enough: {waits}; write null, kind: flower, or a world with its own clock"
+    if config.federation.reshuffle and not isinstance(cohort, int):
+        yield "federation.reshuffle: true, but federation.cohort is a probability; write a number of clients, or false"
     if not isinstance(cohort, int) and clients is not None and least > clients:
         yield f"federation.min_clients: {least} answers needed of {clients} clients; write {clients} or less"
 
@@ -71,6 +88,9 @@ def _method(config: "RunConfig") -> Iterator[str]:
     if config.method.name == "fedavg" and config.lora.init != "kaiming":
         yield f"lora.init: {config.lora.init}, but fedavg keeps the A that PEFT draws; write kaiming, or name: ffa"
 
+    if config.method.stale.rule == "mifa" and config.method.stale.beta != 1:
+        beta = config.method.stale.beta
+        yield f"method.stale.beta: {beta}, but mifa counts what is remembered whole; write 1.0, or rule: fedstale"
     federation = config.federation
     alone = federation.participation == "importance" and not isinstance(federation.cohort, int)
     if config.method.stale.beta == "adaptive-by-client" and not alone:
@@ -80,9 +100,68 @@ def _method(config: "RunConfig") -> Iterator[str]:
             "participation: importance and cohort: {probability: 0.5}"
         )
 
-    trained, what = ("core", "a core") if config.method.name == "fedsb" else ("b", "B (fedsb trains cores)")
+    if config.method.name == "svfit" and config.lora.init != "principal":
+        yield f"lora.init: {config.lora.init}, but svfit scales the weight's own singular vectors; write principal"
+
+    trained = config.method.trains
     if config.lora.trains != trained:
-        yield f"lora.trains: {config.lora.trains}, but {config.method.name} trains {what}; write {trained}"
+        yield f"lora.trains: {config.lora.trains}, but {config.method.name} trains {_TRAINED[trained]}; write {trained}"
+    yield from _left(config)
+
+
+_TRAINED = {"b": "B alone", "core": "a core", "singular-values": "singular values", "ab": "A and B"}
+
+
+def _left(config: "RunConfig") -> Iterator[str]:
+    """Where A leaves its row space, what was remembered in it means nothing."""
+    method, server = config.method, config.federation.server.name
+    if _stays(config):
+        return
+    if method.stale.beta != 0:
+        yield f"method.stale.beta: {method.stale.beta}, but {method.name} moves A away from it; write 0"
+    if server != "sgd":
+        yield f"federation.server.name: {server} remembers steps, but {method.name} moves A away from them; write sgd"
+
+
+def _stays(config: "RunConfig") -> bool:
+    """Whether A never leaves its row space."""
+    method = config.method
+    lq = getattr(method, "route", "lq") == "lq"
+    return method.trains != "ab" and lq and not hasattr(method, "restart_every")
+
+
+def _ranks(config: "RunConfig") -> Iterator[str]:
+    """Where some clients train fewer columns of B, a column's divisor is of those alone who trained it."""
+    ranks, method, federation = config.federation.ranks, config.method, config.federation
+    if ranks is None:
+        return
+    yield from rank_conflicts(ranks, config.lora, federation.optimizer, "federation.ranks")
+    if method.trains == "b" and not _stays(config):
+        yield (
+            f"federation.ranks: {method.name} takes A out of its row space; write null, or a method that keeps it: "
+            "fedsvd (route: lq), fedask, ffa, fedavg"
+        )
+    if method.stale.beta != 0:
+        beta = f"method.stale.beta is {method.stale.beta}"
+        yield f"federation.ranks: {beta}, but no column remembers who trained it; write beta 0, or ranks: null"
+    if federation.server.name != "sgd":
+        server = f"federation.server.name is {federation.server.name}"
+        yield f"federation.ranks: {server}, which moves columns that nobody trained; write sgd, or ranks: null"
+
+
+def rank_conflicts(ranks: Mapping[str, int], lora: "Lora", optimizer: "Optimizer", key: str) -> Iterator[str]:
+    """The same of what is trained where it is the first columns of B, a run's by client or a node's own."""
+    beyond = {client: rank for client, rank in sorted(ranks.items()) if rank > lora.r}
+    if beyond:
+        named = ", ".join(f"{client} {rank}" for client, rank in list(beyond.items())[:4])
+        yield f"{key}: {named}, but lora.r is {lora.r}; write {lora.r} or less"
+    if lora.rank_pattern is not None:
+        yield f"{key}: these are columns of equally many, but lora.rank_pattern is set; write null for one of them"
+    if lora.trains != "b":
+        yield f"{key}: these are columns of a whole B, but lora.trains is {lora.trains}; write null, or trains: b"
+    rule = optimizer.precondition if optimizer.name == "sgd" else "none"
+    if rule != "none":
+        yield f"{key}: {rule} is of all columns at once; write precondition: none, or null here"
 
 
 def _runtime(config: "RunConfig") -> Iterator[str]:
@@ -99,10 +178,22 @@ def _kernels(config: "RunConfig") -> Iterator[str]:
         yield f"model.kernels: triton, but runtime.device is {device}; write kernels: auto, or device: cuda"
     if kernels == "onednn" and (device != "cpu" or dtype != "float32"):
         yield f"model.kernels: onednn packs float32 weights on cores, not {dtype} on {device}; write kernels: auto"
-    if config.model.gradient_checkpointing and config.runtime.cache_prefix:
+    if config.model.gradient_checkpointing and config.runtime.cache_prefix is True:
         yield (
             "model.gradient_checkpointing: cannot be combined with runtime.cache_prefix; write false for one of them"
         )
+
+
+def lora_conflicts(lora: "Lora") -> Iterator[str]:
+    """The same of an adapter alone, a run's or a node's."""
+    for pattern in lora.rank_pattern or {}:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            yield f"lora.rank_pattern: {pattern!r} is no regular expression ({error}); write the end of a layer's path"
+    if lora.from_adapter is not None and lora.trains == "singular-values":
+        what = "the directions are the weight's own, in which no other adapter lies"
+        yield f"lora.from_adapter: {lora.from_adapter}, but {what}; write null, or a method that trains B or a core"
 
 
 def model_conflicts(model: "Model") -> Iterator[str]:
@@ -111,8 +202,14 @@ def model_conflicts(model: "Model") -> Iterator[str]:
         yield f"model.dtype: float64, but {model.quantization} keeps no such digits; write float32 or bfloat16"
 
 
-def optimizer_conflicts(optimizer: "Optimizer", key: str) -> Iterator[str]:
-    """The same of a client's optimiser alone, a run's or a node's."""
+def optimizer_conflicts(optimizer: "Optimizer", lora: "Lora", key: str) -> Iterator[str]:
+    """The same of a client's optimiser and what it trains, a run's or a node's."""
+    rule = optimizer.precondition if optimizer.name == "sgd" else "none"
+    if rule == "allora" and lora.trains != "b":
+        what = f"rows of B have steps of their own, but lora.trains is {lora.trains}"
+        yield f"{key}.precondition: allora, {what}; write none or lora-pro"
+    if rule == "lora-pro" and lora.trains == "ab":
+        yield f"{key}.precondition: lora-pro measures B by a frozen A, but lora.trains is ab; write none"
     back = optimizer.lr * optimizer.proximal if optimizer.name == "sgd" else 0.0
     if back > 1:
         yield (

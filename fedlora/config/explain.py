@@ -138,7 +138,7 @@ def wanted(annotation: Any) -> str:
     inner, bounds = _strip(annotation), _bounds(annotation)
     if _is_section(inner):
         required = [name for name, field in inner.model_fields.items() if field.is_required()]
-        return f"a mapping with {', '.join(required)}"
+        return f"a mapping with {', '.join(required)}" if required else "a mapping"
     return _wanted_plain(inner, bounds)
 
 
@@ -168,6 +168,18 @@ def _wanted_plain(inner: Any, bounds: dict[str, Any]) -> str:
         type(None): "null",
     }.get(inner)
     return f"{name or inner} {limits}".strip()
+
+
+def sections_in(annotation: Any) -> list[type[BaseModel]]:
+    """The sections that may stand there, or lie in what may."""
+    found: list[type[BaseModel]] = []
+    for branch in _branches(annotation):
+        kind = _strip(branch)
+        if _is_section(kind):
+            found.append(kind)
+        else:
+            found += [section for argument in get_args(kind) for section in sections_in(argument)]
+    return found
 
 
 def _is_section(annotation: Any) -> bool:

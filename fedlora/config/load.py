@@ -17,16 +17,34 @@ from fedlora.errors import ConfigError
 
 _Kind = TypeVar("_Kind", bound=Section)
 
-_ELSEWHERE = {"output", "runtime"}
-"""Keys that say where a run happens, not what it computes."""
+_ELSEWHERE = {"export_every", "output", "runtime"}
+"""Keys that say where a run happens and what it leaves there, not what it computes."""
 
 _SINCE: dict[tuple[str, ...], Any] = {
+    ("data", "chosen"): None,
+    ("data", "completion"): None,
+    ("data", "max_train_examples"): None,
+    ("data", "messages"): None,
+    ("data", "prompt"): None,
+    ("data", "rejected"): None,
+    ("data", "streaming"): False,
     ("federation", "enough"): None,
+    ("federation", "optimizer", "precondition"): "none",
     ("federation", "optimizer", "proximal"): 0.0,
+    ("federation", "ranks"): None,
+    ("federation", "reshuffle"): False,
     ("federation", "server"): {"name": "sgd", "lr": 1.0},
+    ("lora", "from_adapter"): None,
+    ("lora", "rank_pattern"): None,
     ("lora", "trains"): "b",
+    ("method", "route"): "lq",
     ("method", "soft_threshold"): 0.0,
+    ("method", "stale", "rule"): "fedstale",
+    ("method", "stale", "scale_by_rate"): False,
     ("model", "quantization"): "none",
+    ("task", "loss_on"): None,
+    ("task", "packing"): False,
+    ("task", "template"): None,
     ("world",): None,
 }
 """Keys that came later, and the value that changes nothing: with it, a run of before there was such a key stays what it
@@ -93,10 +111,15 @@ def _computed(config: RunConfig) -> dict[str, Any]:
     values = config.model_dump(mode="json", exclude=_ELSEWHERE)
     for how in ("kernels", "gradient_checkpointing"):
         del values["model"][how]  # how it is computed, like what runtime says
+    values["tracking"] = ["jsonl"]  # who is told decides nothing
+    for told in ("samples", "sample_tokens"):
+        values["task"].pop(told, None)  # what is shown of the run when it is done
     if isinstance(values["privacy"], dict):
         del values["privacy"]["tuned_on"]  # a declaration; it decides nothing
     if not isinstance(values["method"]["stale"]["beta"], str):
         del values["method"]["stale"]["smoothing"]  # of an adaptive beta only
+    if config.method.stale.rule == "mifa" or config.federation.optimizer.decay == "none":
+        del values["method"]["stale"]["scale_by_rate"]  # decided already, or nothing to decide
     for (*sections, key), before in _SINCE.items():
         section = values
         for name in sections:

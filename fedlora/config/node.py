@@ -5,26 +5,25 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from fedlora.config.combinations import model_conflicts, optimizer_conflicts
-from fedlora.config.schema import Docstrings, Lora, Model, Optimizer, Task
+from fedlora.config.columns import RecordColumns, column_conflicts
+from fedlora.config.combinations import lora_conflicts, model_conflicts, optimizer_conflicts, rank_conflicts
+from fedlora.config.data import Docstrings
+from fedlora.config.schema import Lora, Model, Optimizer
 from fedlora.config.section import Section
+from fedlora.config.task import Task
 
 CLIENT_NAME = r"(?!\.+\Z)[A-Za-z0-9._~-]{1,96}\Z"
 """What a server takes as a node's name (re.match): it may become a file's name there."""
 
 
-class NodeFiles(Section):
+class NodeFiles(RecordColumns):
     """The owner's records in one file; never sent anywhere."""
 
     source: Literal["files"]
     train: str
     """Path of a tsv, csv, jsonl or parquet file on this node, also gzipped."""
-    text: str | Annotated[list[str], Field(min_length=2, max_length=2)]
-    """The text column, or a list of two for pairs."""
-    label: str | None = None
-    """The label column; null for causal-lm."""
     max_length: Annotated[int, Field(ge=2)]
-    """Tokens kept of each record."""
+    """Tokens kept of each record; of a pair of completions, of each of both."""
 
 
 class NodeDocstrings(Docstrings):
@@ -40,11 +39,13 @@ class Budget(Section):
     """What this node will ever spend on these records, over all runs and all servers."""
 
     target_epsilon: Annotated[float, Field(gt=0)]
+    """Of one record, zero-out adjacency, over everything that this node ever sends about these records."""
     target_delta: Annotated[float, Field(gt=0, lt=1)]
     """Must be below 1 / declared_records."""
     max_participations: Annotated[int, Field(ge=1)]
     """Rounds of work; the ledger refuses the next one."""
     accountant: Literal["pld", "prv", "rdp"] = "pld"
+    """What calibrates the noise and counts what was spent."""
 
 
 class Work(Section):
@@ -80,10 +81,13 @@ class NodeConfig(Section):
     declared_records: Annotated[int, Field(ge=1)]
     """The number of records as told to the server. Public: sampling rates and noise follow from it."""
     classes: Annotated[list[str], Field(default_factory=list)]
-    """Every class of the task, in the order that all nodes and the server share; empty for causal-lm."""
+    """Every class of the task, in the order that all nodes and the server share; empty for causal-lm and dpo."""
     model: Model
     task: Task
     lora: Lora
+    rank: Annotated[int, Field(ge=1)] | None = None
+    """This node trains, clips, noises and sends only so many columns of every B, the first ones; the run's
+    `federation.ranks` must say the same of it. null: all `lora.r`."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Of a frozen head, then the run's own seed. Draws and noise never come from it."""
     work: Work
@@ -108,6 +112,7 @@ class NodeConfig(Section):
     """Replies leave at multiples of this many seconds after the request: how long a step takes tells how many records
     were drawn. 0: at once."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where this node trains; auto: on a card if there is one."""
     threads: Annotated[int, Field(ge=1)] = 1
     """Cores that training uses."""
 
@@ -128,7 +133,11 @@ class NodeConfig(Section):
             raise ValueError(
                 "data.label: missing, but task.kind is sequence-classification; name the label's column"
             )
-        of_work = optimizer_conflicts(self.work.optimizer, "work.optimizer")
-        if wrong := [*model_conflicts(self.model), *of_work]:
+        of_work = optimizer_conflicts(self.work.optimizer, self.lora, "work.optimizer")
+        own = {} if self.rank is None else {self.client: self.rank}
+        of_rank = rank_conflicts(own, self.lora, self.work.optimizer, "rank") if own else ()
+        of_data = column_conflicts(self.data, self.task)
+        of_parts = [*model_conflicts(self.model), *lora_conflicts(self.lora), *of_work, *of_rank]
+        if wrong := [*of_data, *of_parts]:
             raise ValueError("\n".join(wrong))
         return self

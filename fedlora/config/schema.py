@@ -9,8 +9,11 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from fedlora.config.combinations import conflicts
+from fedlora.config.data import Data
+from fedlora.config.method import Method
 from fedlora.config.section import Section
 from fedlora.config.server import Server, ServerSgd
+from fedlora.config.task import CausalLm, Classification, Dpo, Task  # noqa: F401  # read from here, too
 from fedlora.config.world import World
 
 Probability = Annotated[float, Field(gt=0, le=1)]
@@ -38,36 +41,20 @@ class Model(Section):
     time, the same gradients to rounding."""
 
 
-class Classification(Section):
-    """One label for one text or one pair of texts."""
-
-    kind: Literal["sequence-classification"]
-    head: Literal["trained", "frozen"] = "trained"
-    """trained: the classifier starts at zero and is clipped, noised and sent with B; frozen: random, as in
-    FedSVD's paper."""
-    pooler: Literal["checkpoint", "identity"] = "checkpoint"
-    """What stands between a BERT-like encoder and its head: the checkpoint's own pooler, or tanh of the
-    centred first token. sentence-transformers checkpoints carry an untrained pooler: take identity there."""
-
-
-class CausalLm(Section):
-    """Next-token prediction; the loss is the mean over the tokens of one record, so records stay apart."""
-
-    kind: Literal["causal-lm"]
-
-
-Task = Annotated[Classification | CausalLm, Field(discriminator="kind")]
-
-
 class Lora(Section):
     """The adapter, in PEFT's words."""
 
     r: Annotated[int, Field(ge=1)]
     """Rank."""
     lora_alpha: Annotated[float, Field(gt=0)]
-    """The adapted layer computes W x + (lora_alpha / r) B A x."""
-    target_modules: Annotated[list[str], Field(min_length=1)]
-    """Names of the linear layers to adapt, matched at the end of the module path."""
+    """The adapted layer computes W x + (lora_alpha / r) B A x, whatever its rank in `rank_pattern`."""
+    target_modules: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)]
+    """Names of the linear layers to adapt, matched at the end of the module path; or all-linear: every one but the
+    head."""
+    rank_pattern: Annotated[dict[str, Annotated[int, Field(ge=1)]], Field(min_length=1)] | None = None
+    """Other ranks than `r`, by the end of a layer's path: `query: 8`, `layer.5.attention.self.value: 2`. As PEFT's: a
+    regular expression, and the first that matches counts. Every layer keeps the factor lora_alpha / r, so an export
+    writes the `alpha_pattern` that gives it to PEFT. null: `r` everywhere."""
     layers_to_transform: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] | None = None
     """Only these; null: all. Fewer trained numbers carry less noise, layers below are not back-propagated."""
     init: Literal["orthonormal", "centred", "kaiming", "principal", "activations"] = "orthonormal"
@@ -75,94 +62,15 @@ class Lora(Section):
     to the site's mean input over public text, a large component that carries nothing and dominates gradients; kaiming:
     uniform as PEFT draws it; principal: the frozen weight's first right singular vectors, PiSSA's subspace at unit
     scale; activations: the directions in which inputs vary most over public text, as EVA."""
-    trains: Literal["b", "core"] = "b"
+    trains: Literal["b", "core", "singular-values", "ab"] = "b"
     """What of an adapter is trained and sent: B, d_out x r numbers a site; or an r x r core between A and a frozen
-    orthonormal left frame, B = left core (LoRA-XS, Fed-SB), which carries less noise and affords a larger r."""
-
-
-class Iid(Section):
-    """Records dealt out at random, sizes equal within one."""
-
-    kind: Literal["iid"]
-    clients: Annotated[int, Field(ge=1)]
-
-
-class Dirichlet(Section):
-    """Each label's records shared out by a draw from Dirichlet(alpha) over the clients."""
-
-    kind: Literal["dirichlet"]
-    clients: Annotated[int, Field(ge=1)]
-    alpha: Annotated[float, Field(gt=0)]
-    """Small: each client holds few labels. Large: approaches iid."""
-    min_examples: Annotated[int, Field(ge=1)] = 1
-    """The draw is repeated until every client holds at least so many."""
-
-
-class Pathological(Section):
-    """Each client holds only a few labels (McMahan et al. 2017)."""
-
-    kind: Literal["pathological"]
-    clients: Annotated[int, Field(ge=1)]
-    classes_per_client: Annotated[int, Field(ge=1)]
-
-
-class Column(Section):
-    """One client for each value of a column: the natural federation."""
-
-    kind: Literal["column"]
-    column: str
-
-
-Partition = Annotated[Iid | Dirichlet | Pathological | Column, Field(discriminator="kind")]
-
-
-class _Data(Section):
-    max_length: Annotated[int, Field(ge=2)]
-    """Tokens kept of each record."""
-    max_test_examples: Annotated[int, Field(ge=1)] | None = None
-    """Score on the first so many test records of a seeded shuffle; null: all."""
-    partition: Partition
-
-
-class Files(_Data):
-    """Local tsv, csv, jsonl or parquet files, also gzipped."""
-
-    source: Literal["files"]
-    train: str
-    """Path, relative to the working directory."""
-    test: str
-    """Public test data: scored at the server."""
-    text: str | Annotated[list[str], Field(min_length=2, max_length=2)]
-    """The text column, or a list of two for pairs."""
-    label: str | None = None
-    """The label column; null for causal-lm."""
-
-
-class HuggingFace(_Data):
-    """A data set of the hub, or its cached copy; needs the extra `fedlora[huggingface]`."""
-
-    source: Literal["huggingface"]
-    path: str
-    name: str | None = None
-    train_split: str = "train"
-    test_split: str = "test"
-    text: str | Annotated[list[str], Field(min_length=2, max_length=2)]
-    label: str | None = None
-
-
-class Docstrings(_Data):
-    """Built in and offline: docstrings of the Python packages installed here; the label is the package
-    that wrote it."""
-
-    source: Literal["docstrings"]
-    packages: Annotated[list[str], Field(min_length=2)] | None = None
-    """Top-level packages to tell apart (`stdlib` is the standard library); null: a fixed set that fedlora
-    itself installs."""
-    max_per_class: Annotated[int, Field(ge=10)] = 4000
-    """At most so many records a label, so that no package drowns the others."""
-
-
-Data = Annotated[Files | HuggingFace | Docstrings, Field(discriminator="source")]
+    orthonormal left frame, B = left core (LoRA-XS, Fed-SB), which carries less noise and affords a larger r; or the
+    diagonal of such a core, r numbers a site (SVFit), for which training holds r x r numbers a token and site; or ab: A
+    as well as B, together or in turn, as the method says, d_in x r numbers more."""
+    from_adapter: str | None = None
+    """A directory with a LoRA that PEFT or fedlora saved for this base model, to begin from: its product is kept
+    exactly, its A made orthonormal, lower ranks are filled up with directions of `init`; a head that it carries is
+    taken. It is treated as public. Server and nodes must have the same files. null: begin with B = 0."""
 
 
 class IndependentCohort(Section):
@@ -180,11 +88,18 @@ class Sgd(Section):
 
     name: Literal["sgd"]
     lr: Annotated[float, Field(gt=0)]
+    """Learning rate of a step. Clipped gradients are short, so it is far above the rates of plain training."""
     decay: Decay = "none"
     """linear: the rate falls evenly from `lr` in the first round to `lr / rounds` in the last."""
     proximal: Annotated[float, Field(ge=0)] = 0.0
     """FedProx (arXiv 1812.06127): each step also goes lr * proximal of the way back to where the round began, after the
     noise, so it costs no epsilon. lr * proximal is 1 at most; with one step a round it does nothing. 0: off."""
+    precondition: Literal["none", "lora-pro", "allora"] = "none"
+    """What a step makes of B's noised gradient, which costs no epsilon; the head's stays. lora-pro (arXiv 2407.18242,
+    of B alone): times (A A^T)^-1 / (lora_alpha / r)^2, so that the product moves by the full gradient projected on the
+    rows of A; with orthonormal A and lora_alpha = r nothing changes. allora (arXiv 2410.09692): rows that have moved
+    little move faster, as without a factor lora_alpha / r in the layer: that ratio is its eta; for trains: b. A server
+    cannot tell the length of noise under either, and takes updates of any."""
 
 
 class AdamW(Section):
@@ -193,9 +108,11 @@ class AdamW(Section):
 
     name: Literal["adamw"]
     lr: Annotated[float, Field(gt=0)]
+    """Learning rate of a step."""
     decay: Decay = "none"
     """As for sgd."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Share of what is trained that a step takes off, times the rate; decoupled, after the noise."""
 
 
 Optimizer = Annotated[Sgd | AdamW, Field(discriminator="name")]
@@ -205,8 +122,14 @@ class Federation(Section):
     """Who works in a round, how much, and how much each counts."""
 
     rounds: Annotated[int, Field(ge=1)]
+    """Of the whole run."""
     cohort: Annotated[int, Field(ge=1)] | IndependentCohort
     """Clients asked in a round: a number drawn uniformly without replacement, or {probability: p}."""
+    reshuffle: bool = False
+    """Of a cohort that is a number: everybody is asked once before anybody is asked twice, in an order drawn anew each
+    lap (arXiv 2302.03662). With a fixed roster nobody then works in more than ceil(rounds / floor(clients / cohort))
+    rounds, so `max_participations` can be that low, and the noise with it; where shares are skewed, rounds differ less,
+    too. What is left when the cohort does not divide the clients sits the lap out."""
     local_steps: Annotated[int, Field(ge=1)]
     """DP-SGD steps of a client in a round. A constant: never derived from its data."""
     batch_size: Annotated[int, Field(ge=1)]
@@ -234,65 +157,13 @@ class Federation(Section):
     its `world`."""
     keep_gauges: Annotated[int, Field(ge=1)] = 20
     """How many bases back a late reply may reach."""
+    ranks: Annotated[dict[str, Annotated[int, Field(ge=1)]], Field(min_length=1)] | None = None
+    """By client: how many columns of every B it trains, clips, noises and changes, the first ones; who is not named
+    trains all `lora.r` (DyLoRA, arXiv 2210.07558). A column moves by the mean of those who trained it, and one that
+    nobody trained stays. Public; a deployed node says its own in `rank`. For methods that train B and keep A within its
+    row space. An update of fewer columns that comes after a refactorisation cannot count. null: all train all."""
     evaluate_every: Annotated[int, Field(ge=1)] = 1
     """Rounds between two scores on the public test data; the first and the last state are always scored."""
-
-
-class Stale(Section):
-    """FedStale: remembered updates of absent clients. Costs no epsilon; repeats their noise."""
-
-    beta: Annotated[float, Field(ge=0, le=1)] | Literal["adaptive", "adaptive-by-client"]
-    """0 is FedAvg, 1 is FedVARP. Under strong noise small values are best: beta* = SNR / (1 + SNR). adaptive: 0 until
-    clients are heard again, then how much of what was remembered came back, of released values of earlier rounds only:
-    sum <fresh, remembered> / sum |remembered|^2, whose denominator holds the noise. adaptive-by-client: the same for
-    each client, by its own updates once there are two; needs participation importance and a cohort {probability}."""
-    smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    """Of an adaptive beta: what is left of either sum when a round is added. 0: the last round alone says; 0.9: about
-    the last ten do."""
-    memory: Literal["disk"] = "disk"
-    """Where they are kept: in memory.sqlite of the run, so that the server's memory does not grow with the
-    federation."""
-    dtype: Literal["float32", "bfloat16", "int8"] = "float32"
-    """How they are kept, a client: float32, 4 bytes a trained number, exact (8 in a float64 run); bfloat16, 2; int8, 1,
-    with a power-of-two unit a tensor. The sum over absent clients is always of exactly what is kept."""
-
-
-class FedSvd(Section):
-    """FedSVD (arXiv 2505.12805): average B, then refactorise so that A has orthonormal rows."""
-
-    name: Literal["fedsvd"]
-    refactor_every: Annotated[int, Field(ge=1)] = 1
-    """Rounds between two refactorisations."""
-    soft_threshold: Annotated[float, Field(ge=0)] = 0.0
-    """What each refactorisation takes off every singular value of B A (SoRA, arXiv 2311.11696): directions that hold
-    less are dropped, and with them mostly noise. It comes after the noise and costs no privacy. 0: nothing."""
-    stale: Stale = Stale(beta=0.0)
-
-
-class Ffa(Section):
-    """FFA-LoRA (arXiv 2403.12313): A stays as `lora.init` drew it, B is averaged."""
-
-    name: Literal["ffa"]
-    stale: Stale = Stale(beta=0.0)
-
-
-class FedSb(Section):
-    """Fed-SB (arXiv 2502.15436): an r x r core between A and a left frame, both frozen, is averaged."""
-
-    name: Literal["fedsb"]
-    left: Literal["orthonormal", "principal"] = "principal"
-    """The left frame: random orthonormal columns, or the frozen weight's first left singular vectors."""
-    stale: Stale = Stale(beta=0.0)
-
-
-class FedAvg(Section):
-    """Plain federated LoRA: A stays as PEFT draws it (Kaiming), B is averaged, nothing is refactorised."""
-
-    name: Literal["fedavg"]
-    stale: Stale = Stale(beta=0.0)
-
-
-Method = Annotated[FedSvd | Ffa | FedSb | FedAvg, Field(discriminator="name")]
 
 
 class PrivateRuns(Section):
@@ -339,12 +210,13 @@ class Runtime(Section):
     device: Literal["cpu", "cuda"] = "cpu"
     """Where clients train; the server scores on cores. cuda: as many workers share a card as a measurement says that
     its memory carries, and no more than there are cores for. Final states are comparable at equal devices only."""
-    cache_prefix: bool = False
-    """Each client's records pass through the layers below the lowest adapted one (`lora.layers_to_transform`) once,
-    and what they leave is kept on disk beside the run: tokens x hidden size x 4 bytes, 0.9 GB for 600,000 tokens of
-    MiniLM. A client pays for all its records when it first works, so it is worth while where a record is drawn more
-    than twice in a run: rounds it works in x local_steps x batch_size / its records. The same training, but final
-    states are comparable bit for bit at equal values only. Changes nothing where no layers lie below."""
+    cache_prefix: Literal["auto"] | bool = "auto"
+    """true: each client's records pass through the layers below the lowest adapted one (`lora.layers_to_transform`)
+    once, and what they leave is kept on disk beside the run: tokens x hidden size x 4 bytes, 0.9 GB for 600,000 tokens
+    of MiniLM. A client pays for all its records when it first works, so it is worth while where a record is drawn more
+    than twice in a run: rounds it works in x local_steps x batch_size / its records. auto: not in a run by itself; the
+    runs of a comparison share such files while it lasts, if all together draw each record twice. The same training, but
+    final states are comparable bit for bit at equal values only. Changes nothing where no layers lie below."""
     clients_together: Literal["auto"] | Annotated[int, Field(ge=1)] = 1
     """Clients that share one forward pass of the frozen base: 1 is off; auto: as many as fill a micro-batch, by batch
     size, max_length and a token budget. Updates then agree with those of clients one by one to the rounding of a float,
@@ -367,8 +239,14 @@ class RunConfig(Section):
     runtime: Runtime
     world: World | None = None
     """When simulated clients are there and how long they take; null: always, and no time at all."""
-    tracking: Annotated[list[Literal["jsonl"]], Field(min_length=1)] = Field(default=["jsonl"])
-    """Where round lines go: rounds.jsonl in the run directory."""
+    tracking: Annotated[list[Literal["jsonl", "tensorboard", "wandb", "mlflow"]], Field(min_length=1)] = (
+        Field(default=["jsonl"])
+    )
+    """Who is told of rounds. jsonl: rounds.jsonl in the run directory, which is always written. The others are extras
+    of the same name and are told the federation's figures, no client's: docs/tracking.md. No result depends on it."""
+    export_every: Annotated[int, Field(ge=1)] | None = None
+    """Rounds between two adapters written on the way, to adapters/round-000010 and so on in the directory of the run,
+    each with a card that tells the epsilon spent by then; null: only the last, to adapter."""
     output: str
     """Directory of the run."""
 

@@ -32,7 +32,9 @@ class ServerAdam(Section):
     lr: Annotated[float, Field(gt=0)]
     """About what one number of B moves by in a round, where updates are far above tau."""
     beta_1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """What a round leaves of the mean of updates."""
     beta_2: Annotated[float, Field(ge=0, lt=1)] = 0.99
+    """What a round leaves of the mean of their squares."""
     tau: Annotated[float, Field(gt=0)] = 1.0e-3
     """What is added to the root mean square. Far above it every number moves alike, whatever noise it carries; far
     below, this is momentum with the rate lr (1 - beta_1) / tau."""

@@ -30,7 +30,7 @@ data:
   max_per_class: 3000                            # at most so many records of one package
   max_length: 32                                 # tokens kept of each record
   max_test_examples: 1000                        # of the public test records; null: all
-  partition: {kind: dirichlet, clients: 8, alpha: 1.0, min_examples: 500}   # or iid, pathological, column
+  partition: {kind: dirichlet, clients: 8, alpha: 1.0, min_examples: 500}   # or iid, shards, quantity, column
 
 # To use your own files instead, replace the section above by:
 # data:
@@ -52,7 +52,7 @@ federation:
   evaluate_every: 5                              # rounds between two scores
 
 method:
-  name: fedsvd                                   # fedsvd, ffa, fedsb, fedavg
+  name: fedsvd                                   # others: docs/methods.md
   refactor_every: 1                              # rounds between two refactorisations
   stale: {beta: 0.0, memory: disk}               # FedStale: 0 forgets absent clients, 1 remembers all, or adaptive
 

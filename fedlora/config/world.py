@@ -24,6 +24,7 @@ class DayNight(Section):
     share: Share
     """Of the period, in one piece. 1 is `always`."""
     period_s: Seconds = 86400.0
+    """Of one day and night."""
     groups: Annotated[int, Field(ge=1)] | None = None
     """Time zones, evenly apart, each client in one by the seed; null: each client has a phase of its own."""
 
@@ -48,6 +49,7 @@ class DropOuts(Section):
     groups: Annotated[int, Field(ge=1)]
     """Each client is in one of so many, by the seed."""
     mean_up_s: Seconds
+    """How long a client stays, on average."""
     mean_down_s: Seconds
     """Long-run share of the time there: mean_up_s / (mean_up_s + mean_down_s)."""
 
@@ -76,6 +78,7 @@ class Lognormal(Section):
 
     kind: Literal["lognormal"]
     median_s: Seconds
+    """Of a client's work in a round."""
     sigma: Spread = 0.0
     """Of the logarithm, between clients."""
     round_sigma: Spread = 0.0
@@ -89,7 +92,9 @@ class SpeedFile(Section):
     path: str
     """csv or jsonl with `client` and the column; relative to the working directory."""
     column: str = "seconds"
+    """Of a client's work in a round."""
     round_sigma: Spread = 0.0
+    """Of the logarithm, between the rounds of one client."""
 
 
 Speed = Annotated[Instant | Lognormal | SpeedFile, Field(discriminator="kind")]

@@ -4,12 +4,14 @@ from typing import assert_never
 
 import numpy as np
 
-from fedlora.config.schema import CausalLm, Data, Docstrings, Files, HuggingFace, Task
+from fedlora.config.columns import form_of, read_columns
+from fedlora.config.data import Data, Docstrings, Files, HuggingFace
+from fedlora.config.task import Task
+from fedlora.data.corpus import Columns, Corpus, corpus_from
 from fedlora.data.docstrings import docstring_corpus
 from fedlora.data.files import load_table
 from fedlora.data.huggingface import load_split
-from fedlora.data.records import Corpus, Examples, Records
-from fedlora.data.tables import Columns, corpus_from
+from fedlora.data.records import Examples, Records
 from fedlora.seeds import seed_for
 
 __all__ = ["Corpus", "Examples", "Records", "load_corpus"]
@@ -21,7 +23,7 @@ def load_corpus(data: Data, task: Task, seed: int) -> Corpus:
     Raises:
         DataError: a source is not there or does not hold what the config says.
     """
-    causal = isinstance(task, CausalLm)
+    causal = task.causal
     match data:
         case Files():
             columns = _columns(data)
@@ -30,8 +32,9 @@ def load_corpus(data: Data, task: Task, seed: int) -> Corpus:
             corpus = corpus_from(train, test, columns, causal=causal)
         case HuggingFace():
             columns = _columns(data)
-            train = load_split(data, data.train_split, columns.names())
-            test = load_split(data, data.test_split, columns.test_names(causal=causal))
+            train = load_split(data, data.train_split, columns.names(), data.max_train_examples)
+            most = data.max_test_examples if data.streaming else None
+            test = load_split(data, data.test_split, columns.test_names(causal=causal), most)
             corpus = corpus_from(train, test, columns, causal=causal)
         case Docstrings():
             corpus = docstring_corpus(data, seed, causal=causal)
@@ -41,9 +44,8 @@ def load_corpus(data: Data, task: Task, seed: int) -> Corpus:
 
 
 def _columns(data: Files | HuggingFace) -> Columns:
-    text = (data.text,) if isinstance(data.text, str) else tuple(data.text)
     group = data.partition.column if data.partition.kind == "column" else None
-    return Columns(text=text, label=data.label, group=group)
+    return Columns(text=read_columns(data), label=data.label, group=group, form=form_of(data))
 
 
 def _with_test_cut(corpus: Corpus, most: int | None, seed: int) -> Corpus:

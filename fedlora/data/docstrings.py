@@ -15,9 +15,10 @@ from pathlib import Path
 
 import numpy as np
 
-from fedlora.config.schema import Docstrings
-from fedlora.data.records import Corpus, Records
-from fedlora.data.tables import nearest, shown
+from fedlora.config.data import Docstrings
+from fedlora.data.corpus import Corpus
+from fedlora.data.records import Records
+from fedlora.data.table import nearest, shown
 from fedlora.errors import DataError
 from fedlora.seeds import seed_for
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TextIO, TypeAlias
 
-from fedlora.data.tables import Table, nearest, require_columns, shown
+from fedlora.data.table import Table, nearest, require_columns, shown
 from fedlora.errors import DataError
 
 FORMATS = (".tsv", ".csv", ".jsonl", ".parquet")
@@ -42,6 +42,32 @@ def load_table(path: str, wanted: list[str]) -> Table:
     except (EOFError, OSError, zlib.error) as error:
         raise DataError(f"{path}: cannot be read: {error}; is it whole, and readable for you?") from None
     return Table(origin=path, columns=dict(zip(wanted, columns, strict=True)), lines=lines)
+
+
+def column_names(path: str) -> list[str]:
+    """The columns of one file, in their order; of jsonl those of the first line.
+
+    Raises:
+        DataError: no such file, another format, or one that cannot be read.
+    """
+    file = _existing(path)
+    ending = _format(file)
+    try:
+        if ending == ".parquet":
+            import pyarrow
+            from pyarrow import parquet
+
+            try:
+                return list(parquet.ParquetFile(_whole(file)).schema_arrow.names)
+            except pyarrow.ArrowException as error:
+                raise DataError(f"{path}: not a parquet file: {error}; write it again") from None
+        with _opened(file) as stream:
+            if ending == ".jsonl":
+                first = json.loads(next((line for line in stream if line.strip()), "{}"))
+                return list(first) if isinstance(first, dict) else []
+            return list(next(_fields(stream, path, ending), (0, []))[1])
+    except (UnicodeDecodeError, ValueError, EOFError, OSError, zlib.error) as error:
+        raise DataError(f"{path}: cannot be read: {error}; save it as UTF-8 text") from None
 
 
 def _columns(rows: Iterable[Row], count: int) -> tuple[Sequence[int], list[list[object]]]:
@@ -138,13 +164,17 @@ def _json_rows(stream: Iterable[str], path: str, wanted: list[str]) -> Iterator[
         yield line, [record[name] for name in wanted]
 
 
+def _whole(file: Path) -> Path | io.BytesIO:
+    """A parquet file, unpacked where it is gzipped."""
+    return io.BytesIO(gzip.decompress(file.read_bytes())) if file.name.lower().endswith(".gz") else file
+
+
 def _parquet(file: Path, path: str, wanted: list[str]) -> Table:
     import pyarrow  # here, since it is slow to load and most runs have no use for it
     from pyarrow import parquet
 
-    source = io.BytesIO(gzip.decompress(file.read_bytes())) if file.name.lower().endswith(".gz") else file
     try:
-        opened = parquet.ParquetFile(source)
+        opened = parquet.ParquetFile(_whole(file))
         require_columns(path, wanted, opened.schema_arrow.names)
         table = opened.read(columns=wanted)
     except pyarrow.ArrowException as error:

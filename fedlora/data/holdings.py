@@ -1,20 +1,24 @@
 """The records of every simulated client in a few flat arrays, so that a hundred thousand clients cost no object each.
 
-holdings/input_ids.npy, offsets.npy, labels.npy, token_type_ids.npy   as in `Examples`, one client's after the other's
+holdings/input_ids.npy, offsets.npy, labels.npy, ... (ARRAYS)           as in `Examples`, one client's after the other's
 holdings/bounds.npy, clients.json                                     client i holds records bounds[i] to bounds[i + 1]
+holdings/starts.npy, rows.json                                        where the records' states lie, if they have any
 """
 
 import json
 import shutil
 from bisect import bisect_left
-from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fedlora.data.records import Examples
+from fedlora.data.records import Examples, States
+
+ARRAYS = ("input_ids", "offsets", "labels", "token_type_ids", "trained", "firsts")
+"""Of `Examples`, what is kept here."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -33,10 +37,7 @@ class Holdings(Mapping[str, Examples]):
         """What `partition` dealt out."""
         clients = tuple(sorted(parts))
         bounds = np.cumsum([0, *(len(parts[client]) for client in clients)], dtype=np.int64)
-        order = np.empty(bounds[-1], dtype=np.int64)
-        for client, start in zip(clients, bounds, strict=False):  # there is a bound more than clients
-            order[start : start + len(parts[client])] = parts[client]
-        return cls(clients=clients, examples=examples.select(order), bounds=bounds)
+        return cls(clients=clients, examples=examples.select(dealt(parts)), bounds=bounds)
 
     def only(self, clients: Collection[str]) -> "Holdings":
         """What these clients hold, in arrays of its own."""
@@ -61,24 +62,60 @@ class Holdings(Mapping[str, Examples]):
     def __len__(self) -> int:
         return len(self.clients)
 
+    def label_counts(self, clients: Sequence[str], labels: int) -> NDArray[np.int64] | None:
+        """(clients, labels): how many records each of these holds of each label; None where records have none."""
+        if self.examples.labels is None:
+            return None
+        held = [self[client].labels for client in clients]
+        return np.array([np.bincount(own, minlength=labels) for own in held]).reshape(len(clients), labels)  # pyright: ignore[reportArgumentType, reportCallIssue]
+
     def save(self, directory: Path) -> None:
-        """`directory`, readable by its owner only, holds them all; whatever was there is gone."""
+        """`directory`, readable by its owner only, holds them all; whatever was there is gone.
+
+        States, which have to be mapped, stay in their file.
+        """
         shutil.rmtree(directory, ignore_errors=True)
         directory.mkdir(mode=0o700, parents=True)
-        for field in fields(Examples):
-            array = getattr(self.examples, field.name)
+        for name in ARRAYS:
+            array = getattr(self.examples, name)
             if array is not None:
-                np.save(directory / f"{field.name}.npy", array)
+                np.save(directory / f"{name}.npy", array)
+        if self.examples.states is not None:
+            _save_place(self.examples.states, directory)
         np.save(directory / "bounds.npy", self.bounds)
         (directory / "clients.json").write_text(json.dumps(self.clients))
 
 
 def open_holdings(directory: Path) -> Holdings:
     """What was saved there; the arrays stay on disk, and processes share the pages that they read."""
-    paths = {field.name: directory / f"{field.name}.npy" for field in fields(Examples)}
+    paths = {name: directory / f"{name}.npy" for name in ARRAYS}
     arrays = {name: _mapped(path) for name, path in paths.items() if path.exists()}
     clients = tuple(json.loads((directory / "clients.json").read_text()))
-    return Holdings(clients=clients, examples=Examples(**arrays), bounds=np.load(directory / "bounds.npy"))
+    examples = Examples(**arrays, states=_states(directory))
+    return Holdings(clients=clients, examples=examples, bounds=np.load(directory / "bounds.npy"))
+
+
+def dealt(parts: Mapping[str, NDArray[np.int64]]) -> NDArray[np.int64]:
+    """What `partition` dealt out, one client's after the other's, the clients by name."""
+    return np.concatenate([np.zeros(0, dtype=np.int64), *(parts[client] for client in sorted(parts))])
+
+
+def _save_place(states: States, directory: Path) -> None:
+    rows = states.rows
+    assert isinstance(rows, np.memmap), "states that no file holds cannot be found again"
+    place = {"file": str(rows.filename), "type": rows.dtype.str, "offset": rows.offset, "shape": rows.shape}
+    (directory / "rows.json").write_text(json.dumps(place))
+    np.save(directory / "starts.npy", states.starts)
+
+
+def _states(directory: Path) -> States | None:
+    path = directory / "rows.json"
+    if not path.exists():
+        return None
+    place = json.loads(path.read_text())
+    dtype, shape = np.dtype(place["type"]), tuple(place["shape"])
+    rows: NDArray = np.memmap(place["file"], dtype=dtype, mode="r", offset=place["offset"], shape=shape)
+    return States(rows=rows, starts=np.load(directory / "starts.npy"))
 
 
 def _mapped(path: Path) -> NDArray:

@@ -1,26 +1,57 @@
 """Data sets of the Hugging Face hub, or their cached copies; the library loads only for a run that asks."""
 
 import importlib
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from fedlora.config.schema import HuggingFace
+from fedlora.config.data import HuggingFace
 from fedlora.data.hub import hub_within_reach, offline_if
-from fedlora.data.tables import Table, require_columns
+from fedlora.data.table import Table, require_columns
 from fedlora.errors import DataError
 
 
-def load_split(data: HuggingFace, split: str, wanted: list[str]) -> Table:
+def load_split(data: HuggingFace, split: str, wanted: list[str], most: int | None = None) -> Table:
     """The wanted columns of one split, in its order; class labels by name where it has names.
 
+    Args:
+        data: which data set, and whether it streams.
+        split: of it.
+        wanted: names of columns.
+        most: the first so many rows, and of a set that streams no more are read; None: all.
+
     Raises:
-        DataError: the `datasets` library, the data set, the split or a column is not there.
+        DataError: the `datasets` library, the data set, the split or a column is not there, or a stream broke.
     """
     dataset = _dataset(data, split)
     origin = f"{data.path}{'' if data.name is None else '/' + data.name} ({split})"
-    require_columns(origin, wanted, dataset.column_names)
-    columns = {name: _named(list(dataset[name]), dataset.features[name]) for name in wanted}
-    return Table(origin=origin, columns=columns, lines=range(1, len(dataset) + 1))
+    if data.streaming:
+        columns = _streamed(dataset, origin, wanted, most)
+    else:
+        require_columns(origin, wanted, dataset.column_names)
+        rows = dataset if most is None else dataset.select(range(min(most, len(dataset))))
+        columns = {name: list(rows[name]) for name in wanted}
+    features = dataset.features or {}
+    named = {name: _named(values, features.get(name)) for name, values in columns.items()}
+    return Table(origin=origin, columns=named, lines=range(1, len(named[wanted[0]]) + 1))
+
+
+def _streamed(dataset: Any, origin: str, wanted: list[str], most: int | None) -> dict[str, list[object]]:
+    """The columns of the first rows, read one by one; what comes after them is not asked for."""
+    columns: dict[str, list[object]] = {name: [] for name in wanted}
+    rows = iter(dataset)
+    try:
+        for row in islice(rows, most):
+            require_columns(origin, wanted, row)
+            for name, values in columns.items():
+                values.append(row[name])
+    except DataError:
+        raise
+    except Exception as error:
+        # Of the library, the network or the file format: a dozen kinds, all of which end the reading.
+        read = len(columns[wanted[0]])
+        raise DataError(f"{origin}: the stream broke after {read} rows: {error}; try again") from error
+    return columns
 
 
 def _dataset(data: HuggingFace, split: str) -> Any:
@@ -33,7 +64,7 @@ def _dataset(data: HuggingFace, split: str) -> Any:
     local = Path(data.path).is_dir()
     try:
         with offline_if(not local and not hub_within_reach()):
-            return datasets.load_dataset(data.path, data.name, split=split)
+            return datasets.load_dataset(data.path, data.name, split=split, streaming=data.streaming)
     except Exception as error:
         # The library raises a dozen unrelated kinds; each means that there is no data to work on.
         raise DataError(

@@ -7,7 +7,7 @@ from typing import assert_never
 import numpy as np
 from numpy.typing import NDArray
 
-from fedlora.config.schema import Column, Dirichlet, Iid, Partition, Pathological
+from fedlora.config.data import Column, Dirichlet, Iid, Partition, Pathological, Quantity, Shards
 from fedlora.data.records import Records
 from fedlora.errors import DataError
 from fedlora.seeds import seed_for
@@ -31,9 +31,14 @@ def partition(records: Records, partition_cfg: Partition, seed: int) -> dict[str
             shares = np.array_split(draw.permutation(len(records)), clients)
             parts = dict(zip(client_names(clients), shares, strict=True))
         case Dirichlet():
-            parts = _dirichlet(_labels(records, "dirichlet"), partition_cfg, draw)
+            by_class = _shuffled_classes(_labels(records, "dirichlet"), draw)
+            parts = _dirichlet(by_class, partition_cfg, draw)
+        case Quantity():
+            parts = _dirichlet([draw.permutation(len(records))], partition_cfg, draw)
         case Pathological():
             parts = _pathological(_labels(records, "pathological"), partition_cfg, draw)
+        case Shards():
+            parts = _shards(_labels(records, "shards"), partition_cfg, draw)
         case Column(column=column):
             parts = _by_column(records, column)
         case _:
@@ -66,9 +71,10 @@ def _shuffled_classes(labels: Indices, draw: np.random.Generator) -> list[Indice
     return [draw.permutation(np.flatnonzero(labels == label)) for label in np.unique(labels)]
 
 
-def _dirichlet(labels: Indices, cfg: Dirichlet, draw: np.random.Generator) -> dict[str, Indices]:
-    """Each label's records cut by a Dirichlet draw, all of it repeated until nobody holds too few."""
-    by_class = _shuffled_classes(labels, draw)
+def _dirichlet(
+    by_class: list[Indices], cfg: Dirichlet | Quantity, draw: np.random.Generator
+) -> dict[str, Indices]:
+    """Each group of records cut by a Dirichlet draw, all of it repeated until nobody holds too few."""
     counts = np.array([len(indices) for indices in by_class])
     best = -1
     for _ in range(DIRICHLET_DRAWS):
@@ -82,7 +88,7 @@ def _dirichlet(labels: Indices, cfg: Dirichlet, draw: np.random.Generator) -> di
             joined = [np.concatenate(held) for held in zip(*pieces, strict=True)]
             return dict(zip(client_names(cfg.clients), joined, strict=True))
     raise DataError(
-        f"data.partition: in {DIRICHLET_DRAWS} draws of Dirichlet(alpha={cfg.alpha}) over {len(labels)} "
+        f"data.partition: in {DIRICHLET_DRAWS} draws of Dirichlet(alpha={cfg.alpha}) over {counts.sum()} "
         f"records some one of {cfg.clients} clients always held fewer than min_examples={cfg.min_examples} "
         f"(at best {best}); raise alpha, or lower clients or min_examples"
     )
@@ -105,6 +111,22 @@ def _pathological(labels: Indices, cfg: Pathological, draw: np.random.Generator)
             held[holder].append(share)
     return {
         name: np.concatenate(shares) for name, shares in zip(client_names(cfg.clients), held, strict=True)
+    }
+
+
+def _shards(labels: Indices, cfg: Shards, draw: np.random.Generator) -> dict[str, Indices]:
+    """Records in the order of their labels, cut into shards of equal size within one, each client's by lot."""
+    shards = cfg.clients * cfg.shards_per_client
+    if shards > len(labels):
+        raise DataError(
+            f"data.partition: {cfg.clients} clients with shards_per_client={cfg.shards_per_client} are {shards} "
+            f"shards, but there are {len(labels)} records; lower one of the two"
+        )
+    pieces = np.array_split(np.concatenate(_shuffled_classes(labels, draw)), shards)
+    lots = draw.permutation(shards).reshape(cfg.clients, cfg.shards_per_client)
+    return {
+        name: np.concatenate([pieces[shard] for shard in own])
+        for name, own in zip(client_names(cfg.clients), lots, strict=True)
     }
 
 

@@ -6,7 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fedlora.config.task import Classification, Task
+from fedlora.data.completions import tokenise_completions
 from fedlora.data.records import Examples, Records
+from fedlora.data.texts import Conversation, Instruction, Preference
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -15,11 +18,21 @@ if TYPE_CHECKING:
 BATCH = 1000
 
 
-def tokenise(records: Records, tokenizer: "PreTrainedTokenizerBase", max_length: int) -> Examples:
+def tokenise(
+    records: Records, tokenizer: "PreTrainedTokenizerBase", max_length: int, task: Task | None = None
+) -> Examples:
     """Token arrays of all records in their order, cut at `max_length` tokens, not padded.
 
-    A record without any token gets the tokenizer's end-of-text token, so that it can pass through a model.
+    A text without any token gets the tokenizer's end-of-text token, so that it can pass through a model.
+
+    Args:
+        records: texts and pairs; or of a causal task, records with completions: see `tokenise_completions`.
+        tokenizer: of the model.
+        max_length: tokens of a sequence at most.
+        task: None only for texts and pairs.
     """
+    if task is not None and not isinstance(task, Classification) and _have_completions(records):
+        return tokenise_completions(records, tokenizer, max_length, task)
     pairs = len(records) > 0 and isinstance(records.texts[0], tuple)
     ids: list[np.ndarray] = [np.zeros(0, dtype=np.int32)]
     types: list[np.ndarray] = []
@@ -40,6 +53,10 @@ def tokenise(records: Records, tokenizer: "PreTrainedTokenizerBase", max_length:
     )
 
 
+def _have_completions(records: Records) -> bool:
+    return len(records) > 0 and isinstance(records.texts[0], Instruction | Conversation | Preference)
+
+
 def _flat(rows: list[list[int]], dtype: type[np.signedinteger]) -> np.ndarray:
     """One array of a batch: an array a record would cost more than the tokens of a short one."""
     return np.fromiter(chain.from_iterable(rows), dtype=dtype)
@@ -55,7 +72,7 @@ def _end_of_text(tokenizer: "PreTrainedTokenizerBase") -> int:
 def fingerprint(examples: Examples) -> str:
     """SHA-256 over every array with its name, dtype and length: the same for the same data anywhere."""
     digest = hashlib.sha256()
-    for name in ("input_ids", "offsets", "labels", "token_type_ids"):
+    for name in ("input_ids", "offsets", "labels", "token_type_ids", "trained", "firsts"):
         array = getattr(examples, name)
         if array is None:
             continue

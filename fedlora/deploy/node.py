@@ -106,7 +106,8 @@ class DeployedNode:
             self._outbox.keep(kept)
             if not self._recorded(kept):
                 raise LedgerError(
-                    f"{self._path}: round {round_} of run {run!r} was paid again before its reply was kept"
+                    f"{self._path}: round {round_} of run {run!r} was paid again before its reply was kept; "
+                    "let one process alone work with this ledger, and the server ask again"
                 )
         return frame
 
@@ -153,6 +154,12 @@ class DeployedNode:
             return f"learning rate {asked.learning_rate}, at most {allowed.optimizer.lr} (work.optimizer.lr)"
         if asked.proximal != (own := getattr(allowed.optimizer, "proximal", 0.0)):
             return f"a proximal term of {asked.proximal}, this node's is {own} (work.optimizer.proximal)"
+        if asked.side != "b" and not self._model.trains_a:
+            return f"side {asked.side!r}, but this node's A is frozen (lora.trains)"
+        if asked.precondition != (rule := getattr(allowed.optimizer, "precondition", "none")):
+            return (
+                f"precondition {asked.precondition[:MOST_NAME]!r}, here {rule} (work.optimizer.precondition)"
+            )
         if (foreign := self._foreign(request)) is not None:
             return foreign
         try:
@@ -162,13 +169,14 @@ class DeployedNode:
         # The model's own type: what was finite in a wider one may be so no more.
         model = self._model
         loaded = [*(t for pair in model.factors().values() for t in pair), *model.left.values()]
-        if not all(bool(torch.isfinite(tensor).all()) for tensor in [*loaded, *model.head().values()]):
+        loaded += [*model.rests().values(), *model.head().values()]
+        if not all(bool(torch.isfinite(tensor).all()) for tensor in loaded):
             return "adapters with numbers that are not finite"
         return None
 
     def _foreign(self, request: TrainRequest) -> str | None:
         """Why its code or its base model is not what this node accepts; None if they are."""
-        accepted, model = self.config.accept, base_digest(self.config.model)
+        accepted, model = self.config.accept, base_digest(self.config.model, self.config.lora)
         if request.base_model != model or model not in (accepted.base_model or [model]):
             return f"base model {request.base_model!r}, here {model}, accept.base_model {accepted.base_model}"
         for whose, code in (("this node's", code_digest()), ("the server's", request.code)):
@@ -224,7 +232,7 @@ class DeployedNode:
     @cached_property
     def _examples(self) -> Examples:
         config = self.config
-        return tokenise(self._records, load_tokenizer(config.model.name), config.data.max_length)
+        return tokenise(self._records, load_tokenizer(config.model.name), config.data.max_length, config.task)
 
     @cached_property
     def _node(self) -> Node:
@@ -243,6 +251,7 @@ class DeployedNode:
             budget=Budget.of(config.budget),
             engine=DirectEngine(ops_for(config.model.kernels, self._model.device)),
             noise=OsEntropyNoise(),
+            rank=config.rank,
         )
 
 

@@ -28,11 +28,12 @@ def replay(run_dir: Path) -> Iterator[tuple[int, str]]:
         raise ConfigError(f"{run_dir} holds no server's run; a simulation is repeated from its seed")
     if gone := sorted(forgotten(run_dir)):
         raise ConfigError(
-            f"{run_dir}: the updates of {gone} are erased, so its rounds cannot be played again"
+            f"{run_dir}: the updates of {gone} are erased, so its rounds cannot be played again; "
+            "replay another run"
         )
     _, classes = adapters_of(run_dir)
     model = load_model(config.model, config.task, config.lora, classes, config.seed)
-    method = build(config.method, config.lora)
+    method = build(config.method, config.lora, config.seed)
     last, _ = Store(run_dir).load()
     if last.round == 0:
         raise IncompleteError(f"{run_dir}: no round is completed yet; wait for the first")

@@ -26,12 +26,13 @@ from fedlora.deploy.journal import Journal, Reported
 from fedlora.deploy.soundness import Soundness
 from fedlora.disk import write_durably
 from fedlora.errors import ConfigError
-from fedlora.federation.loop import line_zero, rounds
+from fedlora.federation.events import ClientDone, Event, Listener, RoundDone, RunDone, RunStarted
+from fedlora.federation.loop import Stored, line_zero, rounds
 from fedlora.federation.store import Store
 from fedlora.methods import build
 from fedlora.privacy.ledger import MOST_ATTEMPTS
 from fedlora.privacy.noise import BY_THE_NODES
-from fedlora.runs.beginning import first_state, origin
+from fedlora.runs.beginning import first_state, origin, record_beginning
 from fedlora.runs.forgetting import forgotten, remaining
 from fedlora.runs.rundir import (
     SPENT,
@@ -40,9 +41,12 @@ from fedlora.runs.rundir import (
     load_roster,
     locked,
     run_config,
+    run_rounds,
     save_roster,
 )
 from fedlora.runs.summary import run_summary, write_summary
+from fedlora.tracking.telling import require_trackers, tracked
+from fedlora.training.guards import clip_note, clipped, require_gradients
 from fedlora.training.load import load_model, load_tokenizer
 from fedlora.training.tasks import evaluate
 from fedlora.transport import QUOTED
@@ -53,7 +57,7 @@ from fedlora.values import Adapters, Member, ServerState
 log = logging.getLogger(__name__)
 
 
-def serve(grid: Grid, config: RunConfig) -> Path:
+def serve(grid: Grid, config: RunConfig, stored: Stored = lambda state: None) -> Path:
     """The directory of the finished run. Goes on from the newest checkpoint, if there is one.
 
     Args:
@@ -61,12 +65,15 @@ def serve(grid: Grid, config: RunConfig) -> Path:
         config: `data` names the public test records and the classes, `data.partition.clients` the number of
             nodes to wait for, `privacy` the report's delta and accountant; the rest is as in a simulation.
 
+        stored: see `federation.loop`.
+
     Raises:
         ConfigError: the directory holds another run or a simulation, or the config names no number of nodes, or
             describes a world.
         IncompleteError: too few nodes answered; submit the run again.
     """
     require_servable(config)
+    require_trackers(config.tracking)
     run_dir = Path(config.output)
     if (run_dir / "config.yaml").exists():
         if load_roster(run_dir) is None:
@@ -75,18 +82,28 @@ def serve(grid: Grid, config: RunConfig) -> Path:
     if finished_summary(run_dir) is not None:
         return run_dir
     run_dir.mkdir(parents=True, exist_ok=True)
-    with locked(run_dir):
-        _serve(grid, config, run_dir)
+    with locked(run_dir), tracked(config, run_dir, _say) as tell:
+        _serve(grid, config, run_dir, tell, stored)
     return run_dir
 
 
-def _serve(grid: Grid, config: RunConfig, run_dir: Path) -> None:
+def _say(event: Event) -> None:
+    """What the log holds of a run: each reply, and each round."""
+    match event:
+        case RoundDone(round=line):
+            log.info("round %(round)d: %(answered)s answered, score %(score)s, %(seconds).1f s", line)
+        case ClientDone():
+            log.info("%s", event)
+
+
+def _serve(grid: Grid, config: RunConfig, run_dir: Path, tell: Listener, stored: Stored) -> None:
     centre = _centre(config)
     # The roster comes first: without it, a directory with a config is a simulation's.
     roster, nodes = _roster(grid, config, run_dir, centre.classes)
     members = remaining(run_dir, roster.members)
     write_durably(run_dir / "classes.json", json.dumps(centre.classes))
     write_durably(run_dir / "config.yaml", dump_config(config))
+    record_beginning(config, run_dir)
     noise = None if config.privacy == "none" else BY_THE_NODES
     store = Store(run_dir, roster.run, noise, config.method.stale.dtype)
     if store.is_empty():
@@ -99,26 +116,33 @@ def _serve(grid: Grid, config: RunConfig, run_dir: Path) -> None:
         nodes,
         deadline_s=federation.deadline_s,
         ttl_s=federation.deadline_s * (1 + federation.keep_gauges),
-        listener=lambda event: log.info("%s", event),
+        listener=tell,
         echo=journal.furthest,
         asks=MOST_ATTEMPTS,
     )
+    private = config.privacy != "none"
+    tell(RunStarted(clients=len(members), rounds=federation.rounds, private=private, run_dir=run_dir))
     for _, line in rounds(
         state,
         origin=origin(config, roster.run),
         seed=config.seed,
         members=members,
-        method=build(config.method, config.lora),
+        method=build(config.method, config.lora, config.seed),
         federation=federation,
         cohort=Reported(cohort, journal, Soundness(federation=federation, max_grad_norm=clip)),
         store=store,
         score=centre.score,
+        stored=stored,
         max_grad_norm=clip,
     ):
-        log.info("round %(round)d: %(answered)s answered, score %(score)s, %(seconds).1f s", line)
+        tell(RoundDone(round=line, eta_s=None))
     state, _ = store.load()
     clients = [member.client for member in roster.members]
-    write_summary(run_dir, run_summary(run_dir, config, clients=clients, state=state))
+    summary = run_summary(run_dir, config, clients=clients, state=state)
+    write_summary(run_dir, summary)
+    tell(RunDone(summary=summary))
+    if (note := clip_note(run_rounds(run_dir), config.privacy)) is not None:
+        log.warning("%s", note)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,15 +155,17 @@ class _Centre:
 def _centre(config: RunConfig) -> _Centre:
     """The public test data and the model that is scored on them."""
     corpus = load_corpus(config.data, config.task, config.seed)
-    test = tokenise(corpus.test, load_tokenizer(config.model.name), config.data.max_length)
+    test = tokenise(corpus.test, load_tokenizer(config.model.name), config.data.max_length, config.task)
     model = load_model(config.model, config.task, config.lora, corpus.classes, config.seed)
 
     def score(adapters: Adapters) -> dict[str, Any]:
         model.load(adapters)
         found = evaluate(model, test)
-        return {"metric": found.metric, "score": found.value, "loss": found.loss}
+        share = clipped(model, test, config.privacy)
+        return {"metric": found.metric, "score": found.value, "loss": found.loss, **share}
 
-    first = first_state(config, model, build(config.method, config.lora))
+    first = first_state(config, model, build(config.method, config.lora, config.seed))
+    require_gradients(model, first.adapters)
     return _Centre(classes=corpus.classes, first=first, score=score)
 
 

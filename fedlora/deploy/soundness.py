@@ -5,10 +5,12 @@ from dataclasses import dataclass
 
 from fedlora.algebra.deltas import joint_norm
 from fedlora.config.schema import Federation
+from fedlora.federation.guards import noise_missing
 from fedlora.federation.lengths import noise_length
+from fedlora.federation.ranks import trained_numbers
 from fedlora.federation.work import work
 from fedlora.transport.flower_client import MOST_RECORDS
-from fedlora.values import ClientUpdate, Delta, DpEvent, Released
+from fedlora.values import ClientUpdate, DpEvent, Released
 
 LEAST_NOISE, MOST_NOISE = 1e-2, 1e4
 """An event outside is no participation, and one at the end of the run could stop the accountants."""
@@ -38,7 +40,7 @@ class Soundness:
             return f"it says it spent {update.spent}"
         if clips and update.spent[0].expected_batch is None:
             return f"it does not say how many records a step draws: {update.spent[0]}"
-        return self._objection_to_length(update)
+        return self._objection_to_length(update) or (self._objection_to_parts(update) if clips else None)
 
     def _can_be_spent(self, event: DpEvent) -> bool:
         batch, most = event.expected_batch, event.max_draw
@@ -54,7 +56,8 @@ class Soundness:
         """Under SGD an update is noise of a known length, and a clipped gradient for each record that was drawn."""
         event = update.spent[0]
         length = joint_norm(update.delta)
-        released = Released(round=update.round, length=length, numbers=_entries(update.delta), spent=event)
+        numbers = trained_numbers(update, self.federation)
+        released = Released(round=update.round, length=length, numbers=numbers, spent=event)
         noise = noise_length(released, self.federation, self.max_grad_norm)
         if noise is None or self.max_grad_norm is None or event.expected_batch is None:
             return None
@@ -73,6 +76,16 @@ class Soundness:
             )
         return None
 
-
-def _entries(delta: Delta) -> int:
-    return sum(tensor.numel() for named in (delta.sites, delta.head) for tensor in named.values())
+    def _objection_to_parts(self, update: ClientUpdate) -> str | None:
+        """Noise is in every number that was trained; a mean would count what was not."""
+        k = (self.federation.ranks or {}).get(update.client)
+        for site, b in sorted(update.delta.sites.items()):
+            idle = int((b[:, :k] == 0).all(dim=0).sum()) if b.ndim == 2 and len(b) else 0
+            if idle:
+                return (
+                    f"{idle} columns of {site!r} are all zero, so no noise is in them; compare rank in its node.yaml "
+                    "with this run's federation.ranks"
+                )
+        if self.max_grad_norm is None:
+            return None
+        return noise_missing(update, self.federation, self.max_grad_norm, 1 - SPREAD)

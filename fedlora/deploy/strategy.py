@@ -10,7 +10,7 @@ its node, to which this process echoes what it remembers.
     nodes = Nodes(grid, lambda hello: hello.classes == classes)
     meet(nodes, lambda hellos: len(hellos) >= 3)
     model = load_model(config.model, config.task, config.lora, classes, config.seed)
-    method = build(config.method, config.lora)
+    method = build(config.method, config.lora, config.seed)
     strategy = FedLoraStrategy(
         nodes,
         first_state(config, model, method),
@@ -140,7 +140,7 @@ class FedLoraStrategy(Strategy):
             code=self.origin.code,
             round=self._plan.round,
             adapters=self.state.adapters,
-            work=work(self._plan.round, self.federation),
+            work=work(self._plan.round, self.federation, self.method.side(self._plan.round)),
         )
         # Only who is online: for any other node the deployed grid has no message to wait for, and waits all the same.
         online = self.nodes.online()

@@ -159,7 +159,9 @@ class Control:
         with self._told():
             answer = self._control.StartRun(StartRunRequest(fab=proto, series_id=series_id))
         if not answer.run_id:
-            raise ConfigError(f"the SuperLink at {self._address} takes no bundle of {len(fab)} bytes")
+            raise ConfigError(
+                f"the SuperLink at {self._address} takes no bundle of {len(fab)} bytes; see its log"
+            )
         return answer.run_id, answer.series_id
 
     def stop(self, run_id: int) -> None:
@@ -222,7 +224,7 @@ def bundle(app: Path, name: str) -> bytes:
         return build_fab_from_files(files)[0]
     except KeyError as error:
         raise ConfigError(
-            f"--app {app}: pyproject.toml has no table tool.flwr.app ({error} is missing)"
+            f"--app {app}: pyproject.toml has no table tool.flwr.app ({error} is missing); name fedlora's own directory"
         ) from None
     except (OSError, ValueError) as error:
         raise ConfigError(

@@ -8,10 +8,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from fedlora.config.data import Files, HuggingFace
 from fedlora.config.kinds import is_node
 from fedlora.config.load import dump_config, load_config, load_node
 from fedlora.config.node import NodeConfig, NodeFiles
-from fedlora.config.schema import Files, HuggingFace, Model, RunConfig
+from fedlora.config.schema import Model, RunConfig
 from fedlora.disk import fsync
 from fedlora.doctor.cluster import cluster_lines
 from fedlora.doctor.line import Line, fail, failed, looked, ok, warn, within

@@ -3,9 +3,10 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from fedlora.config.schema import Files, HuggingFace, RunConfig
+from fedlora.config.data import Files, HuggingFace
+from fedlora.config.schema import RunConfig
 from fedlora.export.report_clients import CLIENT_HEADS, MOST_ROWS, client_rows, dearest
-from fedlora.export.statement import METHODS, Statement, privacy_statement
+from fedlora.export.statement import METHODS, Statement, began_text, privacy_statement
 from fedlora.export.words import number, score
 
 
@@ -95,7 +96,8 @@ def _training(config: RunConfig, summary: Mapping[str, Any]) -> str:
             "Method",
             f"{method}, LoRA r {config.lora.r}, alpha {number(config.lora.lora_alpha)}",
         ),
-        ("Adapted layers", ", ".join(_code(name) for name in config.lora.target_modules)),
+        ("Adapted layers", _code(targets_text(config))),
+        *((("Began from", began_text(summary)),) if summary.get("began_from") else ()),
         ("Data", data_source(config)),
         ("Clients", f"{summary['clients']}, partition {config.data.partition.kind}"),
         ("Rounds", f"{summary['rounds_completed']} of {config.federation.rounds}"),
@@ -109,6 +111,14 @@ def _training(config: RunConfig, summary: Mapping[str, Any]) -> str:
         ),
     )
     return f"## Training\n\n{_table(rows)}\n"
+
+
+def targets_text(config: RunConfig) -> str:
+    """The layers that are adapted, and the ranks that are not the run's."""
+    lora = config.lora
+    names = [lora.target_modules] if isinstance(lora.target_modules, str) else lora.target_modules
+    other = ", ".join(f"{key}: {r}" for key, r in (lora.rank_pattern or {}).items())
+    return ", ".join(names) + (f"; other ranks: {other}" if other else "")
 
 
 def _base(config: RunConfig) -> str:

@@ -1,5 +1,6 @@
 """What a finished run hands over: the adapter and the report, in its own directory."""
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,8 +9,11 @@ from fedlora.config.schema import RunConfig
 from fedlora.export.diagnose import write_diagnostics
 from fedlora.export.peft_directory import write_adapter
 from fedlora.export.report import write_report
-from fedlora.runs.rundir import DIAGNOSTICS, run_diagnostics
-from fedlora.values import Adapters
+from fedlora.export.samples import asks_for_samples, write_samples
+from fedlora.runs.partition_picture import load_picture
+from fedlora.runs.rundir import DIAGNOSTICS, SAMPLES, run_diagnostics, run_rounds, run_samples
+from fedlora.runs.summary import summary_so_far
+from fedlora.values import Adapters, ServerState
 
 
 def deliver(
@@ -21,8 +25,9 @@ def deliver(
     trained: Callable[[], tuple[Adapters, tuple[str, ...]]],
     say: Callable[[str], None],
 ) -> None:
-    """`run_dir` holds adapter/, diagnostics.json and report.html; what was there before is whole, and kept.
+    """`run_dir` holds adapter/, diagnostics.json, report.html and, where asked for, samples.jsonl.
 
+    What was there before is whole, and kept.
     A run that has its report is not measured any more.
 
     Args:
@@ -30,15 +35,63 @@ def deliver(
         config: of the run.
         summary: as in summary.json.
         rounds: as in rounds.jsonl.
-        trained: reads the final adapters and the class names; called only where one of the three is missing.
+        trained: reads the final adapters and the class names; called only where something is missing.
         say: hears of what takes a while.
     """
     if not (run_dir / "adapter").exists():
         say("writing the adapter, and loading it again to be sure")
         adapters, classes = trained()
         write_adapter(run_dir / "adapter", config=config, adapters=adapters, classes=classes, summary=summary)
+    if asks_for_samples(config) and not (run_dir / SAMPLES).exists():
+        say("letting the model go on from test prompts")
+        write_samples(run_dir / SAMPLES, config, trained()[0])
     if not (run_dir / "report.html").exists():
         if run_diagnostics(run_dir) is None:
             say("measuring what the adapter is")
             write_diagnostics(run_dir / DIAGNOSTICS, config, *trained())
-        write_report(run_dir / "report.html", summary, rounds, config, run_diagnostics(run_dir))
+        report_of(run_dir, run_dir / "report.html", config=config, summary=summary, rounds=rounds)
+
+
+def report_of(
+    run_dir: Path,
+    target: Path,
+    *,
+    config: RunConfig,
+    summary: Mapping[str, Any],
+    rounds: Sequence[Mapping[str, Any]],
+) -> None:
+    """The report in `target` tells all that lies in `run_dir`."""
+    write_report(
+        target,
+        summary,
+        rounds,
+        config,
+        diagnostics=run_diagnostics(run_dir),
+        picture=load_picture(run_dir),
+        samples=run_samples(run_dir),
+    )
+
+
+def delivering(run_dir: Path, config: RunConfig, say: Callable[[str], None]) -> Callable[[ServerState], None]:
+    """What leaves adapters/round-000010 and so on in `run_dir`, every `export_every` rounds, once a round is stored.
+
+    Each is whole or not there, and one that is there stays; its card tells the epsilon spent by then. Given the newest
+    state again, as when a run goes on, it writes what an interruption kept from being written.
+
+    Args:
+        run_dir: of the run, simulated or served.
+        config: of the run.
+        say: hears of what takes a while.
+    """
+
+    def deliver_round(state: ServerState) -> None:
+        every, directory = config.export_every, run_dir / "adapters" / f"round-{state.round:06d}"
+        if every is None or state.round == 0 or state.round % every or directory.exists():
+            return
+        say(f"writing the adapter of round {state.round}")
+        classes = tuple(json.loads((run_dir / "classes.json").read_text(encoding="utf-8")))
+        # A round that was not scored has no score; the summary would tell an earlier one's.
+        summary = {**summary_so_far(run_dir), "score": run_rounds(run_dir)[-1].get("score")}
+        write_adapter(directory, config=config, adapters=state.adapters, classes=classes, summary=summary)
+
+    return deliver_round

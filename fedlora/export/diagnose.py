@@ -21,7 +21,7 @@ from fedlora.algebra.diagnostics import (
     share_by_chance,
     singular_values,
 )
-from fedlora.algebra.factors import whole
+from fedlora.algebra.factors import folded
 from fedlora.config.schema import RunConfig
 from fedlora.disk import write_durably
 from fedlora.training.checkpoints import load_base
@@ -50,7 +50,7 @@ def diagnostics(config: RunConfig, adapters: Adapters, classes: tuple[str, ...])
         `directions`: of the weight that explained shares are of, as many as the adapter's rank. `intruders_among` and
         `intruder_below`: k and epsilon of `intruder_dimensions`. `sites`: by name, see `_site` and `_beside`.
     """
-    sites = {site: whole(factors) for site, factors in sorted(adapters.sites.items())}
+    sites = {site: folded(factors, adapters.scale) for site, factors in sorted(adapters.sites.items())}
     weights = _weights(config, classes, _affordable(sites))
     found = {site: _site(factors, adapters.scale, weights.get(site)) for site, factors in sites.items()}
     return {

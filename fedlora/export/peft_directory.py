@@ -1,6 +1,7 @@
 """A run's model as files that PEFT and transformers load; loaded again and compared before they count."""
 
 import json
+import math
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -14,12 +15,14 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from fedlora.algebra.factors import whole
+from fedlora.algebra.factors import folded, padded
 from fedlora.config import schema
 from fedlora.config.schema import RunConfig
+from fedlora.disk import fsync
 from fedlora.errors import ConfigError, FedLoraError
 from fedlora.export.card import model_card
 from fedlora.training.checkpoints import DTYPES, load_base, quiet
+from fedlora.training.from_adapter import peft_scale
 from fedlora.training.load import load_model, load_tokenizer
 from fedlora.training.model import ADAPTER, AdaptedModel
 from fedlora.values import Adapters
@@ -42,6 +45,7 @@ def write_adapter(
     classes: tuple[str, ...],
     summary: Mapping[str, Any],
     merge: bool = False,
+    one_rank: bool = False,
 ) -> Path:
     """`directory` holds the trained model, and loading it from there gives the run's own logits.
 
@@ -56,6 +60,7 @@ def write_adapter(
         classes: names of the labels; empty for a causal LM.
         summary: of the run, for the model card.
         merge: a whole model with scale * B A added into its weights, in place of a PEFT directory.
+        one_rank: every layer has the largest rank of any, filled up with zeros, for who reads no `rank_pattern`.
 
     Raises:
         ConfigError: there is something in `directory`, or it cannot be written.
@@ -65,16 +70,27 @@ def write_adapter(
         raise ConfigError(f"{directory} is there already and is left alone; name a directory that is not")
     # Nobody who loads it need have the run's quantisation, and a merged weight must not be rounded.
     base_cfg = config.model.model_copy(update={"quantization": "none"})
-    given = config.model_copy(update={"model": base_cfg, "lora": peft_lora(config.lora)})
-    model = load_model(given.model, given.task, given.lora, classes, given.seed)
-    model.load(replace(adapters, sites={site: whole(factors) for site, factors in adapters.sites.items()}))
+    plain = as_peft(adapters, one_rank=one_rank)
+    ranks = {len(factors.a) for factors in plain.sites.values()}
+    same = one_rank or _has_rest(adapters)
+    lora_cfg = peft_lora(
+        config.lora, (max(ranks), None) if same else (config.lora.r, config.lora.rank_pattern)
+    )
+    if config.task.kind == "sequence-classification":  # whose head or pooler may have come with it
+        lora_cfg = lora_cfg.model_copy(update={"from_adapter": config.lora.from_adapter})
+    given = config.model_copy(update={"model": base_cfg, "lora": lora_cfg})
+    model = load_model(given.model, given.task, given.lora, classes, given.seed, any_rank=True)
+    model.load(replace(plain, scale=model.scale))  # the same, but for the last bit of a quotient
     aside = directory.with_name(f".{directory.name}.part")
     try:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
         _write(aside, model, given, classes, merge)
         (aside / "README.md").write_text(model_card(config, summary, merged=merge), encoding="utf-8")
+        for path in aside.iterdir():
+            fsync(path)
         aside.replace(directory)
+        fsync(directory.parent)
     except OSError as error:
         raise ConfigError(f"{directory} cannot be written ({error}); name another directory") from error
     finally:
@@ -82,9 +98,49 @@ def write_adapter(
     return directory
 
 
-def peft_lora(lora_cfg: schema.Lora) -> schema.Lora:
-    """The adapter as PEFT has it, with a whole B: what an export holds, whatever of it was trained."""
-    return lora_cfg.model_copy(update={"trains": "b"})
+def as_peft(adapters: Adapters, *, one_rank: bool = False) -> Adapters:
+    """The same model as PEFT can hold it: an A and a whole B a site, all of one rank, which a rest makes larger; or,
+    where there is no rest and one_rank is not asked for, each of its own.
+    """
+    sites = {site: folded(factors, adapters.scale) for site, factors in adapters.sites.items()}
+    if not one_rank and not _has_rest(adapters):
+        return replace(adapters, sites=sites)
+    r = max(len(factors.a) for factors in sites.values())
+    return replace(adapters, sites={site: padded(factors, r) for site, factors in sites.items()})
+
+
+def _has_rest(adapters: Adapters) -> bool:
+    return any(factors.rest is not None for factors in adapters.sites.values())
+
+
+Ranks = tuple[int, dict[str, int] | None]
+"""A rank, and by pattern those that differ."""
+
+
+def peft_lora(lora_cfg: schema.Lora, ranks: Ranks | None = None) -> schema.Lora:
+    """The adapter as PEFT has it, with a whole B: what an export holds, whatever of it was trained.
+
+    ranks: its own, at the same scale; None: the run's.
+    """
+    r, pattern = (lora_cfg.r, lora_cfg.rank_pattern) if ranks is None else ranks
+    alpha = lora_cfg.lora_alpha / lora_cfg.r * r
+    update = {
+        "trains": "b",
+        "r": r,
+        "lora_alpha": alpha,
+        "rank_pattern": pattern or None,
+        "from_adapter": None,
+    }
+    return lora_cfg.model_copy(update=update)
+
+
+def ranks_in(directory: Path) -> Ranks | None:
+    """The ranks of the adapter in a PEFT directory; None where none can be read, as `load_adapter` will say."""
+    try:
+        words = json.loads((directory / "adapter_config.json").read_text(encoding="utf-8"))
+        return int(words["r"]), dict(words.get("rank_pattern") or {}) or None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def load_adapter(directory: Path, model: AdaptedModel, classes: tuple[str, ...]) -> None:
@@ -105,11 +161,12 @@ def load_adapter(directory: Path, model: AdaptedModel, classes: tuple[str, ...])
         raise ConfigError(
             f"{directory} is neither a run nor a PEFT adapter ({error}); name one of the two"
         ) from None
-    if config["lora_alpha"] / config["r"] != model.scale:
-        scale = f"lora_alpha {config['lora_alpha']} / r {config['r']}"
-        raise ConfigError(
-            f"{directory} has {scale}, the config {model.scale:g}; make `lora` of the config equal"
-        )
+    for site in model.sites:
+        if not math.isclose(theirs := peft_scale(config, site), model.scale):
+            scale = f"lora_alpha {config['lora_alpha']} / r {config['r']}, a factor {theirs:g} at {site!r}"
+            raise ConfigError(
+                f"{directory} has {scale}, the config {model.scale:g}; make `lora` of the config equal"
+            )
     _require_classes(directory, classes)
     try:
         result = set_peft_model_state_dict(model.peft_model, state)

@@ -9,12 +9,18 @@ from fedlora.config.load import dump_config
 from fedlora.config.schema import RunConfig
 from fedlora.disk import write_durably
 from fedlora.errors import ConfigError
-from fedlora.export.card import data_source
-from fedlora.export.charts import line_chart
-from fedlora.export.page import folded, page, pairs, table
+from fedlora.export.card import data_source, targets_text
+from fedlora.export.page import folded, page, pairs
 from fedlora.export.report_adapter import what_the_adapter_is
-from fedlora.export.report_clients import accuracy_told, epsilon_by_client, participation_by_client
+from fedlora.export.report_clients import accuracy_told, epsilon_by_client
+from fedlora.export.report_clipping import clipping
+from fedlora.export.report_lengths import lengths_by_round
+from fedlora.export.report_participation import participation_by_client
+from fedlora.export.report_partition import partition_picture
+from fedlora.export.report_samples import what_it_says
+from fedlora.export.report_score import score_over_rounds
 from fedlora.export.report_signal import signal_by_client
+from fedlora.export.report_staleness import staleness_by_client
 from fedlora.export.statement import METHODS, NOT_PRIVATE, privacy_statement, reservation
 from fedlora.export.words import bytes_text, duration, epsilon, number, score
 from fedlora.privacy.noise import BY_THE_NODES
@@ -25,11 +31,15 @@ def write_report(
     summary: Mapping[str, Any],
     rounds: Sequence[Mapping[str, Any]],
     config: RunConfig,
+    *,
     diagnostics: Mapping[str, Any] | None = None,
+    picture: Mapping[str, Any] | None = None,
+    samples: Sequence[Mapping[str, Any]] = (),
 ) -> None:
-    """The report is in `target`, whole; ConfigError where it cannot be."""
+    """The report is in `target`, whole; ConfigError where it cannot be. For the arguments see `report_html`."""
+    words = report_html(summary, rounds, config, diagnostics=diagnostics, picture=picture, samples=samples)
     try:
-        write_durably(target, report_html(summary, rounds, config, diagnostics))
+        write_durably(target, words)
     except OSError as error:
         raise ConfigError(f"{target} cannot be written ({error.strerror}); name another file") from None
 
@@ -38,7 +48,10 @@ def report_html(
     summary: Mapping[str, Any],
     rounds: Sequence[Mapping[str, Any]],
     config: RunConfig | None = None,
+    *,
     diagnostics: Mapping[str, Any] | None = None,
+    picture: Mapping[str, Any] | None = None,
+    samples: Sequence[Mapping[str, Any]] = (),
 ) -> str:
     """A self-contained page: key figures, score curve, the clients, signal and noise, the adapter, the promise.
 
@@ -47,19 +60,26 @@ def report_html(
         rounds: as in rounds.jsonl, oldest first; may be empty.
         config: adds the target epsilon, the data and the whole config, if given.
         diagnostics: as in diagnostics.json; None: nothing is said of the adapter.
+        picture: as in partition.json; None: who holds what is not shown.
+        samples: as in samples.jsonl; empty: nothing is shown.
     """
     title = f"{_method(summary)}, {summary['clients']} clients, {summary['rounds_completed']} rounds"
     target = _target(summary, config)
     parts = [
         _head(summary, config),
         _figures(summary, target),
-        _curve(summary, rounds),
+        score_over_rounds(summary, rounds),
         accuracy_told(rounds),
     ]
     parts += [
         epsilon_by_client(summary, target),
+        partition_picture(picture),
         participation_by_client(summary, rounds),
+        staleness_by_client(summary, rounds),
         signal_by_client(rounds),
+        lengths_by_round(rounds),
+        clipping(rounds, config),
+        what_it_says(samples),
         what_the_adapter_is(diagnostics),
         _statement(summary),
     ]
@@ -131,35 +151,12 @@ def _figures(summary: Mapping[str, Any], target: float | None) -> str:
     return f'<dl class="figures">\n{"".join(cells)}\n</dl>'
 
 
-def _curve(summary: Mapping[str, Any], rounds: Sequence[Mapping[str, Any]]) -> str:
-    metric = str(summary["metric"])
-    points = [(int(line["round"]), float(line["score"])) for line in rounds if line.get("score") is not None]
-    if not points:
-        return ""
-    before, after = score(metric, summary["score_before"]), score(metric, points[-1][1])
-    title = f"Test {metric} over {points[-1][0]} rounds: {before} before training, {after} at the end"
-    chart = line_chart(
-        points, before=summary["score_before"], title=title, show=lambda value: score(metric, value)
-    )
-    rows = [
-        (
-            str(line["round"]),
-            score(metric, line.get("score")),
-            number(line.get("loss")),
-            epsilon(line.get("epsilon_max")),
-        )
-        for line in rounds
-    ]
-    as_table = folded("As a table", table(("Round", f"Test {metric}", "Test loss", "Largest epsilon"), rows))
-    return f"<h2>Test {escape(metric)}</h2>\n<figure>\n{chart}\n</figure>\n{as_table}"
-
-
 def _statement(summary: Mapping[str, Any]) -> str:
     statement = privacy_statement(summary)
     warn = "" if summary["private"] and reservation(summary) is None else " warn"
     outside = "".join(f"<li>{escape(line)}</li>" for line in statement.not_protected)
     outside = f"<h3>Not protected</h3>\n<ul>{outside}</ul>" if outside else ""
-    heading = f"<h2>Privacy statement: {escape(statement.heading)}</h2>"
+    heading = f'<h2 class="promise">Privacy statement: {escape(statement.heading)}</h2>'
     return f'{heading}\n<div class="statement{warn}">\n{pairs(statement.terms)}\n{outside}\n</div>'
 
 
@@ -168,9 +165,12 @@ def _config(summary: Mapping[str, Any], config: RunConfig | None) -> str:
         return f"<h2>Method</h2>\n{pairs([('Method', _method(summary))])}"
     rounds, lora = config.federation, config.lora
     rows = (
-        ("Method", f"{_method(summary)}, FedStale beta {_beta(config)}"),
-        ("Adapter", f"LoRA r {lora.r}, alpha {number(lora.lora_alpha)}, on {', '.join(lora.target_modules)}"),
-        ("Local work", f"{rounds.local_steps} steps, expected batch {rounds.batch_size}"),
+        ("Method", f"{_method(summary)}, {_stale(config)}"),
+        ("Adapter", f"LoRA r {lora.r}, alpha {number(lora.lora_alpha)}, on {targets_text(config)}"),
+        (
+            "Local work",
+            f"{rounds.local_steps} step{'' if rounds.local_steps == 1 else 's'}, expected batch {rounds.batch_size}",
+        ),
         ("Optimizer", f"{rounds.optimizer.name}, learning rate {number(rounds.optimizer.lr)}"),
         ("Partition", config.data.partition.kind),
         ("Runtime", str(summary["execution"])),
@@ -179,9 +179,11 @@ def _config(summary: Mapping[str, Any], config: RunConfig | None) -> str:
     return f"<h2>Method</h2>\n{pairs(rows)}\n{whole}"
 
 
-def _beta(config: RunConfig) -> str:
-    beta = config.method.stale.beta
-    return beta if isinstance(beta, str) else number(beta)
+def _stale(config: RunConfig) -> str:
+    stale = config.method.stale
+    if stale.rule == "mifa":
+        return "MIFA"
+    return f"FedStale beta {stale.beta if isinstance(stale.beta, str) else number(stale.beta)}"
 
 
 def _made_with(summary: Mapping[str, Any]) -> str:

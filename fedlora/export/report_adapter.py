@@ -6,7 +6,7 @@ from statistics import fmean
 from typing import Any
 
 from fedlora.export.charts import Panel, panels_chart
-from fedlora.export.page import folded, pairs, table
+from fedlora.export.page import figure, folded, pairs, table
 from fedlora.export.words import number
 
 _SHOWN_SITES = 24
@@ -28,9 +28,9 @@ def what_the_adapter_is(found: Mapping[str, Any] | None) -> str:
         "effective rank is how many of them count: the exponential of their entropy. Noise alone fills all "
         f"directions alike.{note}"
     )
-    figure = f"<figure>\n{panels_chart(panels, title=title)}\n</figure>"
+    chart = figure(lambda width: panels_chart(panels, title=title, width=width))
     every = folded("Layer by layer", _table(found, labels))
-    return f"<h2>What the adapter is</h2>\n<p>{text}</p>\n{figure}\n{pairs(_whole(found))}\n{_words(found)}\n{every}"
+    return f"<h2>What the adapter is</h2>\n<p>{text}</p>\n{chart}\n{pairs(_whole(found))}\n{_words(found)}\n{every}"
 
 
 def site_labels(sites: Sequence[str]) -> dict[str, str]:

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fedlora.algebra.diagnostics import signal_to_noise
-from fedlora.export.charts import line_chart, size_chart
-from fedlora.export.page import folded, table
+from fedlora.export.charts import line_chart
+from fedlora.export.grids import size_chart
+from fedlora.export.page import figure, folded, table
 
 _SHOWN_CLIENTS = 40
 """Rows of the chart and the table; the lengths of all clients are in rounds.jsonl."""
@@ -53,18 +54,20 @@ def signal_by_client(rounds: Sequence[Mapping[str, Any]]) -> str:
         "could be told from noise. All of it follows from what was released, so it costs no privacy."
     )
     points = [(index, by_round[index].ratio) for index in sorted(by_round)]
-    curve = line_chart(
-        points,
-        before=None,
-        title="Signal to noise of all updates of a round",
-        show=_ratio,
-        name="signal",
-        floor=0.0,
+    title = "Signal to noise of all updates of a round"
+    curve = figure(
+        lambda width: line_chart(
+            points,
+            before=None,
+            title=title,
+            show=_ratio,
+            name="signal",
+            unit="ratio",
+            floor=0.0,
+            width=width,
+        )
     )
-    return (
-        f"<h2>Signal to noise of the updates</h2>\n<p>{text}</p>\n<figure>\n{curve}\n</figure>\n"
-        f"{_clients(by_client, each)}"
-    )
+    return f"<h2>Signal to noise of the updates</h2>\n<p>{text}</p>\n{curve}\n{_clients(by_client, each)}"
 
 
 def _clients(by_client: Mapping[str, Energies], each: Mapping[tuple[str, int], float]) -> str:
@@ -79,14 +82,14 @@ def _clients(by_client: Mapping[str, Energies], each: Mapping[tuple[str, int], f
     )
     more = len(by_client) - len(names)
     note = f" The {len(names)} heard most, and {more:,} more in rounds.jsonl." if more else ""
-    chart = size_chart(names, shown, sizes, title=title)
+    chart = figure(lambda width: size_chart(names, shown, sizes, title=title, width=width))
     caption = (
         f"Client by client: the area of a disc is the ratio, the largest {_ratio(largest)}; a ring is 0, a point no "
         f"update.{note}"
     )
     rows = [(name, str(len(by_client[name].noise)), _ratio(by_client[name].ratio)) for name in names]
     as_table = folded("As a table", table(("Client", "Updates", "Signal to noise of all of them"), rows))
-    return f"<p>{caption}</p>\n<figure>\n{chart}\n</figure>\n{as_table}"
+    return f"<p>{caption}</p>\n{chart}\n{as_table}"
 
 
 def _ratio(value: float) -> str:

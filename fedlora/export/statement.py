@@ -106,6 +106,18 @@ def _terms(summary: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
         ("Accountant", _accountant(summary)),
         ("Noise", noise_label(summary["noise_source"])),
         ("Tuning", tuning_text(summary["tuning"])),
+        *((("Began from", began_text(summary)),) if summary.get("began_from") else ()),
+    )
+
+
+def began_text(summary: Mapping[str, Any]) -> str:
+    """Which adapter the run began from, and what it means for the promise."""
+    found = summary.get("began_from")
+    if not found:
+        return "nothing but the base model"
+    return (
+        f"the adapter {found['name']!r}, SHA-256 {found['sha256']}; it is treated as public, so what it was trained on "
+        "is no part of this promise"
     )
 
 
@@ -158,7 +170,13 @@ def _evaluation(evaluation: Mapping[str, Any] | None) -> str:
     )
 
 
-METHODS = {"fedsvd": "FedSVD", "ffa": "FFA-LoRA", "fedsb": "Fed-SB", "fedavg": "FedAvg of LoRA B"}
+METHODS = {
+    "fedsvd": "FedSVD",
+    "ffa": "FFA-LoRA",
+    "fedsb": "Fed-SB",
+    "svfit": "SVFit",
+    "fedavg": "FedAvg of LoRA B",
+}
 """Names as the papers write them."""
 
 _ACCOUNTANTS = {

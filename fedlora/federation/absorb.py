@@ -9,18 +9,20 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fedlora.algebra.deltas import add, applied, scale, zeros_like
-from fedlora.algebra.factors import orthonormalise
+from fedlora.algebra.deltas import add, empty_memory, scale, tensors
+from fedlora.algebra.factors import is_diagonal, orthonormalise
+from fedlora.algebra.warm import begun_with
 from fedlora.config import schema
+from fedlora.config.ranks import rank_of
 from fedlora.errors import ConfigError, IncompleteError
 from fedlora.federation.gather import Gathered
 from fedlora.methods import Method
 from fedlora.methods.server import server_optimizer
 from fedlora.methods.subspace import Public
 from fedlora.values import (
-    FRAME,
     Adapters,
     Delta,
+    Factors,
     Gauges,
     Recurrence,
     RoundReport,
@@ -46,59 +48,68 @@ def start(
     seed: int,
     dtype: torch.dtype,
     public: Mapping[Site, Public] | None = None,
+    products: Mapping[Site, Factors] | None = None,
 ) -> ServerState:
-    """The state before the first round: basis 0, B zero, nothing remembered, the frame spanning the first A.
+    """The state before the first round: basis 0, nothing remembered, the frame spanning the first A; B is zero, but
+    for sites whose product is given.
 
     The memory is float64, whatever the rest is.
 
     Args:
         shapes: (d_out, d_in) of each adapted site.
         head: starting values of a trained head; empty if there is none.
-        lora_cfg: `r` and `lora_alpha` are read.
+        lora_cfg: `r`, `rank_pattern` and `lora_alpha` are read.
         method: its subspace gives the first factors.
         seed: of the run.
         dtype: of every tensor of the state.
         public: of each site, what the method's subspace looks at.
+        products: of some sites, the B A to begin with, at this run's scale; of no higher rank than the site's.
 
     Raises:
         ConfigError: lora.r exceeds a side of a site.
     """
-    r = lora_cfg.r
-    for site, shape in sorted(shapes.items()):
-        if r > min(shape):
+    ranks = {site: rank_of(lora_cfg, site) for site in sorted(shapes)}
+    for site, r in ranks.items():
+        if r > min(shapes[site]):
             raise ConfigError(
-                f"lora.r {r} exceeds a side of {site!r}, {tuple(shape)}; lower it to {min(shape)} or less"
+                f"lora.r {r} exceeds a side of {site!r}, {tuple(shapes[site])}; lower it to {min(shapes[site])} or less"
             )
     sites = {
-        site: method.subspace.first(site, shape, r, seed, dtype, (public or {}).get(site))
-        for site, shape in sorted(shapes.items())
+        site: method.subspace.first(site, shapes[site], r, seed, dtype, (public or {}).get(site))
+        for site, r in ranks.items()
     }
+    for site, product in (products or {}).items():
+        sites[site] = begun_with(sites[site], product)
     first_head = {name: tensor.to(dtype) for name, tensor in sorted(head.items())}
-    adapters = Adapters(basis=0, scale=lora_cfg.lora_alpha / r, sites=sites, head=first_head)
-    frame = {site: orthonormalise(factors.a).q for site, factors in sites.items()}
-    memory = _wide(replace(zeros_like(adapters), basis=FRAME))
-    return ServerState(
-        round=0, adapters=adapters, frame=frame, gauges=(_gauges(adapters, frame),), memory=memory
-    )
+    adapters = Adapters(basis=0, scale=lora_cfg.lora_alpha / lora_cfg.r, sites=sites, head=first_head)
+    return _in_new_frame(round=0, adapters=adapters)
 
 
 def absorb(
     state: ServerState, gathered: Gathered, *, method: Method, federation: schema.Federation
 ) -> Absorbed:
-    """The state after the round whose replies were gathered: the step is taken, then the subspace moves.
+    """The state after the round whose replies were gathered: the step is taken, then the subspace moves or is left.
 
     The step is what the server's optimiser makes of the mixed update. Of `federation`, `server` and `keep_gauges` are
     read.
 
     Without any answer B still moves by beta * memory, and stays if beta is 0: where shares are normalised such a round
-    says nothing, so the optimiser sleeps; with importance its zero is a sample. An adaptive beta of the next
-    round knows this one.
+    says nothing, so the optimiser sleeps; with importance its zero is a sample, and under MIFA it is a round as any. An
+    adaptive beta of the next round knows this one.
     """
     number = gathered.report.round
     step, moments = gathered.step, state.moments
-    if gathered.heard or federation.participation == "importance":
+    if gathered.heard or method.mixing.steps_without_answers(federation.participation):
         step, moments = server_optimizer(federation.server).step(step, moments, state.gauges[-1])
-    adapters = method.subspace.move(applied(state.adapters, step), number, softens=bool(gathered.heard))
+    # A client that went a share of its way in both factors would have gone its square in their product.
+    products = {site: federation.server.lr**2 * mean for site, mean in gathered.products.items()}
+    moved = method.mean.moved(state.adapters, step, products, number)
+    adapters = method.subspace.move(
+        moved, number, softens=bool(gathered.heard), next_side=method.side(number + 1)
+    )
+    if step.a or method.subspace.leaves(number):
+        adapters = replace(adapters, basis=state.adapters.basis + 1)
+        return Absorbed(state=_in_new_frame(round=number, adapters=adapters), report=gathered.report)
     after = ServerState(
         round=number,
         adapters=adapters,
@@ -113,7 +124,9 @@ def absorb(
     return Absorbed(state=after, report=gathered.report)
 
 
-def forget(state: ServerState, client: str, remembered: Delta | None, weight: float) -> ServerState:
+def forget(
+    state: ServerState, client: str, remembered: Delta | None, weight: float, *, counted: float = 1.0
+) -> ServerState:
     """The state as if the client, now gone from the roster, had left nothing in the memory; the model stays.
 
     Its remembered update is subtracted, and the rest is divided by 1 - weight, since the shares of all others
@@ -125,6 +138,7 @@ def forget(state: ServerState, client: str, remembered: Delta | None, weight: fl
         client: who leaves.
         remembered: its last update, in the frame; None if it was never heard.
         weight: its share just before it leaves.
+        counted: what its remembered update is multiplied by in the memory, beside its share and a beta of its own.
 
     Raises:
         IncompleteError: the state has heard the client, but no remembered update is given though the memory
@@ -136,7 +150,7 @@ def forget(state: ServerState, client: str, remembered: Delta | None, weight: fl
             f"the update of {client!r} remembered from round {state.remembered[client]} is missing; restore it"
         )
     beta = state.own[client].beta if client in state.own else 1.0
-    memory = state.memory if remembered is None else add(state.memory, remembered, -weight * beta)
+    memory = state.memory if remembered is None else add(state.memory, remembered, -weight * beta * counted)
     # The last member leaves only what rounding left.
     memory = scale(memory, 1 / (1 - weight) if weight < 1 else 0.0)
     others = {name: heard for name, heard in state.remembered.items() if name != client}
@@ -152,22 +166,32 @@ def admit(state: ServerState, weight: float) -> ServerState:
     return replace(state, memory=scale(state.memory, 1 - weight))
 
 
-def _wide(delta: Delta) -> Delta:
-    """In float64, where a sum that clients join and leave for ever stays the sum of those who are in it."""
-    sites = {site: tensor.double() for site, tensor in delta.sites.items()}
-    return replace(delta, sites=sites, head={name: tensor.double() for name, tensor in delta.head.items()})
+def _in_new_frame(*, round: int, adapters: Adapters) -> ServerState:
+    """The state whose frame spans the A that is there; nothing is remembered in it."""
+    frame = {site: orthonormalise(factors.a).q for site, factors in adapters.sites.items()}
+    return ServerState(
+        round=round,
+        adapters=adapters,
+        frame=frame,
+        gauges=(_gauges(adapters, frame),),
+        memory=empty_memory(adapters),
+    )
 
 
 def _holds_anything(delta: Delta) -> bool:
-    return any(bool(tensor.any()) for named in (delta.sites, delta.head) for tensor in named.values())
+    return any(bool(tensor.any()) for tensor in tensors(delta))
 
 
 def _gauges(adapters: Adapters, frame: Mapping[Site, Tensor]) -> Gauges:
-    sites = {
-        site: (adapters.sites[site].a.double() @ frame[site].double().T).to(frame[site].dtype)
-        for site in sorted(frame)
-    }
+    sites = {site: _gauge(adapters.sites[site], frame[site]) for site in sorted(frame)}
     return Gauges(basis=adapters.basis, sites=sites)
+
+
+def _gauge(factors: Factors, rows: Tensor) -> Tensor:
+    # Under singular values A stays, and what rounding leaves beside a gauge's ones must not mix them.
+    if is_diagonal(factors):
+        return torch.eye(len(rows), dtype=rows.dtype)
+    return (factors.a.double() @ rows.double().T).to(rows.dtype)
 
 
 def _extended(state: ServerState, adapters: Adapters, keep_gauges: int) -> tuple[Gauges, ...]:

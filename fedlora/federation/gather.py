@@ -10,13 +10,16 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+from torch import Tensor
 
-from fedlora.algebra.deltas import into_frame
+from fedlora.algebra.deltas import empty_memory, into_frame
 from fedlora.algebra.flat import Layout
-from fedlora.algebra.mixing import RunningMix
+from fedlora.algebra.mixing import RunningMix, RunningProducts
 from fedlora.algebra.recurrence import RunningRecurrence
 from fedlora.config import schema
 from fedlora.errors import IncompleteError
+from fedlora.federation.ranks import ColumnMeans, Ranks, trained_numbers
+from fedlora.federation.rates import Rates
 from fedlora.federation.sift import fault_of
 from fedlora.methods import Method
 from fedlora.values import (
@@ -30,6 +33,8 @@ from fedlora.values import (
     RoundPlan,
     RoundReport,
     ServerState,
+    Side,
+    Site,
 )
 
 
@@ -71,11 +76,13 @@ class Remembered:
 class Gathered:
     """What the replies of a round amount to. heard: the round of each update that counted, by client.
 
+    products: the mean of (change of B) (change of A), where the method's mean asks for it.
     recurrence: with this round's, as the next round's beta needs it. own: of the clients that were heard.
     """
 
     step: Delta
     memory: Delta
+    products: Mapping[Site, Tensor]
     recurrence: Recurrence
     own: Mapping[str, Own]
     heard: Mapping[str, int]
@@ -99,7 +106,7 @@ def gather(
         plan: of the round that the replies end.
         replies: from anyone, of this round or earlier ones; none is held longer than until its turn.
         memory: recalls what the state remembers, and keeps what it will.
-        method: its mixing. federation: its `participation` and the kind of its cohort.
+        method: its mixing. federation: its `participation`, `ranks` and the kind of its cohort.
         enough: see `Federation.enough`.
 
     Raises:
@@ -132,8 +139,15 @@ class Gathering:
             )
         self._state, self._plan, self._memory = state, plan, memory
         self._mixing, self._federation = method.mixing, federation
+        self._rates = Rates(mixing=method.mixing, federation=federation)
+        self._ranks = Ranks.of(state.adapters, federation)
+        self._columns = ColumnMeans(self._ranks)
         self._gauges = {known.basis: known for known in state.gauges}
-        self._mix = RunningMix(state.memory, self._gauges)
+        self._side: Side = method.side(plan.round)
+        # What is remembered is shaped like B; a round that trains A mixes what is fresh alone.
+        nothing = empty_memory(state.adapters, self._side)
+        self._mix = RunningMix(state.memory if self._mixing.remembers else nothing, self._gauges)
+        self._products = RunningProducts() if method.mean.products else None
         centred = self._mixing.centred(federation)
         self._recurrence = (
             RunningRecurrence(self._mix.layout, centred=centred) if self._mixing.adaptive else None
@@ -162,7 +176,7 @@ class Gathering:
         Raises:
             IncompleteError: what is remembered of its client is missing.
         """
-        fault = fault_of(reply, self._state, self._plan)
+        fault = fault_of(reply, self._state, self._plan, self._side, self._ranks)
         if fault is not None:
             self._reject(reply.client, fault)
         elif isinstance(reply, Refusal):
@@ -191,10 +205,14 @@ class Gathering:
                 )
             else:
                 self._fold(late)
-        divisor = self._mixing.divisor(self._factors, self._federation.participation)
+        basis, participation = self._state.adapters.basis, self._federation.participation
+        divisor = self._mixing.divisor(self._factors, participation)
+        beta = self._beta / self._rates.in_memory(self._plan.round)
+        step = self._mix.mixed(basis, beta, divisor)
         return Gathered(
-            step=self._mix.mixed(self._state.adapters.basis, self._beta, divisor),
-            memory=self._mix.memory(),
+            step=self._columns.of(step, self._plan, participation, divisor),
+            memory=self._mix.memory() if self._mixing.remembers else self._state.memory,
+            products={} if self._products is None else self._products.mean(divisor),
             recurrence=self._known(),
             own=self._own,
             heard=self._heard,
@@ -224,24 +242,32 @@ class Gathering:
             last = self._state.remembered.get(client)
             stale = None if last is None else self._memory.recall(client, last)
             kept = self._memory.keep(client, update.round, into_frame(delta, self._gauges[delta.basis]))
-            beta, stale_beta = self._own_betas(client, kept, stale, factor)
+            beta, stale_beta = self._own_betas(client, (kept, update.round), (stale, last or 0), factor)
             self._mix.replace(
-                kept, stale,
-                factor=factor, weight=self._plan.weight[client], beta=beta, stale_beta=stale_beta,
+                kept, stale, factor=factor, weight=self._plan.weight[client],
+                beta=beta * self._rates.in_memory(update.round),
+                stale_beta=stale_beta * self._rates.in_memory(last or 0),
             )  # fmt: skip
-        self._mix.add(delta, factor)
+        self._mix.add(delta, factor * self._rates.now(update.round, self._plan.round))
+        if self._products is not None:
+            self._products.add(delta, factor)
         self._factors += factor
+        self._columns.add(client, factor)
         self._heard[client] = update.round
-        self._released[client] = _released(update, self._mix.layout)
+        self._released[client] = _released(update, self._mix.layout, self._federation)
         if update.accuracy is not None:
             self._accuracy[client] = update.accuracy
 
-    def _own_betas(self, client: str, kept: Delta, stale: Delta | None, factor: float) -> tuple[float, float]:
-        """Of what is remembered of the client from now on, and of what was; 1 where all have the same."""
+    def _own_betas(
+        self, client: str, kept: tuple[Delta, int], stale: tuple[Delta | None, int], factor: float
+    ) -> tuple[float, float]:
+        """Of what is remembered of the client from now on, and of what was, with their rounds; 1 where all have one."""
         adaptive = self._mixing.adaptive
         if adaptive is None or self._recurrence is None:
             return 1.0, 1.0
-        pair = self._recurrence.add(kept, stale, factor**2)
+        fresh = self._rates.as_now(*kept, self._plan.round)
+        old = None if stale[0] is None else self._rates.as_now(stale[0], stale[1], self._plan.round)
+        pair = self._recurrence.add(fresh, old, factor**2)
         if not adaptive.by_client:
             return 1.0, 1.0
         before = self._state.own.get(client, Own())
@@ -269,11 +295,12 @@ class Gathering:
         )
 
 
-def _released(update: ClientUpdate, layout: Layout) -> Released:
+def _released(update: ClientUpdate, layout: Layout, federation: schema.Federation) -> Released:
     row = layout.flat(update.delta)
     length = float(torch.linalg.vector_norm(row, dtype=torch.float64))
     spent = update.spent[0] if update.spent else None
-    return Released(round=update.round, length=length, numbers=layout.numbers, spent=spent)
+    numbers = trained_numbers(update, federation)
+    return Released(round=update.round, length=length, numbers=numbers, spent=spent)
 
 
 def _joined(reasons: Mapping[str, set[str]]) -> dict[str, str]:

@@ -38,12 +38,12 @@ def noise_length(update: Released, federation: Federation, max_grad_norm: float 
 
     SGD adds lr / expected_batch times each step's noise, and steps are independent: steps * (lr / expected_batch)^2 *
     E|noise of a step|^2. A proximal term leaves 1 - lr * proximal of it at each later step. An AdamW step says nothing
-    of its noise.
+    of its noise, nor does a preconditioned one without its A and B.
     """
     spent, optimizer = update.spent, federation.optimizer
     if spent is None or spent.expected_batch is None or max_grad_norm is None:
         return None
-    if not isinstance(optimizer, Sgd):
+    if not isinstance(optimizer, Sgd) or optimizer.precondition != "none":
         return None
     asked = work(update.round, federation)
     left = 1 - asked.learning_rate * asked.proximal

@@ -9,6 +9,7 @@ from fedlora.errors import IncompleteError
 from fedlora.federation.absorb import Absorbed, absorb
 from fedlora.federation.cohort import Cohort
 from fedlora.federation.gather import gather
+from fedlora.federation.guards import require_finite_score, require_sound
 from fedlora.federation.lengths import lengths
 from fedlora.federation.plan import Roll
 from fedlora.federation.store import Store
@@ -17,7 +18,10 @@ from fedlora.methods import Method
 from fedlora.values import Adapters, Member, Origin, RoundPlan, ServerState, TrainRequest
 
 Score = Callable[[Adapters], dict[str, Any]]
-"""Scores adapters on public test data: {metric, score, loss, epsilon_max}."""
+"""Scores adapters on public test data: {metric, score, loss, epsilon_max}, and what else is to stand in the line."""
+
+Stored = Callable[[ServerState], None]
+"""Is given every state once it is on disk, and the newest again when a run goes on."""
 
 Told = Callable[[int], dict[str, Any]]
 """What else is to stand in a round's line."""
@@ -35,6 +39,7 @@ def rounds(
     store: Store,
     score: Score,
     told: Told = lambda round_: {},
+    stored: Stored = lambda state: None,
     max_grad_norm: float | None = None,
 ) -> Iterator[tuple[ServerState, dict[str, Any]]]:
     """Goes on from `state` to the last round; each pair it yields is already on disk.
@@ -46,9 +51,11 @@ def rounds(
 
     Raises:
         IncompleteError: fewer than federation.min_clients answered; the round left no trace and can be done again.
+        GuardError: the model did not move, or is not finite, or nor is its score; likewise.
     """
     try:
         roll = Roll.of(members, federation)
+        stored(state)
         while state.round < federation.rounds:
             began = time.monotonic()
             planned = roll.plan(state.round + 1, run=origin.run, seed=seed)
@@ -59,7 +66,7 @@ def rounds(
                 code=origin.code,
                 round=planned.round,
                 adapters=state.adapters,
-                work=work(planned.round, federation),
+                work=work(planned.round, federation, method.side(planned.round)),
             )
             replies = cohort.ask(planned.cohort, request) if planned.cohort else ()
             gathered = gather(
@@ -68,11 +75,14 @@ def rounds(
             )  # fmt: skip
             absorbed = absorb(state, gathered, method=method, federation=federation)
             _require_enough(planned, absorbed, federation)
-            state = absorbed.state
+            before, state = state, absorbed.state
             due = state.round % federation.evaluate_every == 0 or state.round == federation.rounds
-            line = _line(absorbed, score(state.adapters) if due else {}, time.monotonic() - began)
+            scored = score(state.adapters) if due else {}
+            require_sound(before, gathered, state, scored, federation)
+            line = _line(absorbed, scored, time.monotonic() - began)
             line |= lengths(absorbed.report.released, federation, max_grad_norm) | told(state.round)
             store.commit(absorbed, line)
+            stored(state)
             yield state, line
     finally:
         store.close()  # what an unfinished round has kept never was
@@ -91,7 +101,12 @@ def _require_enough(planned: RoundPlan, absorbed: Absorbed, federation: Federati
 
 
 def line_zero(scored: dict[str, Any]) -> dict[str, Any]:
-    """The line of the zero-step model, before anybody was asked."""
+    """The line of the zero-step model, before anybody was asked.
+
+    Raises:
+        GuardError: its score is no number.
+    """
+    require_finite_score(0, scored, "nothing was trained")
     nobody: dict[str, Any] = {"asked": [], "answered": [], "refused": {}, "rejected": {}, "accuracy_told": {}}
     return {"round": 0, **nobody, **scored, "seconds": 0.0}
 
@@ -110,4 +125,5 @@ def _line(absorbed: Absorbed, scored: dict[str, Any], seconds: float) -> dict[st
         "loss": scored.get("loss"),
         "epsilon_max": scored.get("epsilon_max"),
         "seconds": round(seconds, 3),
+        **scored,
     }

@@ -44,7 +44,7 @@ class Shares(Mapping[str, float]):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Roll:
-    """Everybody who may be asked in any round of a run. clients: sorted; cohort: as in `schema.Federation`.
+    """Everybody who may be asked in any round of a run. clients: sorted; cohort, reshuffle: as in `schema.Federation`.
 
     probability, weight: as in `RoundPlan`, the same in every round.
     """
@@ -53,6 +53,7 @@ class Roll:
     probability: Shares
     weight: Shares
     cohort: int | schema.IndependentCohort
+    reshuffle: bool
 
     @classmethod
     def of(cls, members: Sequence[Member], federation: schema.Federation) -> "Roll":
@@ -64,19 +65,31 @@ class Roll:
             probability=_probability(clients, federation.cohort),
             weight=weights(members, federation.weighting),
             cohort=federation.cohort,
+            reshuffle=federation.reshuffle,
         )
 
     def plan(self, round_: int, *, run: str, seed: int) -> RoundPlan:
         """The plan of that round; see `plan`."""
-        draw = torch.Generator().manual_seed(seed_for(seed, "cohort", round_))
-        tickets = torch.rand(len(self.clients), generator=draw, dtype=torch.float64).numpy()
+        places = self._in_turn(round_, seed) if self.reshuffle else self._drawn(self._tickets(seed, round_))
         return RoundPlan(
             run=run,
             round=round_,
-            cohort=tuple(self.clients[place] for place in self._drawn(tickets).tolist()),
+            cohort=tuple(self.clients[place] for place in places.tolist()),
             probability=self.probability,
             weight=self.weight,
         )
+
+    def _tickets(self, seed: int, *of: str | int) -> NDArray[np.float64]:
+        """A number in [0, 1) for each client."""
+        draw = torch.Generator().manual_seed(seed_for(seed, "cohort", *of))
+        return torch.rand(len(self.clients), generator=draw, dtype=torch.float64).numpy()
+
+    def _in_turn(self, round_: int, seed: int) -> NDArray[np.int64]:
+        """Places of those whose turn it is in this lap, sorted; one order a lap."""
+        assert isinstance(self.cohort, int)
+        lap, turn = divmod(round_ - 1, len(self.clients) // self.cohort)
+        order = np.argsort(self._tickets(seed, "lap", lap), kind="stable")
+        return np.sort(order[turn * self.cohort : (turn + 1) * self.cohort])
 
     def _drawn(self, tickets: NDArray[np.float64]) -> NDArray[np.int64]:
         """Places of those who are asked, sorted."""
@@ -92,6 +105,9 @@ def plan(
     state: ServerState, members: Sequence[Member], *, run: str, federation: schema.Federation, seed: int
 ) -> RoundPlan:
     """The plan of round `state.round + 1`, the same for equal arguments in whatever order the members come.
+
+    Under `reshuffle` a client's chance depends on who was asked earlier in the lap; `probability` is that of a round
+    drawn at random from a lap, so importance corrects a lap as a whole.
 
     Probability and weight stand for every member, not for the cohort alone: a late reply of an earlier round
     counts too.
@@ -118,16 +134,17 @@ def require_plannable(members: Sequence[Member], federation: schema.Federation) 
     """Passes only a roster that every round can be planned for; asked before anything is written.
 
     Raises:
-        ConfigError: as `plan` would, or a probability is given for a client that is no member.
+        ConfigError: as `plan` would, or a probability or a rank is given for a client that is no member.
     """
     clients = Roll.of(members, federation).clients
     named = getattr(federation.cohort, "probability", None)
-    strangers = sorted(set(named) - set(clients)) if isinstance(named, dict) else []
-    if strangers:
-        raise ConfigError(
-            f"federation.cohort.probability names {strangers[:8]}, who are no members; of {len(clients)} members the "
-            f"first are {list(clients[:8])}"
-        )
+    for key, names in (("cohort.probability", named), ("ranks", federation.ranks)):
+        strangers = sorted(set(names) - set(clients)) if isinstance(names, dict) else []
+        if strangers:
+            raise ConfigError(
+                f"federation.{key} names {strangers[:8]}, who are no members; of {len(clients)} members the first are "
+                f"{list(clients[:8])}"
+            )
 
 
 def _require_a_roster(clients: Sequence[str]) -> None:

@@ -3,19 +3,28 @@
 import torch
 from torch import Tensor
 
+from fedlora.algebra.deltas import trainable
 from fedlora.algebra.flat import Layout
-from fedlora.values import Adapters, ClientUpdate, Delta, Refusal, Reply, RoundPlan, ServerState
+from fedlora.federation.ranks import Ranks
+from fedlora.values import ClientUpdate, Delta, Refusal, Reply, RoundPlan, ServerState, Side
 
 MOST_ENTRY = 1e6
 """Far beyond what any training gives, and far below what the algebra of float32 could not bear."""
 
 
-def fault_of(reply: Reply, state: ServerState, plan: RoundPlan) -> str | None:
-    """Why a reply cannot count, in names, numbers and shapes, never an entry of a tensor; None if it can."""
+def fault_of(reply: Reply, state: ServerState, plan: RoundPlan, side: Side, ranks: Ranks) -> str | None:
+    """Why a reply cannot count, in names, numbers and shapes, never an entry of a tensor; None if it can.
+
+    side: what the round trains; nothing trained on another side counts in it. ranks: who trains which columns of B.
+    """
     fault = _fault_of_sender(reply, state, plan)
     if fault is not None or isinstance(reply, Refusal):
         return fault
-    return _fault_of_basis(reply, state, plan) or _fault_of_tensors(reply.delta, state.adapters)
+    return (
+        _fault_of_basis(reply, state, plan)
+        or _fault_of_tensors(reply.delta, trainable(state.adapters, side))
+        or ranks.fault(reply, state.adapters.basis)
+    )
 
 
 def _fault_of_sender(reply: Reply, state: ServerState, plan: RoundPlan) -> str | None:
@@ -49,11 +58,8 @@ def _fault_of_basis(update: ClientUpdate, state: ServerState, plan: RoundPlan) -
     return None
 
 
-def _fault_of_tensors(delta: Delta, adapters: Adapters) -> str | None:
-    for wanted, got in (
-        ({site: factors.b for site, factors in adapters.sites.items()}, delta.sites),
-        (adapters.head, delta.head),
-    ):
+def _fault_of_tensors(delta: Delta, needed: Delta) -> str | None:
+    for wanted, got in ((needed.sites, delta.sites), (needed.a, delta.a), (needed.head, delta.head)):
         missing, unknown = sorted(wanted.keys() - got.keys()), got.keys() - wanted.keys()
         if missing or unknown:
             return f"{len(missing)} tensors missing {missing[:1]}, {len(unknown)} unknown"
@@ -65,8 +71,12 @@ def _fault_of_tensors(delta: Delta, adapters: Adapters) -> str | None:
     row = Layout.of(delta).flat(delta)
     if not row.numel() or all(abs(float(end)) <= MOST_ENTRY for end in torch.aminmax(row)):
         return None
-    tensors = {**delta.sites, **delta.head}
-    return next(filter(None, (_fault_of_numbers(name, tensors[name]) for name in sorted(tensors))))
+    named = [*delta.sites.items(), *delta.a.items(), *delta.head.items()]
+    return next(filter(None, (_fault_of_numbers(name, tensor) for name, tensor in sorted(named, key=_name))))
+
+
+def _name(pair: tuple[str, Tensor]) -> str:
+    return pair[0]
 
 
 def _fault_of_shape(name: str, got: Tensor, wanted: Tensor) -> str | None:

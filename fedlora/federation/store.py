@@ -10,7 +10,7 @@ rounds.jsonl                                             one line a round, repai
 import json
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fedlora.algebra.digest import adapters_of, digest, named_tensors, under
 from fedlora.disk import append_durably, fsync, whole_lines, write_durably
-from fedlora.errors import ConfigError, IncompleteError
+from fedlora.errors import ConfigError, GuardError, IncompleteError
 from fedlora.federation.absorb import Absorbed, forget
 from fedlora.federation.memory import StaleMemory
 from fedlora.federation.record import Kept
@@ -127,7 +127,7 @@ class Store:
         self.memory.settle(state.remembered, self._remembered_by_checkpoints())
         return state
 
-    def forget(self, client: str, weight: float) -> int:
+    def forget(self, client: str, weight: float, counted: Callable[[int], float] = lambda at: 1.0) -> int:
         """No state and no record of the memory holds anything of the client; how many records there were.
 
         The newest checkpoint is replaced by one of the same round without it; older ones, and those that a crash left
@@ -137,6 +137,7 @@ class Store:
         Args:
             client: who leaves.
             weight: its share just before it leaves.
+            counted: as `absorb.forget` has it, of an update of that round.
 
         Raises:
             IncompleteError: the newest checkpoint, or what is remembered of the client, is missing or damaged.
@@ -154,7 +155,8 @@ class Store:
             number = len([*self.checkpoints.glob(f"{_round(state.round)}-without-*")]) + 1
             path = self.checkpoints / f"{_round(state.round)}-without-{number:03d}"
             kept = {name: words[name] for name in ("run", "noise", "line")}
-            self._write(path, forget(state, client, held, weight), {**kept, "without": client})
+            without = forget(state, client, held, weight, counted=1.0 if at is None else counted(at))
+            self._write(path, without, {**kept, "without": client})
         for other in {*self.checkpoints.glob("round-*"), *self.checkpoints.glob(".round-*.part")} - {path}:
             shutil.rmtree(other)
         fsync(self.checkpoints)
@@ -180,8 +182,23 @@ class Store:
         save_file(_state_tensors(state), aside / "state.safetensors")
         fsync(aside / "state.safetensors")
         write_durably(aside / "state.json", _json({**_state_words(state), **words}))
+        self._require_saved(aside)
         aside.rename(target)
         fsync(self.checkpoints)
+
+    def _require_saved(self, aside: Path) -> None:
+        """Passes a checkpoint that gives back the state it was written of, by the digest taken of that one.
+
+        Raises:
+            GuardError: it does not, so it must not stand in for an older one.
+        """
+        try:
+            self._read_checkpoint(aside)
+        except (KeyError, ValueError, SafetensorError) as error:
+            raise GuardError(
+                f"{aside} does not give back what was saved ({error}); the checkpoint before it is kept: look after "
+                "the disk and the installed safetensors, then go on with the run"
+            ) from error
 
     def _read_checkpoint(self, path: Path) -> tuple[ServerState, dict[str, Any]]:
         words = json.loads((path / "state.json").read_text())

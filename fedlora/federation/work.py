@@ -1,12 +1,28 @@
-"""What a round asks of a client."""
+"""What a round asks of a client, and what its learning rate is beside that of others."""
+
+from dataclasses import replace
 
 from fedlora.config.schema import Federation, Sgd
-from fedlora.values import LocalWork
+from fedlora.values import LocalWork, Side
 
 
-def work(number: int, federation: Federation) -> LocalWork:
-    """What is asked of a client in round `number` (the first is 1)."""
+def work(number: int, federation: Federation, side: Side = "b") -> LocalWork:
+    """What is asked of a client in round `number` (the first is 1), of the factors that the method trains then."""
     optimizer = federation.optimizer
-    left = 1.0 if optimizer.decay == "none" else (federation.rounds - number + 1) / federation.rounds
-    proximal = optimizer.proximal if isinstance(optimizer, Sgd) else 0.0
-    return LocalWork(steps=federation.local_steps, learning_rate=optimizer.lr * left, proximal=proximal)
+    rate = optimizer.lr * _left(number, federation)
+    asked = LocalWork(steps=federation.local_steps, learning_rate=rate, side=side)
+    if not isinstance(optimizer, Sgd):
+        return asked
+    return replace(asked, proximal=optimizer.proximal, precondition=optimizer.precondition)
+
+
+def first_rate_over(number: int, federation: Federation) -> float:
+    """The learning rate of the first round over that of round `number`; exactly 1 without decay."""
+    return 1 / _left(number, federation)
+
+
+def _left(number: int, federation: Federation) -> float:
+    """Of the learning rate, in round `number`."""
+    if federation.optimizer.decay == "none":
+        return 1.0
+    return (federation.rounds - number + 1) / federation.rounds

@@ -1,12 +1,13 @@
 """Plain federated averaging of LoRA's B (McMahan et al., arXiv 1602.05629)."""
 
-from fedlora.config import schema
+from fedlora.config.method import FedAvg
+from fedlora.config.schema import Lora
 from fedlora.methods.method import Method
 from fedlora.methods.mixing import Mixing
 from fedlora.methods.subspace import Subspace
 
 
-def fedavg(method_cfg: schema.FedAvg, lora_cfg: schema.Lora) -> Method:
+def fedavg(method_cfg: FedAvg, lora_cfg: Lora) -> Method:
     """Clients train B; the server averages it; A stays as PEFT draws it, Kaiming-uniform.
 
     Averaging A and B apart would not average their product, and noise on both multiplies; so A is frozen here

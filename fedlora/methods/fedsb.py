@@ -1,12 +1,13 @@
 """Fed-SB (Singhal et al., arXiv 2502.15436): LoRA-SB's r x r core, averaged."""
 
-from fedlora.config import schema
+from fedlora.config.method import FedSb
+from fedlora.config.schema import Lora
 from fedlora.methods.method import Method
 from fedlora.methods.mixing import Mixing
 from fedlora.methods.subspace import Subspace
 
 
-def fedsb(method_cfg: schema.FedSb, lora_cfg: schema.Lora) -> Method:
+def fedsb(method_cfg: FedSb, lora_cfg: Lora) -> Method:
     """Clients train and send the r x r core between A and a left frame, both frozen; the server averages it.
 
     Linear in what is sent, so the mean is exact; r * r noised numbers a site where B has d_out * r. The paper takes

@@ -1,12 +1,13 @@
 """FedSVD (Lee et al., arXiv 2505.12805)."""
 
-from fedlora.config import schema
+from fedlora.config.method import FedSvd
+from fedlora.config.schema import Lora
 from fedlora.methods.method import Method
 from fedlora.methods.mixing import Mixing
 from fedlora.methods.subspace import Subspace
 
 
-def fedsvd(method_cfg: schema.FedSvd, lora_cfg: schema.Lora) -> Method:
+def fedsvd(method_cfg: FedSvd, lora_cfg: Lora) -> Method:
     """Clients train B; the server averages it and then gives A orthonormal rows, every refactor_every rounds.
 
     The refactorisation turns A within the row space of its first draw and never leaves it. So under plain
@@ -20,6 +21,7 @@ def fedsvd(method_cfg: schema.FedSvd, lora_cfg: schema.Lora) -> Method:
         subspace=Subspace(
             init=lora_cfg.init,
             refactor_every=method_cfg.refactor_every,
+            dense=method_cfg.route == "dense",
             soft_threshold=method_cfg.soft_threshold,
         ),
         mixing=Mixing.of(method_cfg.stale),

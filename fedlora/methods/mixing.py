@@ -1,9 +1,10 @@
-"""How updates become one: FedStale with its limits, under either correction for who took part."""
+"""How updates become one: FedStale with its limits, under either correction for who took part, or MIFA."""
 
 from dataclasses import dataclass
 from typing import Literal
 
 from fedlora.config import schema
+from fedlora.config.method import Stale
 from fedlora.values import Own, Recurrence, RoundPlan
 
 Participation = Literal["normalised", "importance"]
@@ -41,17 +42,26 @@ class Adaptive:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mixing:
-    """FedStale (arXiv 2405.04171). beta: 0 is FedAvg and remembers nothing, 1 is FedVARP."""
+    """FedStale (arXiv 2405.04171). beta: 0 is FedAvg and remembers nothing, 1 is FedVARP.
+
+    everybody: MIFA (arXiv 2106.04159) instead, with beta 1: the step is the sum of weight * newest update over all
+        clients that were ever heard, since a participant's factor is its weight and nothing divides.
+    by_rate: an update counts times the learning rate of the round / that of the round it was made in.
+    """
 
     beta: float | Adaptive
+    everybody: bool = False
+    by_rate: bool = False
 
     @classmethod
-    def of(cls, stale: schema.Stale) -> "Mixing":
+    def of(cls, stale: Stale) -> "Mixing":
         """What the config says."""
         if isinstance(stale.beta, str):
             by_client = stale.beta == "adaptive-by-client"
-            return cls(beta=Adaptive(smoothing=stale.smoothing, by_client=by_client))
-        return cls(beta=stale.beta)
+            adaptive = Adaptive(smoothing=stale.smoothing, by_client=by_client)
+            return cls(beta=adaptive, by_rate=stale.scale_by_rate)
+        everybody = stale.rule == "mifa"
+        return cls(beta=stale.beta, everybody=everybody, by_rate=everybody or stale.scale_by_rate)
 
     @property
     def adaptive(self) -> Adaptive | None:
@@ -80,6 +90,10 @@ class Mixing:
         """
         return federation.participation == "normalised" or isinstance(federation.cohort, int)
 
+    def steps_without_answers(self, participation: Participation) -> bool:
+        """Whether a round that nobody answers says as much as any: its sum is a sample, or everybody's as ever."""
+        return self.everybody or participation == "importance"
+
     def factor(self, client: str, plan: RoundPlan, participation: Participation) -> float:
         """What a participant's update is multiplied by, before `divisor` divides the sum.
 
@@ -90,7 +104,9 @@ class Mixing:
                 cohorts is the whole federation's update (FedStale).
         """
         weight = plan.weight[client]
-        return weight if participation == "normalised" else weight / plan.probability[client]
+        return (
+            weight if self.everybody or participation == "normalised" else weight / plan.probability[client]
+        )
 
     def divisor(self, factors: float, participation: Participation) -> float:
         """What divides the sum, from the participants' summed factors.
@@ -98,4 +114,4 @@ class Mixing:
         normalised divides by them, so that the shares sum to 1 and a round in which one client answers moves as far
         as a full one (FedSVD); importance has divided already.
         """
-        return factors if participation == "normalised" and factors else 1.0
+        return factors if participation == "normalised" and factors and not self.everybody else 1.0

@@ -27,11 +27,12 @@ PATIENCE_S = 10.0
 Samples = Mapping[tuple[tuple[str, str], ...], float | None]
 
 
-def metrics_text(found: Mapping[str, Any] | None) -> str:
+def metrics_text(found: Mapping[str, Any] | None, last: Mapping[str, float] | None = None) -> str:
     """Everything of `found` in the text format 0.0.4; of a run that cannot be told anything of, only that.
 
     Args:
         found: as from `View.status`.
+        last: as from `View.last_round`.
     """
     lines = _family(
         "run_readable",
@@ -43,7 +44,7 @@ def metrics_text(found: Mapping[str, Any] | None) -> str:
         return "\n".join(lines) + "\n"
     epsilons = found.get("epsilon_by_client") or {}
     unknown = sum(value is None for value in epsilons.values())
-    metric = str(found["metric"])
+    metric, last = str(found["metric"]), last or {}
     one = {
         "run_finished": ("gauge", "1: no round will follow.", found["finished"]),
         "run_private": ("gauge", "1: records are protected by differential privacy.", found["private"]),
@@ -51,6 +52,7 @@ def metrics_text(found: Mapping[str, Any] | None) -> str:
         "rounds_completed": ("gauge", "Rounds done.", found["rounds_completed"]),
         "rounds_seconds": ("gauge", "Seconds that the rounds took.", found["seconds"]),
         "clients": ("gauge", "Nodes that take part.", found["clients"]),
+        **{f"last_round_{name}": ("gauge", meaning, last.get(name)) for name, meaning in _LAST.items()},
         "client_rounds_per_second": ("gauge", "Answers a second.", found["client_rounds_per_second"]),
         "rejected_replies": ("gauge", "Replies that could not count.", found["rejections"]),
         "epsilon_max": ("gauge", "Epsilon of the node that spent most.", found["epsilon_max"]),
@@ -73,6 +75,15 @@ def metrics_text(found: Mapping[str, Any] | None) -> str:
     return "\n".join(lines) + "\n"
 
 
+_LAST = {
+    "asked": "Nodes that were asked in the last round.",
+    "answered": "Nodes whose update counted in it.",
+    "refused": "Nodes that refused in it.",
+    "rejected": "Nodes whose reply could not count in it.",
+    "seconds": "Seconds that it took.",
+    "reply_bytes": "Of one node's reply, as it came.",
+    "public_clip_share": "Of public test records, the part whose gradient is clipped.",
+}
 _MODELS = {"first": "score_before", "newest": "score"}
 
 
@@ -189,7 +200,7 @@ class _Handler(BaseHTTPRequestHandler):
             return
         assert isinstance(self.server, _Server)
         try:
-            text = metrics_text(self.server.view.status())
+            text = metrics_text(self.server.view.status(), self.server.view.last_round())
         except FedLoraError as error:
             log.info("%s", error)
             text = metrics_text(None)

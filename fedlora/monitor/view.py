@@ -91,6 +91,23 @@ class View:
             lines = self._lines[1]
         return [line for line in lines if line["round"] >= first]
 
+    def last_round(self) -> dict[str, float]:
+        """Of the last round: how many were asked, answered, refused and rejected, and its single numbers; else nothing.
+
+        `reply_bytes`: of one update as it came to a server.
+
+        Raises:
+            ConfigError: the file is damaged.
+        """
+        lines = self.rounds(1)
+        if not lines:
+            return {}
+        counts = {name: len(lines[-1][name]) for name in ("asked", "answered", "refused", "rejected")}
+        numbers = {name: lines[-1][name] for name in ("seconds", "public_clip_share") if name in lines[-1]}
+        frame = next((self._run_dir / "replies").glob("*.frame"), None)
+        sign = None if frame is None else _sign(frame)  # it may be erased meanwhile
+        return {**counts, **numbers, **({} if sign is None else {"reply_bytes": sign[2]})}
+
     def has_begun(self) -> bool:
         """Whether there is a run at all."""
         return (self._run_dir / "config.yaml").exists()

@@ -16,8 +16,10 @@ from functools import lru_cache
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
+from dp_accounting.dp_event import GaussianDpEvent, PoissonSampledDpEvent
 from dp_accounting.pld import privacy_loss_distribution
 from dp_accounting.privacy_accountant import NeighboringRelation
+from dp_accounting.rdp import RdpAccountant
 
 from fedlora.errors import ConfigError, PrivacyError
 from fedlora.values import DpEvent
@@ -41,6 +43,8 @@ AGREEMENT, AGREEMENT_SHARE = 0.01, 0.01
 PRV_ERROR, PRV_SHARE = 0.01, 1e-3
 # Beyond this epsilon the exponentials in PRV overflow, and its Renyi bound is reported instead: an upper bound.
 PRV_LIMIT = 300.0
+# Of rdp, beside Opacus' own up to 63.
+LARGE_ORDERS = (64, 96, 128, 192, 256, 512, 1000)
 
 
 def epsilon(
@@ -92,6 +96,15 @@ def coarse_epsilon(events: Sequence[DpEvent], delta: float, accountant: str, coa
     """A quicker upper bound, for searching: pld widens its grid by `coarseness`, the others ignore it."""
     _require_known(accountant, "add-remove")
     return _epsilon(composition(events), delta, accountant, "add-remove", coarseness)
+
+
+def whole_order_epsilon(events: Sequence[DpEvent], delta: float) -> float:
+    """Of accountant rdp, an upper bound from orders that are whole, whose closed form needs no torch."""
+    spent: Any = RdpAccountant(orders=[*range(2, 64), *LARGE_ORDERS])
+    for event in events:
+        step = PoissonSampledDpEvent(event.sample_rate, GaussianDpEvent(event.noise_multiplier))
+        spent.compose(step, int(event.steps))
+    return float(spent.get_epsilon(delta))
 
 
 def composition(events: Sequence[DpEvent]) -> tuple[DpEvent, ...]:
@@ -222,7 +235,7 @@ def _rdp_epsilon(events: tuple[DpEvent, ...], delta: float) -> float:
     accountant: Any = RDPAccountant()
     accountant.history = _history(events)
     # Orders above Opacus' own 63 make small epsilons reachable; binomials overflow beyond 1024.
-    orders = [*RDPAccountant.DEFAULT_ALPHAS, 64, 96, 128, 192, 256, 512, 1000]
+    orders = [*RDPAccountant.DEFAULT_ALPHAS, *LARGE_ORDERS]
     try:
         with np.errstate(all="ignore"), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # "expand the orders": a tighter bound may exist, this one holds
@@ -252,8 +265,11 @@ def _require_sound(event: DpEvent) -> None:
     sigma, rate, steps = event.noise_multiplier, event.sample_rate, event.steps
     mean, cap = event.expected_batch, event.max_draw
     if (mean is None) != (cap is None) or not (mean is None or 0 < mean < math.inf):
-        raise PrivacyError(f"{event} is no event: need expected_batch > 0 and max_draw, or neither")
+        raise PrivacyError(
+            f"{event} is no event: need expected_batch > 0 and max_draw, or neither; mend it where it was made"
+        )
     if not (sigma >= 0 and math.isfinite(sigma) and 0 <= rate <= 1 and steps >= 0 and steps == int(steps)):
         raise PrivacyError(
-            f"{event} is no event: need noise_multiplier >= 0, sample_rate in [0, 1], whole steps >= 0"
+            f"{event} is no event: need noise_multiplier >= 0, sample_rate in [0, 1], whole steps >= 0; "
+            "mend it where it was made"
         )

@@ -35,13 +35,14 @@ class DirectEngine:
         trained: Mapping[str, nn.Parameter],
         losses: Iterable[Callable[[], Tensor]],
         max_grad_norm: float | None,
+        sequences_per_record: int = 1,
     ) -> dict[str, Tensor]:
         """Sum over all examples of their jointly clipped gradients, float64; see `Engine.clipped_sum`."""
         linears = trained_linears(model, trained)
         columns = Columns.of(trained)
         sums = None
         for micro_batch in losses:
-            rows = self._rows(linears, columns, micro_batch)
+            rows = self._rows(linears, columns, micro_batch, sequences_per_record)
             if rows is not None:
                 sums = _plus(sums, clipped_sum(self.ops, rows, max_grad_norm))
         return columns.split(_zeros(trained, columns.numbers) if sums is None else sums)
@@ -69,11 +70,34 @@ class DirectEngine:
                 sums = _plus(sums, clipped_sums(self.ops, rows, owners, stack.clients, max_grad_norm))
         return columns.split(_zeros(stack.trained, stack.clients, columns.numbers) if sums is None else sums)
 
+    def public_norms(
+        self,
+        model: nn.Module,
+        trained: Mapping[str, nn.Parameter],
+        losses: Iterable[Callable[[], Tensor]],
+        sequences_per_record: int = 1,
+    ) -> Tensor:
+        """(n,) joint norms of the examples' gradients, before any clip. Of public records only: none is private.
+
+        Args: see `Engine.clipped_sum`.
+        """
+        linears, columns = trained_linears(model, trained), Columns.of(trained)
+        norms = [torch.zeros(0)]
+        for micro_batch in losses:
+            rows = self._rows(linears, columns, micro_batch, sequences_per_record)
+            if rows is not None:
+                norms.append(self.ops.norms(rows).cpu())
+        return torch.cat(norms)
+
     def _rows(
-        self, linears: tuple[TrainedLinear, ...], columns: Columns, micro_batch: Callable[[], Tensor]
+        self,
+        linears: tuple[TrainedLinear, ...],
+        columns: Columns,
+        micro_batch: Callable[[], Tensor],
+        sequences_per_record: int = 1,
     ) -> Tensor | None:
         """The gradients (n, numbers) of a microbatch's examples; None where it has none."""
-        rows = Rows(columns, self.ops)
+        rows = Rows(columns, self.ops, sequences_per_record)
         with _taps(linears, rows):
             losses = micro_batch()
             if losses.numel() == 0:

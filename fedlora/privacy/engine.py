@@ -19,16 +19,19 @@ class Engine(Protocol):
         trained: Mapping[str, nn.Parameter],
         losses: Iterable[Callable[[], Tensor]],
         max_grad_norm: float | None,
+        sequences_per_record: int = 1,
     ) -> dict[str, Tensor]:
         """Sum over all examples of their jointly clipped gradients, by name of parameter, float32 or wider.
 
         Args:
             model: may share nothing between the examples of a batch; every input's first axis counts
-                examples.
+                examples, or their sequences.
             trained: exactly the parameters of `model` that require a gradient.
             losses: each call runs one microbatch through `model` and gives its losses (n,), one an example.
                 None at all, an empty draw, gives zeros.
             max_grad_norm: the joint bound; None does not clip and is not private.
+            sequences_per_record: how many rows of the model's inputs make one example, one after the other; they share
+                its loss, and are clipped as one.
 
         Raises:
             PrivacyError: something is trainable that would not be clipped, or examples cannot be told apart.

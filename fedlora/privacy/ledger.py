@@ -186,7 +186,9 @@ class Ledger:
         """
         with self._writing() as descriptor:
             if debit not in self._contents.debits:
-                raise LedgerError(f"{self._path}: {debit} is not in it, so nothing may be released under it")
+                raise LedgerError(
+                    f"{self._path}: {debit} is not in it, so nothing may be released under it; debit it first"
+                )
             earlier = self._contents.released(debit.seq)
             if earlier not in (None, payload):
                 raise LedgerError(

@@ -28,6 +28,7 @@ class OpacusEngine:
         trained: Mapping[str, nn.Parameter],
         losses: Iterable[Callable[[], Tensor]],
         max_grad_norm: float | None,
+        sequences_per_record: int = 1,
     ) -> dict[str, Tensor]:
         """Sum over all examples of their jointly clipped gradients, float64; see `Engine.clipped_sum`."""
         linears = trained_linears(model, trained)
@@ -44,13 +45,18 @@ class OpacusEngine:
                 loss_reduction="sum",
             )
             for micro_batch in losses:
-                for name, part in _clipped_part(optimizer, trained, micro_batch).items():
+                for name, part in _clipped_part(
+                    optimizer, trained, micro_batch, sequences_per_record
+                ).items():
                     sums[name] += part
         return sums
 
 
 def _clipped_part(
-    optimizer: DPOptimizer, trained: Mapping[str, nn.Parameter], micro_batch: Callable[[], Tensor]
+    optimizer: DPOptimizer,
+    trained: Mapping[str, nn.Parameter],
+    micro_batch: Callable[[], Tensor],
+    sequences_per_record: int,
 ) -> dict[str, Tensor]:
     losses = micro_batch()
     if losses.numel() == 0:
@@ -61,11 +67,26 @@ def _clipped_part(
         # used.
         warnings.filterwarnings("ignore", message="Full backward hook is firing")
         losses.sum().backward()
+    if sequences_per_record > 1:
+        _join_sequences(trained, sequences_per_record)
     _zero_non_finite(trained, len(losses))
     optimizer.clip_and_accumulate()
     part = {name: p.summed_grad.to(torch.float64) for name, p in trained.items()}  # pyright: ignore
     optimizer.zero_grad(set_to_none=True)
     return part
+
+
+def _join_sequences(trained: Mapping[str, nn.Parameter], sequences_per_record: int) -> None:
+    """Each row of gradients is a record's: the sum over its sequences, which Opacus keeps apart."""
+    for name, parameter in trained.items():
+        rows = parameter.grad_sample  # pyright: ignore[reportAttributeAccessIssue]
+        if rows is not None and len(rows) % sequences_per_record:
+            raise PrivacyError(
+                f"{name!r} has {len(rows)} rows, which are no records of {sequences_per_record} sequences; give all of "
+                "each"
+            )
+        if rows is not None:
+            parameter.grad_sample = rows.unflatten(0, (-1, sequences_per_record)).sum(dim=1)  # pyright: ignore
 
 
 def _zero_non_finite(trained: Mapping[str, nn.Parameter], records: int) -> None:

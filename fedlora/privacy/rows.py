@@ -50,20 +50,23 @@ class Columns:
 class Rows:
     """The gradients of one microbatch, written as the backward pass comes by. rows: (n, numbers), or None before."""
 
-    def __init__(self, columns: Columns, ops: Ops) -> None:
+    def __init__(self, columns: Columns, ops: Ops, sequences_per_record: int = 1) -> None:
         self.rows: Tensor | None = None
+        self._each = sequences_per_record
         self._columns = columns
         self._ops = ops
         self._written: set[str] = set()
 
     def add_weight(self, name: str, dy: Tensor, h: Tensor) -> None:
         """The tensor of this name, a weight (m, r), owes dy[i].T @ h[i] for each example i."""
+        dy, h = self._by_record(name, dy), self._by_record(name, h)
         place, again = self._place(name, dy)
         self._ops.per_example_gradient_into(place, dy, h)
         self._add_again(again, place)
 
     def add_bias(self, name: str, dy: Tensor) -> None:
         """The tensor of this name, a bias (m,), owes the sum of dy[i] for each example i."""
+        dy = self._by_record(name, dy)
         place, again = self._place(name, dy)
         self._ops.per_example_bias_gradient_into(place, dy)
         self._add_again(again, place)
@@ -86,6 +89,19 @@ class Rows:
                 "(do not flatten tokens into the batch)"
             )
         return self.rows
+
+    def _by_record(self, name: str, rows: Tensor) -> Tensor:
+        """rows (n, ...) as (n / k, k tokens, ...): the k sequences of a record end to end, as if they were one.
+
+        What a gradient sums over tokens it then sums over all of the record's sequences, before any clip sees it.
+        """
+        if self._each == 1:
+            return rows
+        if len(rows) % self._each:
+            raise PrivacyError(
+                f"{name!r} saw {len(rows)} rows, which are no records of {self._each} sequences; give all of each"
+            )
+        return rows.unflatten(0, (-1, self._each)).flatten(1, -2)
 
     def _place(self, name: str, dy: Tensor) -> tuple[Tensor, Tensor | None]:
         """Where to write; and, of a layer that is used again, where that has to be added to."""

@@ -26,6 +26,7 @@ def private_gradient(
     expected_batch: float,
     noise: NoiseSource,
     purpose: tuple[str | int, ...],
+    sequences_per_record: int = 1,
 ) -> dict[str, Tensor]:
     """One release of the Poisson-subsampled Gaussian: (clipped sum + noise) / expected batch, by parameter.
 
@@ -41,12 +42,13 @@ def private_gradient(
         expected_batch: a constant of the configuration, never the size of the draw, which is secret.
         noise: its stream is (purpose, name of the tensor).
         purpose: names run, client, round and step; no two steps may share it.
+        sequences_per_record: see `Engine.clipped_sum`.
 
     Returns:
         The type of each parameter, at least float32, on its device.
     """
     release = Release(mechanism=mechanism, expected_batch=expected_batch, noise=noise, purpose=purpose)
-    sums = engine.clipped_sum(model, trained, losses, release.bound)
+    sums = engine.clipped_sum(model, trained, losses, release.bound, sequences_per_record)
     return _released(sums, trained, release)
 
 

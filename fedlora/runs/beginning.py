@@ -1,11 +1,19 @@
 """How every run begins, simulated or served: where its requests come from, and the zero-step state."""
 
+import json
+from pathlib import Path
+
 from fedlora.code_digest import code_digest
+from fedlora.config.ranks import largest_rank, rank_of
 from fedlora.config.schema import RunConfig
+from fedlora.disk import write_durably
+from fedlora.errors import ConfigError
 from fedlora.federation.absorb import start
 from fedlora.methods import Method
 from fedlora.methods.subspace import Public, Subspace
+from fedlora.runs.rundir import BEGAN_FROM, began_from
 from fedlora.training.checkpoints import base_digest
+from fedlora.training.from_adapter import adapter_digest, read_adapter
 from fedlora.training.load import load_tokenizer
 from fedlora.training.model import AdaptedModel
 from fedlora.training.public import input_directions, mean_inputs, weight_directions
@@ -13,7 +21,10 @@ from fedlora.values import Origin, ServerState, Site
 
 
 def first_state(config: RunConfig, model: AdaptedModel, method: Method) -> ServerState:
-    """The zero-step state: B = 0, the head as the model has it, A as the method draws it."""
+    """The zero-step state: B = 0, the head as the model has it, A as the method draws it; or with the products of the
+    adapter that the config begins from.
+    """
+    given = config.lora.from_adapter
     return start(
         model.shapes(),
         head=model.head(),
@@ -22,12 +33,36 @@ def first_state(config: RunConfig, model: AdaptedModel, method: Method) -> Serve
         seed=config.seed,
         dtype=next(iter(model.trained.values())).dtype,
         public=public_facts(config, model, method.subspace),
+        products=None if given is None else read_adapter(given).at_scale(model.scale),
     )
+
+
+def record_beginning(config: RunConfig, run_dir: Path) -> None:
+    """The run says which adapter it began from, if from any: `began_from.json`, written once.
+
+    Raises:
+        ConfigError: it began from other bytes than lie there now.
+    """
+    if (given := config.lora.from_adapter) is None:
+        return
+    words = {
+        "name": Path(given).resolve().name,
+        "sha256": read_adapter(given).sha256,
+        "files": adapter_digest(given),
+    }
+    known = began_from(run_dir)
+    if known is None:
+        write_durably(run_dir / BEGAN_FROM, json.dumps(words, indent=2) + "\n")
+    elif known["files"] != words["files"]:
+        raise ConfigError(
+            f"lora.from_adapter: {given} holds other files now than when {run_dir} began (SHA-256 {words['sha256']}, "
+            f"then {known['sha256']}); restore it, or choose another output"
+        )
 
 
 def public_facts(config: RunConfig, model: AdaptedModel, subspace: Subspace) -> dict[Site, Public]:
     """Of each site, what the subspace looks at."""
-    layers, r = model.layers(), config.lora.r
+    layers, r = model.layers(), largest_rank(config.lora)
     weights = weight_directions(layers, r) if "principal" in (subspace.init, subspace.left) else {}
     means, inputs = {}, {}
     if subspace.init in ("centred", "activations"):
@@ -36,17 +71,18 @@ def public_facts(config: RunConfig, model: AdaptedModel, subspace: Subspace) -> 
             means = mean_inputs(model.peft_model, layers, tokenizer)
         else:
             inputs = input_directions(model.peft_model, layers, tokenizer, r)
+    ranks = {site: rank_of(config.lora, site) for site in layers}
     return {
         site: Public(
             mean_input=means.get(site),
-            input_rows=inputs.get(site),
-            weight_columns=weights[site][0] if weights else None,
-            weight_rows=weights[site][1] if weights else None,
+            input_rows=inputs[site][:rank] if inputs else None,
+            weight_columns=weights[site][0][:rank] if weights else None,
+            weight_rows=weights[site][1][:rank] if weights else None,
         )
-        for site in layers
+        for site, rank in ranks.items()
     }
 
 
 def origin(config: RunConfig, run: str) -> Origin:
     """What every request of this run says of where it comes from."""
-    return Origin(run=run, base_model=base_digest(config.model), code=code_digest())
+    return Origin(run=run, base_model=base_digest(config.model, config.lora), code=code_digest())

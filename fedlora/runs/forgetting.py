@@ -2,6 +2,9 @@
 
 RUN_DIR/forgotten.json names them, each with whether all of it is erased. The name is there before anything is touched
 and a run does not go on while something is left to erase, so a command that was killed has only to be given again.
+
+What runs of an interrupted comparison share lies beside them, in its `.states`, and says as much as their records.
+It goes when the comparison is finished, or by hand.
 """
 
 import json
@@ -16,7 +19,10 @@ from fedlora.data.partition import client_names, partition
 from fedlora.disk import fsync, write_durably
 from fedlora.errors import ConfigError, IncompleteError
 from fedlora.federation.plan import weights
+from fedlora.federation.rates import Rates
 from fedlora.federation.store import Store
+from fedlora.methods.mixing import Mixing
+from fedlora.runs.partition_picture import PARTITION
 from fedlora.runs.rundir import HOLDINGS, STATES, finished_summary, load_roster, locked, run_config
 from fedlora.values import Member
 
@@ -96,7 +102,9 @@ def forget(run_dir: Path, client: str, erasers: Sequence[Eraser]) -> Erased:
             _save(run_dir, {**gone, client: False})
             before = [member for member in members if member.client == client or member.client not in gone]
             share = weights(before, config.federation.weighting)[client]
-            records = Store(run_dir, kept=config.method.stale.dtype).forget(client, share)
+            rates = Rates(mixing=Mixing.of(config.method.stale), federation=config.federation)
+            store = Store(run_dir, kept=config.method.stale.dtype)
+            records = store.forget(client, share, rates.in_memory)
             updates = sum(erase(client) for erase in erasers)
             _erase_caches(run_dir, client)
             _save(run_dir, {**gone, client: True})
@@ -116,6 +124,9 @@ def _erase_caches(run_dir: Path, client: str) -> None:
             if path.name == client or path.name.startswith(f".{client}."):
                 path.unlink()
         fsync(states)
+    if (run_dir / PARTITION).exists():
+        (run_dir / PARTITION).unlink()
+        fsync(run_dir)
 
 
 def _members(run_dir: Path, config: RunConfig) -> tuple[Member, ...]:

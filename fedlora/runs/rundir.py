@@ -19,6 +19,10 @@ SPENT = "spent.jsonl"
 """What nodes said they spent, in a server's run."""
 DIAGNOSTICS = "diagnostics.json"
 """What the final adapter is."""
+BEGAN_FROM = "began_from.json"
+"""Which adapter the run began from: its name, and SHA-256 of its weights file and of all its files."""
+SAMPLES = "samples.jsonl"
+"""What the model says to public prompts, before and after."""
 HOLDINGS = ".holdings"
 """The clients' tokenised records, while a simulation is at work; going on with it writes them anew."""
 STATES = ".states"
@@ -133,6 +137,35 @@ def run_diagnostics(run_dir: Path) -> dict[str, Any] | None:
     """
     path = run_dir / DIAGNOSTICS
     return _words(path, "sites", "restore it, or remove it") if path.exists() else None
+
+
+def began_from(run_dir: Path) -> dict[str, Any] | None:
+    """Which adapter the run began from; None: from none.
+
+    Raises:
+        ConfigError: the file that says so is damaged.
+    """
+    path = run_dir / BEGAN_FROM
+    return _words(path, "sha256", "restore it") if path.exists() else None
+
+
+def run_samples(run_dir: Path) -> list[dict[str, Any]]:
+    """The lines {prompt, before, after} of samples.jsonl; none where the run was asked for none.
+
+    Raises:
+        ConfigError: it is damaged.
+    """
+    path = run_dir / SAMPLES
+    if not path.exists():
+        return []
+    try:
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+    except ValueError as error:  # no JSON, no UTF-8
+        raise ConfigError(f"{path} is damaged ({_first(error)}); remove it, or restore it") from None
+    for number, line in enumerate(lines, 1):
+        if not isinstance(line, dict) or not {"prompt", "before", "after"} <= line.keys():
+            raise ConfigError(f"{path}:{number} is damaged: it is no sample; remove it, or restore it")
+    return lines
 
 
 _LOG_MEND = "restore it, or remove what follows the last whole line"

@@ -16,7 +16,7 @@ from fedlora.federation.store import state_digest
 from fedlora.kernels.table import chosen
 from fedlora.runs.evidence import accounts, require_debits, unaccounted
 from fedlora.runs.promise import promise
-from fedlora.runs.rundir import finished_summary, going_on, load_roster, run_config, run_rounds
+from fedlora.runs.rundir import began_from, finished_summary, going_on, load_roster, run_config, run_rounds
 from fedlora.values import ServerState
 
 VERSIONED = ("fedlora", "torch", "transformers", "peft", "opacus", "dp-accounting", "flwr", "ray")
@@ -106,6 +106,7 @@ def run_summary(
         **promise(config.privacy, run_dir, clients, finished=state is not None, known=known),
         "method": config.method.name,
         "beta": config.method.stale.beta,
+        "began_from": began_from(run_dir),
         "seconds": round(seconds, 1),
         "client_rounds_per_second": round(sum(participations.values()) / seconds, 3) if seconds else None,
         "bytes_up_per_client_round": bytes_up,

@@ -79,7 +79,10 @@ def _of_node(path: Path) -> dict[str, Any]:
     for seen in (outbox.furthest(), marked(None if config.mark is None else Path(config.mark))):
         require_reached(ledger, found, seen)
     if found is None:
-        raise ConfigError(f"{ledger}: not there, and no reply beside it: nothing was spent, or all was lost")
+        raise ConfigError(
+            f"{ledger}: not there, and no reply beside it: nothing was spent, or all was lost; "
+            "if it was, restore a backup"
+        )
     row = _row(ledger, found, delta=config.budget.target_delta, accountant=config.budget.accountant)
     return {**row, "replies": _replies(ledger, found, outbox)}
 

@@ -21,6 +21,7 @@ from ray.exceptions import (
 )
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from fedlora.algebra.deltas import trainable
 from fedlora.algebra.flat import Layout
 from fedlora.errors import ConfigError, FedLoraError, IncompleteError
 from fedlora.runtime.host import Host, HostSetup
@@ -75,7 +76,7 @@ class HostActor:
         """Their replies to the request in the parcel, which is read once for all jobs that give it this name."""
         if self._asked is None or self._asked[0] != name:
             request = unpack_request(parcel)
-            self._asked = (name, request, Layout.of(request.adapters))
+            self._asked = (name, request, Layout.of(trainable(request.adapters, request.work.side)))
         assert self._host is not None
         _, request, layout = self._asked
         return pack_replies(self._host.answer(clients, request), layout)

@@ -21,6 +21,7 @@ from fedlora.config.schema import RunConfig
 from fedlora.errors import ConfigError
 from fedlora.federation.cohort import Cohort
 from fedlora.federation.events import ClientDone, Event, Listener, RoundDone, Stage
+from fedlora.federation.loop import Stored
 from fedlora.runs.rundir import finished_summary, run_config
 from fedlora.runtime import flower
 from fedlora.runtime.host import HostSetup
@@ -46,12 +47,13 @@ def named(words: Mapping[str, Any]) -> tuple[Path, list[str]]:
     return path, [*str(words.get("set", "")).split(), "runtime.kind=flower"]
 
 
-def simulate_on(grid: Grid, config: RunConfig) -> Path:
+def simulate_on(grid: Grid, config: RunConfig, stored: Stored = lambda state: None) -> Path:
     """The directory of the finished run of `config`. Goes on with it where it was interrupted.
 
     Args:
         grid: of Flower's simulation, with a node for each client.
         config: as `fedlora simulate` would have it; `runtime.kind` is flower.
+        stored: see `federation.loop`.
 
     Raises:
         ConfigError: the grid is a real federation's or has another number of nodes, or the directory holds another run.
@@ -65,8 +67,8 @@ def simulate_on(grid: Grid, config: RunConfig) -> Path:
     start = partial(LentCohort, grid)
     if (run_dir / "config.yaml").exists() and finished_summary(run_dir) is None:
         require_same(run_config(run_dir), config, run_dir)
-        return resume(run_dir, say, start)
-    return simulate(config, run_dir, say, start)
+        return resume(run_dir, say, start, stored=stored)
+    return simulate(config, run_dir, say, start, stored=stored)
 
 
 def greet(context: Context) -> Hello:

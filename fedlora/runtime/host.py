@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from torch import Tensor
 
+from fedlora.algebra.deltas import mapped
 from fedlora.config.schema import Privacy, RunConfig, Runtime
 from fedlora.data.holdings import open_holdings
 from fedlora.data.records import Examples
@@ -65,17 +67,19 @@ class HostSetup:
 class Host:
     """Plays any client of the run. Simulated noise is seeded: whoever knows the seed can remove it."""
 
-    def __init__(self, setup: HostSetup) -> None:
+    def __init__(self, setup: HostSetup, model: AdaptedModel | None = None) -> None:
+        """model: as it is loaded for this run, whatever adapters it has; None: it is loaded."""
         config = setup.config
         torch.set_num_threads(config.runtime.threads)
         self.setup = setup
         self.holdings = open_holdings(setup.holdings)
-        self.model = load_model(config.model, config.task, config.lora, setup.classes, config.seed)
+        self.model = model or load_model(config.model, config.task, config.lora, setup.classes, config.seed)
         if config.runtime.device == "cuda":
             require_gpu()
             self.model.peft_model.to("cuda")
         self.engine = engine_of(config.privacy, ops_for(config.model.kernels, self.model.device))
-        self.prefix = frozen_prefix(self.model) if config.runtime.cache_prefix else None
+        own = config.runtime.cache_prefix is True and self.holdings.examples.states is None
+        self.prefix = frozen_prefix(self.model) if own else None
         self.noise = SeededNoise(seed_for(config.seed, "client randomness"))
 
     def answer(self, clients: Sequence[str], request: TrainRequest) -> list[Reply]:
@@ -139,6 +143,7 @@ class Host:
             budget=privacy and Budget.of(privacy),
             engine=self.engine,
             noise=self.noise,
+            rank=(config.federation.ranks or {}).get(client),
         )
 
     def _with_states(self, client: str, prefix: Prefix, examples: Examples) -> Examples:
@@ -183,10 +188,7 @@ def at_home(reply: Reply) -> Reply:
     """The reply with its numbers in main memory, where the server adds them up."""
     if isinstance(reply, Refusal):
         return reply
-    delta = reply.delta
-    sites = {site: change.cpu() for site, change in delta.sites.items()}
-    head = {name: change.cpu() for name, change in delta.head.items()}
-    return replace(reply, delta=replace(delta, sites=sites, head=head))
+    return replace(reply, delta=mapped(reply.delta, Tensor.cpu))
 
 
 def runs_alone(config: RunConfig, model: AdaptedModel) -> bool:
@@ -201,6 +203,12 @@ def shared_passes(config: RunConfig, model: AdaptedModel) -> int:
     if asked == 1 or config.runtime.kind == "flower":
         return 1
     why = "records that must run alone" if runs_alone(config, model) else None
+    if model.trains_a:
+        why = "an A that is trained"
+    if config.task.kind == "dpo":
+        why = "records of two sequences (task.kind: dpo)"
+    if config.federation.ranks is not None:
+        why = "clients that train some columns only (federation.ranks)"
     try:
         if config.privacy != "none" and config.privacy.engine != "direct":
             why = "an engine other than direct"

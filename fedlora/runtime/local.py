@@ -4,14 +4,16 @@ from collections.abc import Iterator, Sequence
 
 from fedlora.federation.events import ClientDone, Listener, outcome
 from fedlora.runtime.host import Host, HostSetup
+from fedlora.training.model import AdaptedModel
 from fedlora.values import Reply, TrainRequest
 
 
 class LocalCohort:
     """A Cohort of one host."""
 
-    def __init__(self, setup: HostSetup, listener: Listener) -> None:
-        self.host = Host(setup)
+    def __init__(self, setup: HostSetup, listener: Listener, model: AdaptedModel | None = None) -> None:
+        """model: the server's, which rests while clients train; None: they have their own, as on a GPU."""
+        self.host = Host(setup, model if setup.config.runtime.device == "cpu" else None)
         self.listener = listener
 
     def ask(self, clients: Sequence[str], request: TrainRequest) -> Iterator[Reply]:

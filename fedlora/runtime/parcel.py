@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fedlora.algebra.deltas import tensors
 from fedlora.algebra.digest import adapters_of, named_tensors
 from fedlora.algebra.flat import Layout
 from fedlora.errors import ShapeError
@@ -40,16 +41,16 @@ def pack_request(request: TrainRequest) -> Parcel:
     """
     adapters = request.adapters
     named = named_tensors(adapters)
-    tensors = list(named.values())
+    values = list(named.values())
     words = {
         "named": (request.run, request.base_model, request.code, request.round),
-        "work": astuple(request.work),
+        "work": {name: getattr(request.work, name) for name in LocalWork.__dataclass_fields__},
         "adapters": (adapters.basis, adapters.scale),
         "names": list(named),
-        "shapes": [tuple(tensor.shape) for tensor in tensors],
+        "shapes": [tuple(tensor.shape) for tensor in values],
     }
-    _require_one_type(tensors)
-    flat = torch.cat([tensor.detach().cpu().flatten() for tensor in tensors]) if tensors else torch.zeros(0)
+    _require_one_type(values)
+    flat = torch.cat([tensor.detach().cpu().flatten() for tensor in values]) if values else torch.zeros(0)
     return words, flat.numpy()
 
 
@@ -60,7 +61,6 @@ def unpack_request(parcel: Parcel) -> TrainRequest:
     sizes = [torch.Size(shape).numel() for shape in words["shapes"]]
     parts = zip(words["names"], flat.split(sizes), words["shapes"], strict=True)
     run, base_model, code, number = words["named"]
-    steps, learning_rate, proximal = words["work"]
     basis, scale = words["adapters"]
     return TrainRequest(
         run=run,
@@ -70,18 +70,16 @@ def unpack_request(parcel: Parcel) -> TrainRequest:
         adapters=adapters_of(
             {name: part.view(shape) for name, part, shape in parts}, basis=basis, scale=scale
         ),
-        work=LocalWork(steps=steps, learning_rate=learning_rate, proximal=proximal),
+        work=LocalWork(**words["work"]),
     )
 
 
 def pack_replies(replies: Sequence[Reply], layout: Layout) -> Parcel:
     """Replies of one group, their updates the rows of one array (updates, layout.numbers)."""
     updates = [reply for reply in replies if isinstance(reply, ClientUpdate)]
-    tensors = [
-        tensor for update in updates for tensor in (*update.delta.sites.values(), *update.delta.head.values())
-    ]
-    _require_one_type(tensors)
-    dtype = tensors[0].dtype if tensors else torch.float32
+    numbers = [tensor for update in updates for tensor in tensors(update.delta)]
+    _require_one_type(numbers)
+    dtype = numbers[0].dtype if numbers else torch.float32
     rows = torch.empty(len(updates), layout.numbers, dtype=dtype)
     for row, update in zip(rows, updates, strict=True):
         layout.write(update.delta, row)

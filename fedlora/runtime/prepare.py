@@ -2,15 +2,17 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from fedlora.config.load import config_digest
 from fedlora.config.schema import RunConfig
 from fedlora.data import load_corpus
-from fedlora.data.holdings import Holdings
+from fedlora.data.holdings import Holdings, dealt
 from fedlora.data.partition import partition
 from fedlora.data.records import Examples
 from fedlora.data.tokenise import tokenise
@@ -25,17 +27,37 @@ from fedlora.runs.rundir import HOLDINGS
 from fedlora.runtime.host import HostSetup, Terms, require_gpu, shared_passes
 from fedlora.runtime.world.world import World
 from fedlora.runtime.world.world import build as build_world
+from fedlora.tracking.telling import require_trackers
+from fedlora.training.checkpoints import base_digest
 from fedlora.training.client import calibrated
+from fedlora.training.first_token import narrow_last_layer
 from fedlora.training.load import load_model, load_tokenizer
 from fedlora.training.model import AdaptedModel
+from fedlora.training.prefix import frozen_prefix
+from fedlora.training.states import shared_states
 from fedlora.values import Mechanism, Member, Origin, ServerState
+
+DRAWS_THAT_PAY = 2
+"""Draws of each record, on average over all runs: a pass alone, which states need, takes two to three times as long."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shared:
+    """What runs side by side on the same records share. draws: expected of records, by all of the runs together."""
+
+    directory: Path
+    draws: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Clients:
-    """The simulated data owners: their records, the public test data, and by record count what each is held to."""
+    """The simulated data owners: their records, the public test data, and by record count what each is held to.
+
+    numbers: (n,) of each record of `examples`, its place in the training data.
+    """
 
     examples: Holdings
+    numbers: NDArray[np.int64]
     test: Examples
     classes: tuple[str, ...]
     members: tuple[Member, ...]
@@ -59,6 +81,15 @@ class Prepared:
     def first_state(self) -> ServerState:
         """The zero-step state."""
         return first_state(self.config, self.model, self.method)
+
+    def spare_the_model(self) -> None:
+        """Where records come with their states, the model is spared what it can be above as well.
+
+        After the first state alone: that may ask what passes through layers which are cut short from here on. Results
+        are comparable to a float's rounding either way.
+        """
+        if self.clients.test.states is not None:
+            narrow_last_layer(self.model)
 
     def save_for_hosts(self, run_dir: Path) -> HostSetup:
         """What hosts are told; the clients' records lie under `run_dir`, readable by its owner, from here on.
@@ -87,8 +118,15 @@ class Prepared:
         return replace(self, clients=replace(self.clients, examples=nothing))
 
 
-def prepare(config: RunConfig, listener: Listener) -> Prepared:
-    """The run that `config` describes; every mistake that can be found before training is found here."""
+def prepare(config: RunConfig, listener: Listener, shared: Shared | None = None) -> Prepared:
+    """The run that `config` describes; every mistake that can be found before training is found here.
+
+    Args:
+        config: the run.
+        listener: told of what happens.
+        shared: where runs side by side keep what frozen layers make of their records; None: this one is by itself.
+    """
+    require_trackers(config.tracking)
     if config.runtime.device == "cuda" and config.runtime.address is None:
         require_gpu()
     # What public text says of the model must not depend on the number of cores.
@@ -101,8 +139,8 @@ def prepare(config: RunConfig, listener: Listener) -> Prepared:
     return Prepared(
         config=config,
         origin=origin(config, config_digest(config)[:16]),
-        clients=clients,
-        method=build(config.method, config.lora),
+        clients=clients if shared is None else _with_shared_states(clients, model, config, shared, listener),
+        method=build(config.method, config.lora, config.seed),
         model=model,
         world=world,
     )
@@ -115,9 +153,9 @@ def gather_clients(config: RunConfig, listener: Listener) -> Clients:
     corpus = load_corpus(config.data, config.task, config.seed)
     parts = partition(corpus.train, config.data.partition, config.seed)
     listener(Stage(name=f"tokenising {len(corpus.train.texts):,} records for {len(parts)} clients"))
-    train = tokenise(corpus.train, tokenizer, config.data.max_length)
-    test = tokenise(corpus.test, tokenizer, config.data.max_length)
-    examples = Holdings.of(train, parts)
+    train = tokenise(corpus.train, tokenizer, config.data.max_length, config.task)
+    test = tokenise(corpus.test, tokenizer, config.data.max_length, config.task)
+    examples, numbers = Holdings.of(train, parts), dealt(parts)
     members = tuple(
         Member(client=client, examples=int(records))
         for client, records in zip(examples, np.diff(examples.bounds), strict=True)
@@ -127,7 +165,23 @@ def gather_clients(config: RunConfig, listener: Listener) -> Clients:
         listener(Stage(name="calibrating noise"))
     sizes = sorted({member.examples for member in members})
     terms = {records: client_terms(config, records) for records in sizes}
-    return Clients(examples=examples, test=test, classes=corpus.classes, members=members, terms=terms)
+    return Clients(
+        examples=examples, numbers=numbers, test=test, classes=corpus.classes, members=members, terms=terms
+    )
+
+
+def _with_shared_states(
+    clients: Clients, model: AdaptedModel, config: RunConfig, shared: Shared, listener: Listener
+) -> Clients:
+    """Training and test records with their states; without, where no layers lie below or too few records are drawn."""
+    held = clients.examples
+    if shared.draws < DRAWS_THAT_PAY * len(held.examples) or (prefix := frozen_prefix(model)) is None:
+        return clients
+    listener(Stage(name="running the frozen layers over all records, unless another run has"))
+    kept = partial(shared_states, shared.directory, model, prefix, base_model=base_digest(config.model))
+    # In the order of the training data, so that runs that deal them out otherwise find the same file.
+    train = kept(held.examples.select(np.argsort(clients.numbers)), alone=True).select(clients.numbers)
+    return replace(clients, examples=replace(held, examples=train), test=kept(clients.test, alone=False))
 
 
 def client_terms(config: RunConfig, records: int) -> Terms:

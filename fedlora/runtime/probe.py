@@ -16,8 +16,9 @@ from fedlora.errors import ConfigError, FedLoraError
 from fedlora.privacy.step import private_gradient
 from fedlora.runtime.host import Host, HostSetup, runs_alone
 from fedlora.runtime.seats import GpuNode, Peak
+from fedlora.training.batches import ALONE, TOKEN_BUDGET
 from fedlora.training.model import AdaptedModel
-from fedlora.training.tasks import ALONE, TOKEN_BUDGET, losses
+from fedlora.training.tasks import losses
 
 NUMBER_BYTES = 24
 """Of a trained number of a client that shares passes: itself, its gradient, its float64 sum and AdamW's two moments."""
@@ -82,18 +83,21 @@ def largest_step(host: Host) -> None:
         expected_batch=terms.sampling.expected_batch,
         noise=host.noise,
         purpose=("probe",),
+        sequences_per_record=records.sequences_per_record,
     )
 
 
 def largest_batch(config: RunConfig, alone: bool) -> Examples:
-    """As many records of max_length tokens as a micro-batch holds at most."""
-    length = config.data.max_length
+    """As many records of max_length tokens, a pair of twice as many, as a micro-batch holds at most."""
+    pairs = config.task.kind == "dpo"
+    length = config.data.max_length * (2 if pairs else 1)
     count = 1 if alone else max(1, TOKEN_BUDGET // length)
     labelled = config.task.kind == "sequence-classification"
     return Examples(
         input_ids=np.zeros(count * length, dtype=np.int32),
         offsets=np.arange(count + 1, dtype=np.int64) * length,
         labels=np.zeros(count, dtype=np.int64) if labelled else None,
+        firsts=np.full(count, length // 2, dtype=np.int64) if pairs else None,
     )
 
 

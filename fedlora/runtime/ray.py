@@ -13,6 +13,7 @@ from uuid import uuid4
 import ray
 from ray.exceptions import RayError
 
+from fedlora.algebra.deltas import trainable
 from fedlora.algebra.flat import Layout
 from fedlora.data.holdings import open_holdings
 from fedlora.federation.events import ClientDone, Listener, Stage, outcome
@@ -115,7 +116,7 @@ class _Asking:
         self._clients = clients
         self._request = request
         self._together = together
-        self._layout = Layout.of(request.adapters)
+        self._layout = Layout.of(trainable(request.adapters, request.work.side))
         packed = pack_request(request)
         update_bytes = max(1, self._layout.numbers * packed[1].itemsize)
         workers = max(1, len(crew.workers))

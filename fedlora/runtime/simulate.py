@@ -15,19 +15,24 @@ from fedlora.disk import write_durably
 from fedlora.errors import ConfigError
 from fedlora.federation.cohort import Cohort
 from fedlora.federation.events import Listener, RoundDone, RunDone, RunStarted, Stage
-from fedlora.federation.loop import Score, line_zero, rounds
+from fedlora.federation.guards import Guarded
+from fedlora.federation.loop import Score, Stored, line_zero, rounds
 from fedlora.federation.store import Store
 from fedlora.privacy.noise import SEEDED
+from fedlora.runs.beginning import record_beginning
 from fedlora.runs.evidence import require_debits
 from fedlora.runs.forgetting import remaining
+from fedlora.runs.partition_picture import save_picture
 from fedlora.runs.promise import Spending
-from fedlora.runs.rundir import STATES, finished_summary, locked, run_config
+from fedlora.runs.rundir import STATES, finished_summary, locked, run_config, run_rounds
 from fedlora.runs.summary import write_summary
 from fedlora.runtime.host import HostSetup
-from fedlora.runtime.prepare import Prepared, prepare
+from fedlora.runtime.prepare import Prepared, Shared, prepare
 from fedlora.runtime.summarise import summarise
 from fedlora.runtime.world.clock import told
 from fedlora.runtime.world.cohort import VirtualCohort
+from fedlora.tracking.telling import tracked
+from fedlora.training.guards import clip_note, clipped, require_gradients
 from fedlora.training.tasks import evaluate
 from fedlora.values import Adapters, ServerState
 
@@ -42,6 +47,8 @@ def simulate(
     start: Start | None = None,
     *,
     scoring_threads: int | None = None,
+    shared: Shared | None = None,
+    stored: Stored = lambda state: None,
 ) -> Path:
     """`run_dir` holds the finished run of `config`. Nothing is written before all that can be checked is right.
 
@@ -51,6 +58,8 @@ def simulate(
         listener: told of what happens.
         start: None starts the runtime that the config names.
         scoring_threads: of the server while it scores; None takes all cores, which clients leave idle meanwhile.
+        shared: with runs side by side, see `prepare`.
+        stored: see `federation.loop`.
 
     Raises:
         ConfigError: the directory holds another run, or an unfinished one; neither is touched.
@@ -58,24 +67,34 @@ def simulate(
     if (run_dir / "config.yaml").exists():
         _refuse_existing(config, run_dir)
         return run_dir
-    prepared = prepare(config, listener)
+    prepared = prepare(config, listener, shared)
     run_dir.mkdir(parents=True, exist_ok=True)
     with locked(run_dir):
         write_durably(run_dir / "classes.json", json.dumps(prepared.clients.classes) + "\n")
+        save_picture(run_dir, config.data.partition.kind, prepared.clients.examples, prepared.clients.classes)
         write_durably(run_dir / "config.yaml", dump_config(config))  # last: it makes this a run
-        _drive(prepared, run_dir, listener, start, scoring_threads)
+        with tracked(config, run_dir, listener) as told_too:
+            _drive(prepared, run_dir, told_too, start, scoring_threads, stored)
     return run_dir
 
 
 def resume(
-    run_dir: Path, listener: Listener, start: Start | None = None, *, scoring_threads: int | None = None
+    run_dir: Path,
+    listener: Listener,
+    start: Start | None = None,
+    *,
+    scoring_threads: int | None = None,
+    shared: Shared | None = None,
+    stored: Stored = lambda state: None,
 ) -> Path:
     """`run_dir` holds the finished run it was meant to; a finished one is left alone. The rest: see `simulate`."""
     config = run_config(run_dir)
     if finished_summary(run_dir) is not None:
         return run_dir
     with locked(run_dir):
-        _drive(prepare(config, listener), run_dir, listener, start, scoring_threads)
+        prepared = prepare(config, listener, shared)
+        with tracked(config, run_dir, listener) as told_too:
+            _drive(prepared, run_dir, told_too, start, scoring_threads, stored)
     return run_dir
 
 
@@ -86,24 +105,32 @@ def _refuse_existing(config: RunConfig, run_dir: Path) -> None:
 
 
 def _drive(
-    prepared: Prepared, run_dir: Path, listener: Listener, start: Start | None, scoring_threads: int | None
+    prepared: Prepared,
+    run_dir: Path,
+    listener: Listener,
+    start: Start | None,
+    scoring_threads: int | None,
+    stored: Stored,
 ) -> None:
     """Rounds from the newest checkpoint, or from none, to the last; then the summary."""
+    record_beginning(prepared.config, run_dir)
     noise = None if prepared.config.privacy == "none" else SEEDED
     store = Store(run_dir, prepared.origin.run, noise, prepared.config.method.stale.dtype)
     score = _scorer(prepared, run_dir, scoring_threads or os.cpu_count() or 1)
-    if store.is_empty():
+    state = prepared.first_state() if store.is_empty() else None
+    require_gradients(prepared.model, store.load()[0].adapters if state is None else state.adapters)
+    prepared.spare_the_model()
+    if state is not None:
         listener(Stage(name="scoring the zero-step model"))
-        state = prepared.first_state()
         store.begin(state, line_zero(score(state.adapters)))
     state = store.recover()
     require_debits(prepared.config, run_dir)
     setup = prepared.save_for_hosts(run_dir)
     prepared = prepared.without_records()
     try:
-        cohort = _in_world(_cohort(setup, listener, start), prepared, run_dir, state.round)
+        cohort = _in_world(_cohort(setup, prepared, listener, start), prepared, run_dir, state.round)
         try:
-            _run_rounds(prepared, state, cohort, store, score, listener, run_dir)
+            _run_rounds(prepared, state, cohort, store, score, listener, run_dir, stored)
         finally:
             cohort.close()
     finally:
@@ -112,6 +139,8 @@ def _drive(
     listener(Stage(name="writing the summary"))
     summary = summarise(prepared, run_dir, setup.together)
     write_summary(run_dir, summary)
+    if (note := clip_note(run_rounds(run_dir), prepared.config.privacy)) is not None:
+        listener(Stage(name=f"note: {note}"))
     listener(RunDone(summary=summary))
 
 
@@ -123,9 +152,11 @@ def _run_rounds(
     score: Score,
     listener: Listener,
     run_dir: Path,
+    stored: Stored,
 ) -> None:
     config = prepared.config
     members = remaining(run_dir, prepared.clients.members)
+    clip = None if config.privacy == "none" else config.privacy.max_grad_norm
     first = state.round
     listener(
         RunStarted(
@@ -143,11 +174,12 @@ def _run_rounds(
         members=members,
         method=prepared.method,
         federation=config.federation,
-        cohort=cohort,
+        cohort=Guarded(cohort, config.federation, clip),
         store=store,
         score=score,
         told=lambda number: {"world": told(run_dir, number)} if config.world else {},
-        max_grad_norm=None if config.privacy == "none" else config.privacy.max_grad_norm,
+        stored=stored,
+        max_grad_norm=clip,
     ):
         spent_s += line["seconds"]
         left = config.federation.rounds - after.round
@@ -156,20 +188,28 @@ def _run_rounds(
 
 def _scorer(prepared: Prepared, run_dir: Path, threads: int) -> Score:
     """Scores adapters on the public test data, and says what the ledgers have spent by then."""
-    spending = Spending(prepared.config.privacy, run_dir)
+    privacy = prepared.config.privacy
+    spending = Spending(privacy, run_dir)
 
     def score(adapters: Adapters) -> dict[str, Any]:
         prepared.model.load(adapters)
         torch.set_num_threads(threads)  # clients are idle while the server scores
         found = evaluate(prepared.model, prepared.clients.test)
+        share = clipped(prepared.model, prepared.clients.test, privacy)
         torch.set_num_threads(prepared.config.runtime.threads)
         spent = spending.epsilon_max()
-        return {"metric": found.metric, "score": found.value, "loss": found.loss, "epsilon_max": spent}
+        return {
+            "metric": found.metric,
+            "score": found.value,
+            "loss": found.loss,
+            "epsilon_max": spent,
+            **share,
+        }
 
     return score
 
 
-def _cohort(setup: HostSetup, listener: Listener, start: Start | None) -> Cohort:
+def _cohort(setup: HostSetup, prepared: Prepared, listener: Listener, start: Start | None) -> Cohort:
     """Where the clients of this run live. Each runtime is imported only by the run that uses it."""
     kind = setup.config.runtime.kind
     listener(Stage(name=f"starting the {kind} runtime"))
@@ -179,7 +219,7 @@ def _cohort(setup: HostSetup, listener: Listener, start: Start | None) -> Cohort
         case "local":
             from fedlora.runtime.local import LocalCohort
 
-            return LocalCohort(setup, listener)
+            return LocalCohort(setup, listener, prepared.model)
         case "ray":
             from fedlora.runtime.ray import RayCohort
 

@@ -3,13 +3,15 @@
 from pathlib import Path
 from typing import Any
 
+from fedlora.algebra.deltas import trainable, with_rest
+from fedlora.algebra.flat import Layout
 from fedlora.federation.store import Store
 from fedlora.federation.work import work
 from fedlora.runs.summary import run_summary
 from fedlora.runtime.prepare import Prepared
 from fedlora.training.client import participation
 from fedlora.transport.wire import encode_reply, encode_request
-from fedlora.values import ClientUpdate, Delta, ServerState, TrainRequest, Witness
+from fedlora.values import ClientUpdate, ServerState, TrainRequest, Witness
 
 
 def summarise(prepared: Prepared, run_dir: Path, together: int) -> dict[str, Any]:
@@ -25,9 +27,12 @@ def summarise(prepared: Prepared, run_dir: Path, together: int) -> dict[str, Any
 
 
 def frame_sizes(prepared: Prepared, state: ServerState) -> tuple[int, int]:
-    """Bytes of one request and of one update as they travel."""
+    """Bytes of one request and of one update as they travel, the largest of a run."""
     adapters, origin, config = state.adapters, prepared.origin, prepared.config
-    asked = work(1, config.federation)
+    if prepared.method.leaves_rest:
+        adapters = with_rest(adapters)
+    largest = max(prepared.method.sides, key=lambda side: Layout.of(trainable(adapters, side)).numbers)
+    asked = work(1, config.federation, largest)
     request = TrainRequest(
         run=origin.run,
         base_model=origin.base_model,
@@ -36,9 +41,7 @@ def frame_sizes(prepared: Prepared, state: ServerState) -> tuple[int, int]:
         adapters=adapters,
         work=asked,
     )
-    delta = Delta(
-        basis=adapters.basis, sites={site: f.b for site, f in adapters.sites.items()}, head=adapters.head
-    )
+    delta = trainable(adapters, asked.side)
     member = prepared.clients.members[0]
     terms = prepared.clients.terms[member.examples]
     evaluation_noise = None if config.privacy == "none" else config.privacy.evaluation_noise

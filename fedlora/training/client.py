@@ -17,8 +17,11 @@ from fedlora.privacy.ledger import Ledger
 from fedlora.privacy.noise import SEEDED, NoiseSource
 from fedlora.privacy.sampling import poisson_draw
 from fedlora.privacy.step import private_gradient, spent
+from fedlora.training.batches import ALONE, TOKEN_BUDGET
+from fedlora.training.leading import leading_columns
 from fedlora.training.model import AdaptedModel
-from fedlora.training.tasks import ALONE, TOKEN_BUDGET, losses, record_accuracies
+from fedlora.training.precondition import rescaling, rules_of
+from fedlora.training.tasks import losses, record_accuracies
 from fedlora.values import (
     ClientUpdate,
     Delta,
@@ -44,6 +47,7 @@ class Node:
     evaluation_noise: std of the noise on the number of own records that the model gets right, told in every round;
         None: nothing is told.
     states: the records with what the frozen layers make of them, see `training.states`; None: computed in each step.
+    rank: how many columns of every B are trained, clipped, noised and changed, the first ones; None: all.
     """
 
     client: str
@@ -59,6 +63,7 @@ class Node:
     engine: Engine
     noise: NoiseSource
     states: Callable[[Examples], Examples] | None = None
+    rank: int | None = None
 
 
 def train(node: Node, request: TrainRequest, ledger: Ledger | None) -> Reply:
@@ -82,8 +87,10 @@ def train(node: Node, request: TrainRequest, ledger: Ledger | None) -> Reply:
     node = with_what_is_kept(node)
     node.model.load(request.adapters)
     accuracy = told_accuracy(node, request)
-    _local_steps(node, request)
-    return update_of(node, request, entry, node.model.delta(request.adapters), accuracy)
+    with leading_columns(node.model, node.rank) as narrowed:
+        _local_steps(replace(node, model=narrowed), request)
+    delta = node.model.delta(request.adapters, request.work.side)
+    return update_of(node, request, entry, delta, accuracy)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,6 +118,8 @@ def enter(
 
     if len(node.examples) == 0:
         return refuse(RefusalReason.NO_DATA)
+    if request.work.side != "b" and not node.model.trains_a:
+        return refuse(RefusalReason.BAD_REQUEST)
     events = participation(node.mechanism, node.sampling, node.evaluation_noise, request.work.steps)
     if node.mechanism is None:
         return Entry(spent=events, ledger=None)
@@ -173,8 +182,11 @@ def request_digest(request: TrainRequest) -> str:
         request.adapters.basis,
         repr(request.adapters.scale),
     )
-    pull = (repr(work.proximal),) if work.proximal else ()
-    return digest(named_tensors(request.adapters), *words, work.steps, repr(work.learning_rate), *pull)
+    # What came later is named where it is there, so that requests without it keep their digest.
+    more = (repr(work.proximal),) if work.proximal else ()
+    more += (f"precondition={work.precondition}",) if work.precondition != "none" else ()
+    more += (f"side={work.side}",) if work.side != "b" else ()
+    return digest(named_tensors(request.adapters), *words, work.steps, repr(work.learning_rate), *more)
 
 
 def calibrated(
@@ -212,8 +224,8 @@ def told_accuracy(node: Node, request: TrainRequest) -> float | None:
 
 def _local_steps(node: Node, request: TrainRequest) -> None:
     """`work.steps` DP-SGD steps, their number and divisor independent of the data; an empty draw is a step."""
-    trained = node.model.trained
-    optimizer = optimizer_over(trained, node.optimizer, request.work.learning_rate)
+    trained = node.model.trained_on(request.work.side)
+    optimizer = optimizer_over(trained, node.optimizer, request.work.learning_rate, node.model)
     token_budget = ALONE if node.alone else TOKEN_BUDGET
     for step in range(request.work.steps):
         drawn = drawn_records(node, request, step)
@@ -226,6 +238,7 @@ def _local_steps(node: Node, request: TrainRequest) -> None:
             expected_batch=node.sampling.expected_batch,
             noise=node.noise,
             purpose=noise_purpose(node, request, step),
+            sequences_per_record=node.examples.sequences_per_record,
         )
         descend(optimizer, trained, gradient)
 
@@ -247,15 +260,25 @@ def _step_of(node: Node, request: TrainRequest, step: int) -> tuple[str | int, .
 
 
 def optimizer_over(
-    trained: Mapping[str, nn.Parameter], config: Optimizer, lr: float
+    trained: Mapping[str, nn.Parameter], config: Optimizer, lr: float, adapted: AdaptedModel | None = None
 ) -> torch.optim.Optimizer:
-    """A new optimiser of these parameters, still where the round began; each number moves by its own gradients alone.
+    """A new optimiser of these parameters, still where the round began.
 
-    Whatever it adds to a gradient it adds after the noise, from numbers that the server knows or that were released.
+    Whatever it does to a gradient it does after the noise, by numbers that the server knows or that were released.
+
+    Args:
+        trained: by name, as `adapted.trained`, or some copies of each side by side.
+        config: what kind.
+        lr: the round's.
+        adapted: whose A a preconditioner is made of, as loaded for the round; needed where `config` has one.
     """
     if isinstance(config, AdamW):
         return torch.optim.AdamW(trained.values(), lr=lr, weight_decay=config.weight_decay)
     optimizer = torch.optim.SGD(trained.values(), lr=lr)
+    if config.precondition != "none":
+        assert adapted is not None
+        # Before the pull, which stays what it says: a share of the way back.
+        optimizer.register_step_pre_hook(rescaling(trained, rules_of(config.precondition, adapted)))
     if config.proximal:
         optimizer.register_step_pre_hook(_pull_to(trained, config.proximal))
     return optimizer

@@ -1,7 +1,6 @@
 """From a checkpoint to a model that can be trained here: LoRA injected by PEFT, all else frozen."""
 
 import platform
-import re
 from collections.abc import Mapping
 
 import torch
@@ -11,18 +10,21 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.pytorch_utils import Conv1D
 
 from fedlora.config import schema
+from fedlora.config.ranks import matching, rank_of
 from fedlora.errors import ModelError
 from fedlora.kernels.packed import available, pack_frozen
 from fedlora.kernels.quantised import Quantization, quantise_frozen
 from fedlora.seeds import seed_for
 from fedlora.training.adapter import scale_low, train_core
 from fedlora.training.checkpoints import load_base, locate, quiet
-from fedlora.training.model import ADAPTER, LORA_B, AdaptedModel, transformer_of
+from fedlora.training.from_adapter import read_adapter, require_sites, take_saved
+from fedlora.training.model import ADAPTER, LORA_A, LORA_B, AdaptedModel, transformer_of
 from fedlora.training.public import make_identity_pooler
 from fedlora.training.same_input import same_inputs
+from fedlora.training.singular_values import train_singular_values
+from fedlora.training.targets import is_within, targets
 from fedlora.values import Site
 
 
@@ -43,35 +45,49 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 
 def load_model(
-    model_cfg: schema.Model, task_cfg: schema.Task, lora_cfg: schema.Lora, classes: tuple[str, ...], seed: int
+    model_cfg: schema.Model,
+    task_cfg: schema.Task,
+    lora_cfg: schema.Lora,
+    classes: tuple[str, ...],
+    seed: int,
+    *,
+    any_rank: bool = False,
 ) -> AdaptedModel:
     """The base model with B = 0 and, for a classifier, its head: zero where trained, random by seed where
-    frozen.
+    frozen; or as the adapter that `lora.from_adapter` names carries it.
 
-    Equal arguments give equal weights in every process; torch's global generator is left as it was.
+    Equal arguments give equal weights in every process; torch's global generator is left as it was. any_rank: also one
+    that exceeds a side of a site, as an export may need it; nothing can be trained with it.
 
     Raises:
         ModelError: the model is not there, or has no such modules, or `lora.r` exceeds one of them, or this machine
             lacks the kernels.
+        ConfigError: `lora.from_adapter` names no adapter, or one that these layers, ranks or classes cannot hold.
     """
+    given = None if lora_cfg.from_adapter is None else read_adapter(lora_cfg.from_adapter)
     trained_head = isinstance(task_cfg, schema.Classification) and task_cfg.head == "trained"
     with torch.random.fork_rng(devices=[]):  # transformers and PEFT draw new layers from the global generator
         torch.manual_seed(seed_for(seed, "head"))
         model, new = load_base(model_cfg, task_cfg, classes)
         if isinstance(task_cfg, schema.Classification) and task_cfg.pooler == "identity":
             new = (*new, *make_identity_pooler(model, load_tokenizer(model_cfg.name)))
-        head = {} if isinstance(task_cfg, schema.CausalLm) else _head_layers(model, len(classes))
+        head = {} if task_cfg.causal else _head_layers(model, len(classes))
         _draw_head(model, head, new, seed, zero_output=trained_head)
         saved = _saved_modules(model, head, new)
-        _require_targets(model, lora_cfg, saved)
-        peft_model = _injected(model, lora_cfg, saved, isinstance(task_cfg, schema.CausalLm))
+        peft_model = _injected(model, lora_cfg, saved, task_cfg.causal)
     layers = _lora_layers(peft_model)
-    _require_linear(layers, lora_cfg.r)
+    _require_linear(layers, None if any_rank else lora_cfg)
+    if given is not None:
+        shapes = {s: (len(_weight(m.lora_B)), _weight(m.lora_A).shape[1]) for s, m in layers.items()}
+        require_sites(given, shapes, {site: rank_of(lora_cfg, site) for site in layers})
     peft_model.eval()
     together = same_inputs(peft_model, layers)
-    left = {site: train_core(layer) for site, layer in layers.items()} if lora_cfg.trains == "core" else {}
+    instead = {"core": train_core, "singular-values": train_singular_values}.get(lora_cfg.trains)
+    left = {} if instead is None else {site: instead(layer) for site, layer in layers.items()}
     model.config.use_cache = False  # nothing is generated while training
-    trained = _only_trained(peft_model, layers, head if trained_head else {})
+    trained = _only_trained(peft_model, layers, head if trained_head else {}, with_a=lora_cfg.trains == "ab")
+    if given is not None:
+        take_saved(given, transformer_of(peft_model), saved, classes)
     changing = frozenset(id(layer.lora_A[ADAPTER]) for layer in layers.values())
     onednn = _uses_onednn(model_cfg.kernels)
     if model_cfg.quantization != "none":
@@ -90,7 +106,8 @@ def load_model(
         live={site: (_weight(layer.lora_A), _weight(layer.lora_B)) for site, layer in layers.items()},
         left=left,
         trained=trained,
-        causal=isinstance(task_cfg, schema.CausalLm),
+        causal=task_cfg.causal,
+        beta=task_cfg.beta if isinstance(task_cfg, schema.Dpo) else None,
         pad_token=model.config.pad_token_id,
     )
 
@@ -107,7 +124,7 @@ def _quantise(
     inside = f"{model.base_model_prefix}."
 
     def serves(path: str, layer: nn.Module) -> bool:
-        return path.startswith(inside) and not _is_within(path, saved) and id(layer) not in changing
+        return path.startswith(inside) and not is_within(path, saved) and id(layer) not in changing
 
     if quantise_frozen(model, quantization, serves, onednn=onednn) == 0:
         raise ModelError(
@@ -183,42 +200,20 @@ def _saved_modules(model: PreTrainedModel, head: Mapping[str, nn.Linear], new: t
     return sorted(saved | {owner for owner in owners if owner.split(".")[0] not in saved})
 
 
-def _require_targets(model: PreTrainedModel, lora_cfg: schema.Lora, saved: list[str]) -> None:
-    """Refuses a target that names no layer, and a layer number that no target has."""
-    layers = [
-        n for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and not _is_within(n, saved)
-    ]
-    numbers: set[int] = set()
-    for target in lora_cfg.target_modules:
-        matched = [name for name in layers if name == target or name.endswith(f".{target}")]
-        if not matched:
-            last = sorted({name.rpartition(".")[2] for name in layers})
-            raise ModelError(
-                f"lora.target_modules: {target!r} matches no linear layer of {type(model).__name__}; "
-                f"it has {', '.join(map(repr, last))}"
-            )
-        # the first numbered part of the path, which is what PEFT takes for the layer
-        numbers |= {int(m[1]) for name in matched if (m := re.match(r".*?\.[^.]*\.(\d+)\.", name))}
-    missing = sorted(set(lora_cfg.layers_to_transform or ()) - numbers)
-    if missing:
-        raise ModelError(
-            f"lora.layers_to_transform: {type(model).__name__} has no layer {missing} with "
-            f"{lora_cfg.target_modules}; it has {sorted(numbers)}"
-        )
-
-
-def _is_within(name: str, modules: list[str]) -> bool:
-    return any(name == module or name.startswith(f"{module}.") for module in modules)
-
-
 def _injected(model: PreTrainedModel, lora_cfg: schema.Lora, saved: list[str], causal: bool) -> PeftModel:
+    names = targets(model, lora_cfg, saved)
+    listed = lora_cfg.target_modules != "all-linear"
+    ranks, scale = lora_cfg.rank_pattern or {}, lora_cfg.lora_alpha / lora_cfg.r
     config = LoraConfig(
         r=lora_cfg.r,
         lora_alpha=lora_cfg.lora_alpha,  # pyright: ignore[reportArgumentType]  # PEFT only divides it by r
         lora_dropout=0.0,
         bias="none",
-        target_modules=list(lora_cfg.target_modules),
-        layers_to_transform=lora_cfg.layers_to_transform,
+        target_modules=names,
+        # PEFT asks a whole path for no number; those of all-linear are chosen already.
+        layers_to_transform=lora_cfg.layers_to_transform if listed else None,
+        rank_pattern=dict(ranks),
+        alpha_pattern={pattern: scale * r for pattern, r in ranks.items()},
         modules_to_save=saved or None,
         task_type=TaskType.CAUSAL_LM if causal else TaskType.SEQ_CLS,
     )
@@ -243,23 +238,32 @@ def _weight(layers: nn.ModuleDict) -> nn.Parameter:
     return weight
 
 
-def _require_linear(layers: Mapping[Site, LoraLayer], r: int) -> None:
+def _require_linear(layers: Mapping[Site, LoraLayer], lora_cfg: schema.Lora | None) -> None:
+    """Refuses what is no linear layer; given a config, also a rank that a layer cannot have, and a pattern of none."""
+    patterns = {} if lora_cfg is None else lora_cfg.rank_pattern or {}
+    for pattern in patterns:
+        if not any(matching([pattern], site) for site in layers):
+            raise ModelError(
+                f"lora.rank_pattern: {pattern!r} is the end of no adapted layer's path, such as {next(iter(layers))!r}"
+            )
     for site, layer in layers.items():
         if ADAPTER not in layer.lora_B or not isinstance(layer.lora_B[ADAPTER], nn.Linear):
             raise ModelError(f"lora.target_modules: {site!r} is no linear layer; name linear layers only")
         shape = _weight(layer.lora_B).shape[0], _weight(layer.lora_A).shape[1]
+        r = 0 if lora_cfg is None else rank_of(lora_cfg, site)
         if r > min(shape):
-            raise ModelError(
-                f"lora.r {r} exceeds {site!r} of shape {shape}; lower it to {min(shape)} or less"
-            )
+            key = "lora.r" if matching(patterns, site) is None else "lora.rank_pattern:"
+            raise ModelError(f"{key} {r} exceeds {site!r} of shape {shape}; lower it to {min(shape)} or less")
 
 
 def _only_trained(
-    peft_model: PeftModel, layers: Mapping[Site, LoraLayer], head: Mapping[str, nn.Linear]
+    peft_model: PeftModel, layers: Mapping[Site, LoraLayer], head: Mapping[str, nn.Linear], *, with_a: bool
 ) -> dict[str, nn.Parameter]:
-    """Only these parameters require a gradient from here on: every B by site, then the head's by name."""
+    """Only these parameters require a gradient from here on: every B by site, every A if asked, the head's by name."""
     peft_model.requires_grad_(False)
     trained = {f"{site}{LORA_B}": _turned(_weight(layer.lora_B)) for site, layer in layers.items()}
+    if with_a:
+        trained |= {f"{site}{LORA_A}": _weight(layer.lora_A) for site, layer in layers.items()}
     # PEFT put copies of the head's modules in their place; the layers of `head` are no longer used.
     for name in sorted(head):
         top, _, rest = name.partition(".")

@@ -1,4 +1,4 @@
-"""A pretrained model with LoRA, of which only B, and the head if it is trained, can move."""
+"""A pretrained model with LoRA, of which only A, B and the head can move, each if it is trained."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,10 +9,14 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from fedlora.errors import ShapeError
-from fedlora.values import Adapters, Delta, Site
+from fedlora.values import Adapters, Delta, Side, Site
+
+REST = "lora_rest"
+"""Attribute of an adapted layer: what its frozen weight has taken up, (d_out, d_in); most methods leave none."""
 
 ADAPTER = "default"  # PEFT's name for the one adapter that a model here has
 
+LORA_A = ".lora_A"
 LORA_B = ".lora_B"
 
 
@@ -23,8 +27,10 @@ class AdaptedModel:
     sites: adapted modules, sorted, named as in the base model. scale: lora_alpha / r.
     live: the A (r, d_in) and the B (d_out, r) of every site that the model computes with; a core's B is (r, r).
     left: the frozen left frame (d_out, r) of every site whose core is trained.
-    trained: the parameters that require a gradient, by name: `<site>.lora_B`, and the head's own names.
+    trained: all that rounds train, by name: `<site>.lora_B`, `<site>.lora_A` where A is trained too, the head's own
+        names. What requires a gradient: all of it, or since `trained_on`, what that said.
     causal: a language model, not a classifier. pad_token: what fills short rows up; masked, so never learned.
+    beta: of preference optimisation, whose records are pairs; None: another task.
     """
 
     peft_model: PeftModel
@@ -35,6 +41,7 @@ class AdaptedModel:
     trained: Mapping[str, nn.Parameter]
     causal: bool
     pad_token: int
+    beta: float | None = None
 
     @property
     def device(self) -> torch.device:
@@ -59,11 +66,37 @@ class AdaptedModel:
 
     def head(self) -> dict[str, Tensor]:
         """Clones of the head's trained tensors; empty where the head is frozen or there is none."""
-        return {name: p.detach().clone() for name, p in self.trained.items() if not name.endswith(LORA_B)}
+        return {name: p.detach().clone() for name, p in self.trained.items() if _is_of_head(name)}
+
+    def rests(self) -> dict[Site, Tensor]:
+        """What the frozen weights have taken up, (d_out, d_in), of every site that has."""
+        found = {site: getattr(layer, REST, None) for site, layer in self.layers().items()}
+        return {site: rest for site, rest in found.items() if rest is not None}
+
+    @property
+    def trains_a(self) -> bool:
+        """Whether A is trained."""
+        return any(name.endswith(LORA_A) for name in self.trained)
+
+    def trained_on(self, side: Side) -> dict[str, nn.Parameter]:
+        """What a round of this side trains; exactly this requires a gradient from here on.
+
+        Raises:
+            ShapeError: A is frozen in this model, but the side trains it.
+        """
+        if side != "b" and not self.trains_a:
+            raise ShapeError(
+                f"asked to train side {side!r}, but A is frozen here; write lora.trains: ab, or another method"
+            )
+        idle = {"b": LORA_A, "a": LORA_B}.get(side)
+        chosen = {name: p for name, p in self.trained.items() if idle is None or not name.endswith(idle)}
+        for name, parameter in self.trained.items():
+            parameter.requires_grad_(name in chosen)
+        return chosen
 
     @torch.no_grad()
     def load(self, adapters: Adapters) -> None:
-        """The model computes with `adapters` from here on: A, B, left frames and head are copied in.
+        """The model computes with `adapters` from here on: A, B, left frames, rests and head are copied in.
 
         Raises:
             ShapeError: other sites, head tensors, shapes or another scale than this model has; nothing was
@@ -79,7 +112,7 @@ class AdaptedModel:
         left = {site: factors.left for site, factors in adapters.sites.items() if factors.left is not None}
         _require_names("left frames", left, self.left)
         pairs += [(f"{site} left", frame, left[site]) for site, frame in self.left.items()]
-        head = {name: p for name, p in self.trained.items() if not name.endswith(LORA_B)}
+        head = {name: p for name, p in self.trained.items() if _is_of_head(name)}
         _require_names("head tensors", adapters.head, head)
         pairs += [(name, parameter, adapters.head[name]) for name, parameter in head.items()]
         for name, parameter, value in pairs:
@@ -89,19 +122,38 @@ class AdaptedModel:
                 )
         for _, parameter, value in pairs:
             parameter.copy_(value)
+        for site, layer in self.layers().items():
+            set_rest(layer, adapters.sites[site].rest)
 
     @torch.no_grad()
-    def delta(self, start: Adapters) -> Delta:
-        """What has changed since `load(start)`, in the basis of `start`; shares no memory with the model."""
+    def delta(self, start: Adapters, side: Side = "b") -> Delta:
+        """What has changed since `load(start)`, in the basis of `start`; shares no memory with the model.
+
+        side: what was trained; the rest has not changed, and is not told.
+        """
+        live, began = self.factors(), start.sites
+        # B lies turned in memory; what leaves the model lies as its shape says
+        sites = {} if side == "a" else {s: (b - began[s].b.to(b)).contiguous() for s, (_, b) in live.items()}
         return Delta(
             basis=start.basis,
-            # B lies turned in memory; what leaves the model lies as its shape says
-            sites={
-                site: (b.detach() - start.sites[site].b.to(b)).contiguous()
-                for site, (_, b) in self.factors().items()
-            },
+            sites=sites,
             head={name: value - start.head[name].to(value) for name, value in self.head().items()},
+            a={} if side == "b" else {s: a - began[s].a.to(a) for s, (a, _) in live.items()},
         )
+
+
+def set_rest(layer: nn.Module, rest: Tensor | None) -> None:
+    """`layer` adds `rest`, in the type of its B, to its frozen weight from here on; None: nothing."""
+    if rest is None:
+        if getattr(layer, REST, None) is not None:
+            layer.register_parameter(REST, None)
+        return
+    like = layer.get_parameter(f"lora_B.{ADAPTER}.weight")
+    layer.register_parameter(REST, nn.Parameter(rest.detach().to(like, copy=True), requires_grad=False))
+
+
+def _is_of_head(name: str) -> bool:
+    return not name.endswith((LORA_A, LORA_B))
 
 
 def _require_names(what: str, given: Mapping[str, object], live: Mapping[str, object]) -> None:

@@ -6,8 +6,8 @@ from numpy.typing import NDArray
 from torch import nn
 
 from fedlora.kernels.quantised import QuantisedLinear
+from fedlora.training.batches import TOKEN_BUDGET
 from fedlora.training.model import AdaptedModel
-from fedlora.training.tasks import TOKEN_BUDGET
 
 MOST_NUMBERS = 2**25
 """Gradients of all records of a micro-batch, and trained numbers of all clients of a pack: at 8 bytes, 256 MiB."""

@@ -59,14 +59,8 @@ def frozen_prefix(adapted: AdaptedModel) -> Prefix | None:
     prefix = lowest_adapted(adapted)
     if prefix is None:
         return None
-    live = list(adapted.trained.values())
-    kept = [parameter.detach().clone() for parameter in live]
-    try:
+    with kept(adapted):
         reason = _objection(adapted, prefix)
-    finally:
-        with torch.no_grad():
-            for parameter, value in zip(live, kept, strict=True):
-                parameter.copy_(value)
     if reason:
         log.warning(
             "all layers of %s run in every step: %s",
@@ -137,7 +131,7 @@ def _passing_on(layer: nn.Module) -> Iterator[None]:
 @torch.no_grad()
 def _objection(adapted: AdaptedModel, prefix: Prefix) -> str:
     """Why the layers below may not be left out; empty where they may."""
-    inputs = _made_up(adapted)
+    inputs = made_up(adapted)
     real = inputs["attention_mask"] == 1
     outputs: list[object] = []
     handles = [
@@ -158,7 +152,7 @@ def _objection(adapted: AdaptedModel, prefix: Prefix) -> str:
         return f"layer {prefix.layer} of {prefix.stack} is given {given}, not (n, T, {width}) of {dtype}"
     if len(outputs) != prefix.layer or outputs[-1] is not before:
         return f"the layers of {prefix.stack} do not hand their states from one to the next, each once"
-    _redraw(adapted)
+    redraw(adapted)
     if not torch.equal(before[real], entering(adapted, prefix, inputs)[real]):
         return f"what is trained moves the states below layer {prefix.layer} of {prefix.stack}"
     whole = adapted.peft_model(**inputs).logits
@@ -173,7 +167,7 @@ def _objection(adapted: AdaptedModel, prefix: Prefix) -> str:
     return ""
 
 
-def _made_up(adapted: AdaptedModel) -> dict[str, Tensor]:
+def made_up(adapted: AdaptedModel) -> dict[str, Tensor]:
     """Records of unequal length over the vocabulary, padded on the right, with both token types if there are two."""
     device = adapted.device
     base = transformer_of(adapted.peft_model)
@@ -187,7 +181,22 @@ def _made_up(adapted: AdaptedModel) -> dict[str, Tensor]:
     return {name: tensor.to(device) for name, tensor in inputs.items()}
 
 
-def _redraw(adapted: AdaptedModel) -> None:
+@contextmanager
+def kept(adapted: AdaptedModel) -> Iterator[None]:
+    """What is trained may be overwritten within; afterwards it is as it was."""
+    live = list(adapted.trained.values())
+    before = [parameter.detach().clone() for parameter in live]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter, value in zip(live, before, strict=True):
+                parameter.copy_(value)
+
+
+@torch.no_grad()
+def redraw(adapted: AdaptedModel) -> None:
+    """Everything trained is random, and the same in every process."""
     draw = torch.Generator().manual_seed(0)
     for parameter in adapted.trained.values():
         parameter.copy_(torch.randn(parameter.shape, generator=draw) * 0.1)

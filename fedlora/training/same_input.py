@@ -29,7 +29,7 @@ class _Offer:
 
 
 class SameInput:
-    """Layers that were seen to be given one tensor, in the order of their calls; of equal scaling and rank.
+    """Layers that were seen to be given one tensor, in the order of their calls; of equal scaling.
 
     The first to run computes scale A x of all, and every other may take its part once, if it is given that very
     tensor, unchanged; else it computes its own. What nobody took goes with the tensor, or when the first runs again.
@@ -57,7 +57,7 @@ class SameInput:
             return None
         assert self.matrix is not None
         h = linear(x.to(self.matrix.dtype), self.matrix) * layer.scaling[ADAPTER]
-        own, *others = h.split(layer.r[ADAPTER], dim=-1)
+        own, *others = h.split([each.r[ADAPTER] for each in self.layers], dim=-1)
         parts = {
             other: (part, _a_of(other)._version) for other, part in zip(self.layers[1:], others, strict=True)
         }
@@ -86,7 +86,7 @@ class SameInput:
             if len({(weight.dtype, weight.device) for weight in weights}) > 1:
                 return False
             self.matrix = torch.cat([weight.detach() for weight in weights])
-            for weight, part in zip(weights, self.matrix.split(len(weights[0])), strict=True):
+            for weight, part in zip(weights, self.matrix.split([len(w) for w in weights]), strict=True):
                 weight.data = part
         return True
 

@@ -6,6 +6,7 @@ the records drawn. It says as much about the records as their text: only its own
 
 import hashlib
 import os
+import shutil
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -17,14 +18,14 @@ import transformers
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedlora.data.records import Examples
+from fedlora.data.records import Examples, States
 from fedlora.data.tokenise import fingerprint
-from fedlora.disk import fsync, make_directory
+from fedlora.disk import fsync, make_directory, waiting_for
 from fedlora.errors import ConfigError
 from fedlora.kernels.packed import PackedLinear
+from fedlora.training.batches import ALONE, TOKEN_BUDGET, collate, micro_batches, model_inputs
 from fedlora.training.model import AdaptedModel, transformer_of
 from fedlora.training.prefix import Prefix, entering
-from fedlora.training.tasks import ALONE, TOKEN_BUDGET, collate, micro_batches, model_inputs
 
 NUMPY = {torch.float32: np.float32, torch.float64: np.float64, torch.bfloat16: np.uint16}
 """How a row lies on disk, by the model's type; bfloat16 as its bits."""
@@ -73,7 +74,42 @@ def with_states(
             f"{error.strerror}; mend that, or write runtime.cache_prefix: false"
         ) from error
     assert states is not None, f"{path} was replaced while it was written"
-    return replace(examples, states=states)
+    return replace(examples, states=States(rows=states, starts=examples.offsets[:-1]))
+
+
+def shared_states(
+    directory: Path,
+    adapted: AdaptedModel,
+    prefix: Prefix,
+    examples: Examples,
+    *,
+    base_model: str,
+    alone: bool,
+) -> Examples:
+    """As `with_states`, in a file of `directory` that bears the name of what decides its bits.
+
+    For runs side by side on the same records: who comes while another writes waits for it. They are computed before
+    any ledger has a debit, which is right only where one holder of all records simulates everybody.
+
+    Raises:
+        ConfigError: the disk lacks the room, which is looked at before, or the file can be neither read nor written.
+    """
+    path = directory / _key(adapted, prefix, examples, base_model, alone).hex()
+    make_directory(directory)
+    directory.chmod(0o700)
+    with waiting_for(path.with_suffix(".lock")):
+        if not path.exists():
+            _require_room(directory, cached_bytes(adapted, examples), len(examples))
+        return with_states(path, adapted, prefix, examples, base_model=base_model, alone=alone)
+
+
+def _require_room(directory: Path, needed: int, records: int) -> None:
+    free = shutil.disk_usage(directory).free
+    if needed > free:
+        raise ConfigError(
+            f"the states of {records} records need {needed:,} bytes in {directory}, where {free:,} are free; make "
+            "room, or write runtime.cache_prefix: false"
+        )
 
 
 def _key(adapted: AdaptedModel, prefix: Prefix, examples: Examples, base_model: str, alone: bool) -> bytes:
@@ -86,7 +122,8 @@ def _key(adapted: AdaptedModel, prefix: Prefix, examples: Examples, base_model: 
         else torch.backends.cpu.get_cpu_capability()
     )
     words = (
-        "states 2", base_model, type(model).__name__, prefix.stack, prefix.layer, model.dtype,
+        "states 3", base_model, model.config.to_json_string(),
+        type(model).__name__, prefix.stack, prefix.layer, model.dtype,
         sum(isinstance(module, PackedLinear) for module in model.modules()),
         getattr(model.config, "_attn_implementation", None), torch.__version__, transformers.__version__,
         device.type, where, torch.get_num_threads(), ALONE if alone else TOKEN_BUDGET, fingerprint(examples),
@@ -150,11 +187,13 @@ def _write(
 def _states(
     adapted: AdaptedModel, prefix: Prefix, examples: Examples, group: NDArray[np.int64]
 ) -> list[Tensor]:
-    """(tokens of the record, width) of each record of the group."""
-    device = adapted.device
-    batch = collate(examples.select(group), adapted.pad_token, device)
+    """(tokens of the record, width) of each record of the group; of a pair, those of both sequences."""
+    records = examples.select(group)
+    batch = collate(records, adapted.pad_token, adapted.device)
     rows = entering(adapted, prefix, model_inputs(adapted, batch)).cpu()
-    return [states[:length] for states, length in zip(rows, examples.lengths[group], strict=True)]
+    each = records.sequences_per_record
+    kept = [states[:length] for states, length in zip(rows, records.sequence_lengths, strict=True)]
+    return kept if each == 1 else [torch.cat(kept[n : n + each]) for n in range(0, len(kept), each)]
 
 
 def _as_numpy(states: Tensor) -> NDArray[Any]:

@@ -18,6 +18,7 @@ from fedlora.privacy.ledger import Ledger
 from fedlora.privacy.noise import SEEDED
 from fedlora.privacy.stacked import stackable, stacked
 from fedlora.privacy.step import Release, private_gradients
+from fedlora.training.batches import TOKEN_BUDGET
 from fedlora.training.client import (
     Entry,
     Node,
@@ -33,7 +34,7 @@ from fedlora.training.client import (
 )
 from fedlora.training.model import LORA_B, AdaptedModel
 from fedlora.training.packing import MOST_NUMBERS, overhead_of, packed_groups
-from fedlora.training.tasks import TOKEN_BUDGET, losses
+from fedlora.training.tasks import losses
 from fedlora.values import Adapters, Delta, Refusal, Reply, TrainRequest
 
 
@@ -60,10 +61,13 @@ def _difference(nodes: Sequence[Node]) -> str | None:
     for what, differ in (
         ("clients of different models", any(node.model is not first.model for node in nodes)),
         ("an engine other than direct", any(type(node.engine) is not DirectEngine for node in nodes)),
+        ("an A that is trained", first.model.trains_a),
         ("records that must run alone", any(node.alone for node in nodes)),
+        ("records of two sequences", any(node.examples.sequences_per_record > 1 for node in nodes)),
         ("noise that is not seeded", any(node.noise.kind != SEEDED for node in nodes)),
         ("different optimizers", any(node.optimizer != first.optimizer for node in nodes)),
         ("different bounds", len({node.mechanism and node.mechanism.max_grad_norm for node in nodes}) > 1),
+        ("clients that train some columns only", any(node.rank is not None for node in nodes)),
         ("one client twice", len({node.client for node in nodes}) < len(nodes)),
     ):
         if differ:
@@ -117,7 +121,7 @@ def _local_steps(
     assert isinstance(engine, DirectEngine)
     overhead = overhead_of(adapted)
     with stacked(adapted.peft_model, adapted.trained, layers, len(nodes)) as stack:
-        optimizer = optimizer_over(stack.trained, nodes[0].optimizer, request.work.learning_rate)
+        optimizer = optimizer_over(stack.trained, nodes[0].optimizer, request.work.learning_rate, adapted)
         for step in range(request.work.steps):
             draws = [drawn_records(node, request, step) for node in nodes]
             releases = [

@@ -28,6 +28,7 @@ from fedlora.values import (
     Refusal,
     RefusalReason,
     Reply,
+    Side,
     TrainRequest,
     Witness,
 )
@@ -59,6 +60,10 @@ def encode_request(request: TrainRequest) -> bytes:
     }
     if request.work.proximal:  # without it, a frame is what it was before there was such a thing
         header["proximal"] = request.work.proximal
+    if request.work.precondition != "none":
+        header["precondition"] = request.work.precondition
+    if request.work.side != "b":
+        header["side"] = request.work.side
     return _encode(header, named_tensors(adapters))
 
 
@@ -76,6 +81,8 @@ def decode_request(frame: bytes) -> TrainRequest:
                 steps=_whole(header["steps"]),
                 learning_rate=_number(header["learning_rate"]),
                 proximal=_number(header.get("proximal", 0.0)),
+                precondition=_text(header.get("precondition", "none")),
+                side=_side(header.get("side", "b")),
             ),
         )
         _require_the_one_way(frame, encode_request(request))
@@ -91,6 +98,7 @@ def encode_reply(reply: Reply) -> bytes:
     header |= {"ledger": reply.ledger and astuple(reply.ledger), "accuracy": reply.accuracy}
     tensors = {f"b:{site}": reply.delta.sites[site] for site in sorted(reply.delta.sites)}
     tensors |= {f"head:{name}": reply.delta.head[name] for name in sorted(reply.delta.head)}
+    tensors |= {f"a:{site}": reply.delta.a[site] for site in sorted(reply.delta.a)}
     return _encode({"kind": "update", **header}, tensors)
 
 
@@ -114,11 +122,12 @@ def _refusal(header: dict[str, Any]) -> Refusal:
 
 def _update(header: dict[str, Any], tensors: Mapping[str, Tensor]) -> ClientUpdate:
     basis, sites, head = _whole(header["basis"]), under(tensors, "b:"), under(tensors, "head:")
+    a = under(tensors, "a:")
     return ClientUpdate(
         client=_text(header["client"]),
         run=_text(header["run"]),
         round=_whole(header["round"]),
-        delta=Delta(basis=basis, sites=sites, head=head),
+        delta=Delta(basis=basis, sites=sites, head=head, a=a),
         spent=tuple(event_of(words) for words in _list(header["spent"])),
         ledger=None if header["ledger"] is None else _witness(header["ledger"]),
         accuracy=None if header["accuracy"] is None else _number(header["accuracy"]),
@@ -174,6 +183,14 @@ def _text(value: object) -> str:
         raise TypeError(f"{value!r} is no text")
     value.encode()  # half a surrogate pair is no text that anybody could pass on
     return value
+
+
+def _side(value: object) -> Side:
+    sides: tuple[Side, ...] = ("b", "a", "both")
+    for side in sides:
+        if value == side:
+            return side
+    raise ValueError(f"{value!r} is no side; there are {sides}")
 
 
 def _list(value: object) -> list[Any]:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from fedlora.algebra.deltas import trainable
 from fedlora.algebra.flat import Layout
 from fedlora.errors import ShapeError
 from fedlora.values import Adapters, Delta, Factors
@@ -28,10 +29,28 @@ def test_there_and_back_is_the_same_delta_in_whatever_order_its_tensors_were_lis
     assert all(torch.equal(back.head[name], one.head[name]) for name in one.head)
 
 
-def test_adapters_have_the_layout_of_what_adds_to_them():
+def test_what_adapters_train_has_the_layout_of_what_adds_to_it():
     one = delta()
     sites = {site: Factors(a=torch.randn(2, 7), b=b) for site, b in one.sites.items()}
-    assert Layout.of(Adapters(basis=0, scale=1.0, sites=sites, head=one.head)) == Layout.of(one)
+    adapters = Adapters(basis=0, scale=1.0, sites=sites, head=one.head)
+    assert Layout.of(trainable(adapters)) == Layout.of(one)
+    both = Layout.of(trainable(adapters, "both"))
+    assert both.numbers == Layout.of(one).numbers + len(sites) * 14
+    assert Layout.of(trainable(adapters, "a")).numbers == both.numbers - sum(
+        b.numel() for b in one.sites.values()
+    )
+
+
+def test_a_delta_of_a_and_b_comes_back_from_its_row():
+    a = {"x": torch.arange(6.0).view(2, 3), "y": torch.ones(2, 3)}
+    one = Delta(
+        basis=3, sites={"x": torch.randn(4, 2), "y": torch.randn(4, 2)}, head={"w": torch.ones(2)}, a=a
+    )
+    layout = Layout.of(one)
+    back = layout.delta_of(layout.flat(one).clone(), 3)
+    assert torch.equal(back.a["x"], a["x"]) and torch.equal(back.sites["y"], one.sites["y"])
+    with pytest.raises(ShapeError, match="A of 2"):
+        layout.flat(Delta(basis=3, sites=one.sites, head=one.head))
 
 
 def test_what_lies_in_one_row_is_not_copied_and_what_does_not_is():

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from fedlora.cli.app import explain, main
-from fedlora.cli.run import usable
+from fedlora.cli.run_dir import usable
 from fedlora.config.load import dump_config, load_config
 from fedlora.errors import ConfigError, IncompleteError, LedgerError
 
@@ -54,6 +54,8 @@ def test_every_command_of_the_contract_is_there(capsys):
         "budget",
         "audit",
         "compare",
+        "sweep",
+        "completion",
         "provision",
         "doctor",
         "node",
@@ -294,8 +296,9 @@ def test_check_tells_what_a_run_would_be_and_writes_nothing(config_file, tmp_pat
     found = json.loads(out_of(capsys, *arguments, "--format", "json"))
     assert len(found["clients"]) == 3 and found["trained_parameters"] > 0
     assert all(client["epsilon"] <= 8.0 for client in found["clients"])
-    text = out_of(capsys, *arguments)
-    assert "noise multiplier" in text and "client-0" in text and not target.exists()
+    text, measured = out_of(capsys, *arguments), out_of(capsys, *arguments, "--measure")
+    assert "noise, about" in text and "client-0" in text and not target.exists()
+    assert "noise multiplier" in measured and "client-0" in measured and not target.exists()
 
 
 def test_report_can_be_written_elsewhere(run_dir, tmp_path, capsys):

@@ -72,14 +72,14 @@ def files(run_dir):
     return {path.relative_to(run_dir): path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
 
 
-def require_sum(run_dir):
+def require_sum(run_dir, counted=lambda at: 1.0):
     """The running sum is that of what is remembered of those who are left, whose shares are of them alone."""
     state, config = Store(run_dir).load()[0], forgetting.run_config(run_dir)
     members = forgetting.remaining(run_dir, forgetting._members(run_dir, config))
     share = forgetting.weights(members, "examples")
     total, memory = scale(state.memory, 0.0), StaleMemory(run_dir / "memory.sqlite")
     for client, at in state.remembered.items():
-        total = add(total, memory.recall(client, at), share[client])
+        total = add(total, memory.recall(client, at), share[client] * counted(at))
     for site in total.sites:
         # float32, a few sums of numbers up to about 1.
         assert_close(state.memory.sites[site], total.sites[site], rtol=1e-5, atol=1e-6)
@@ -110,6 +110,21 @@ def test_a_forgotten_client_is_nowhere_and_the_run_goes_on_without_it(stopped, c
         "round-000003-without-001",
         "round-000004",
     ]
+
+
+@pytest.mark.parametrize("stale", [{"rule": "mifa", "beta": 1.0}, {"beta": 0.5, "scale_by_rate": True}])
+def test_where_updates_count_by_their_rates_a_forgotten_one_is_subtracted_as_it_counted(
+    tiny_config, tmp_path, stale
+):
+    optimizer = {"name": "sgd", "lr": 1.0, "decay": "linear"}
+    config = tiny_config(
+        privacy="none", federation__rounds=4, method__stale=stale, federation__weighting="examples",
+        federation__optimizer=optimizer,
+    )  # fmt: skip
+    with pytest.raises(StoppedError):
+        simulate(config, tmp_path / "run", stops_after(3))
+    forget(tmp_path / "run")
+    require_sum(tmp_path / "run", lambda at: 4 / (4 - at + 1))
 
 
 def test_the_hosts_of_a_run_that_goes_on_are_given_no_record_of_a_forgotten_client(stopped):

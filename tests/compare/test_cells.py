@@ -5,9 +5,11 @@ from typing import get_args
 
 import pytest
 
-from fedlora.compare.arms import METHODS, Arm, arms_of, chosen, control_of, parse_arm, references
+from fedlora.compare.arms import METHODS, UNCLIPPED, Arm, arms_of, chosen, control_of, parse_arm, references
 from fedlora.compare.cells import Setting, Source, cells_of, longest_first, require_unchanged
+from fedlora.compare.finish import shared_by
 from fedlora.config import schema
+from fedlora.config.data import Iid
 from fedlora.config.load import config_digest, dump_config
 from fedlora.errors import ConfigError
 
@@ -20,7 +22,7 @@ def source(tiny_config, tmp_path) -> Source:
 
 
 def cells(source: Source, arm: Arm, **changes):
-    given = {"epsilons": [1.0, 8.0], "seeds": [7, 8], "setting": None, "private_runs": None}
+    given = {"epsilons": [1.0, 8.0], "seeds": [7, 8], "setting": lambda _: None, "private_runs": None}
     return cells_of(source, arm, **{**given, **changes}, directory=Path("d"))
 
 
@@ -50,6 +52,7 @@ def test_every_arm_fits_every_kind_of_config(tiny_config, tmp_path):
         source = Source(path=path)
         known = arms_of(source.config(), ["own: lora.r=1 lora.lora_alpha=1"])
         assert set(known) >= {"fedsvd", "ffa", "fedsb", "fedavg", "fedsvd-paper", "config", "central", "own"}
+        assert set(known) >= {"lora-pro", "allora", "mifa"}
         assert all(cells(source, arm) for arm in known.values())  # each loads, or this raises
 
 
@@ -68,7 +71,7 @@ def test_a_cell_is_the_config_with_its_arm_epsilon_and_seed(source):
 
 def test_tuning_and_its_cost_become_part_of_a_cell(source):
     setting = Setting(lr=0.25, max_grad_norm=0.5)
-    (cell, *_) = cells(source, METHODS[0], setting=setting, private_runs=7)
+    (cell, *_) = cells(source, METHODS[0], setting=lambda _: setting, private_runs=7)
     assert Setting.of(cell.config) == setting
     assert cell.config.privacy.tuned_on == schema.PrivateRuns(private_runs=7)
 
@@ -80,6 +83,9 @@ def test_an_arm_without_privacy_has_one_cell_a_seed(source):
         (None, 7, "none"),
         (None, 8, "none"),
     ]
+    assert {cell.config.federation.optimizer.lr for cell in found} == {
+        source.config().federation.optimizer.lr * source.config().privacy.max_grad_norm / UNCLIPPED
+    }
     assert bare.name == "not-private" and central.name == "central"
     assert len(cells(source, central)) == 4
 
@@ -88,7 +94,7 @@ def test_the_central_reference_goes_through_as_many_records(source):
     central = references(source.config())[1]
     cell = cells(source, central)[0]
     config = cell.config
-    assert config.data.partition == schema.Iid(kind="iid", clients=1) and config.federation.cohort == 1
+    assert config.data.partition == Iid(kind="iid", clients=1) and config.federation.cohort == 1
     assert config.federation.batch_size == 2 * 16
     assert config.privacy.max_participations == config.federation.rounds == 2
     assert config.privacy.target_epsilon == 1.0
@@ -139,7 +145,7 @@ def test_an_unknown_arm_is_told_with_the_nearest(source):
 
 
 def test_a_directory_of_another_run_or_of_cheaper_tuning_is_refused(source, tmp_path):
-    here = {"epsilons": [1.0], "seeds": [7], "setting": None, "directory": tmp_path}
+    here = {"epsilons": [1.0], "seeds": [7], "setting": lambda _: None, "directory": tmp_path}
     (cell,) = cells_of(source, METHODS[0], private_runs=None, **here)
     cell.run_dir.mkdir()
     (cell.run_dir / "config.yaml").write_text(dump_config(cell.config))
@@ -150,3 +156,37 @@ def test_a_directory_of_another_run_or_of_cheaper_tuning_is_refused(source, tmp_
     (dearer,) = cells_of(source, METHODS[0], private_runs=7, **here)
     with pytest.raises(ConfigError, match="undeclared, now it is 7 private runs"):
         require_unchanged([dearer])
+
+
+def test_cells_share_what_frozen_layers_make_of_records_unless_that_is_switched_off(source):
+    arms = arms_of(source.config(), ["deep: model.gradient_checkpointing=true lora.r=1"])
+    of_two = [*cells(source, arms["ffa"]), *cells(source, arms["fedsvd"])]
+    shared = shared_by(of_two, Path("d"))
+    assert shared is not None and shared.directory == Path("d").absolute() / ".states"
+    # 8 cells of 2 rounds, 2 steps, 2 clients and 16 records a step
+    assert shared.draws == 8 * 2 * 2 * 2 * 16
+    off = Source(path=source.path, overrides=(*source.overrides, "runtime.cache_prefix=false"))
+    assert shared_by(cells(off, arms["ffa"]), Path("d")) is None
+    assert shared_by([*of_two, *cells(source, arms["deep"])], Path("d")) is None
+
+
+def test_methods_as_published_draw_their_clients_afresh_and_calibrate_for_it(tiny_config, tmp_path):
+    for reshuffle, most in ((True, 6), (False, 3)):
+        path = tmp_path / f"{reshuffle}.yaml"
+        changes = {
+            "data__partition": {"kind": "iid", "clients": 8},
+            "federation__rounds": 6,
+            "federation__cohort": 4,
+            "federation__reshuffle": reshuffle,
+            "privacy__max_participations": 3,
+        }
+        path.write_text(dump_config(tiny_config(**changes)))
+        source = Source(path=path)
+        known = arms_of(source.config(), [])
+        for name in ("fedsvd-paper", "ffa-paper", "ffa-head"):
+            (cell, *_) = cells(source, known[name])
+            assert not cell.config.federation.reshuffle
+            # 6 rounds by half: 3 and two standard deviations of 1.22
+            assert cell.config.privacy.max_participations == most
+        (cell, *_) = cells(source, known["periodic"])
+        assert cell.config.method.restart_every == 1 and cell.config.federation.reshuffle is reshuffle

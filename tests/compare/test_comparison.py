@@ -12,7 +12,7 @@ from fedlora.compare.comparison import comparison
 from fedlora.compare.table import MARK, heading, markdown, notes, rows_of
 from fedlora.compare.tuning import Choice
 from fedlora.config.load import dump_config
-from fedlora.export.charts import Series, interval_chart, standalone
+from fedlora.export.intervals import Series, interval_chart, standalone
 
 FEDSVD, FFA = METHODS[0], METHODS[1]
 
@@ -35,7 +35,7 @@ def told(tiny_config, tmp_path):
             for arm in arms
             for cell in cells_of(
                 source, arm,
-                epsilons=budgets, seeds=seeds, setting=None, private_runs=None, directory=tmp_path,
+                epsilons=budgets, seeds=seeds, setting=lambda _: None, private_runs=None, directory=tmp_path,
             )
         ]  # fmt: skip
         values = [(cell, scores[cell.arm][cell.epsilon][cell.seed - 7]) for cell in cells]
@@ -118,13 +118,21 @@ def test_a_control_says_whether_an_arm_differs_from_itself(told, again, holds, s
 def test_the_budget_of_tuning_and_its_cost_are_told(told):
     setting = Setting(lr=0.5, max_grad_norm=2.0)
     choice = Choice(tried=((setting, 0.6),), best=setting)
-    shared = {"trials": 6, "epsilon": 3.0, "seed": 1_000_007}
-    two = {"fedsvd": {1.0: [0.5, 0.6]}, "ffa": {1.0: [0.5, 0.6]}}
-    free = told(two, choices={"ffa": choice}, tuning={**shared, "proxy": "p.yaml", "private_runs": None})
-    assert "6 trials each of ffa, at epsilon 3" in "\n".join(notes(free))
+    other = Choice(tried=((setting, 0.6),), best=Setting(lr=4.0, max_grad_norm=1.0))
+    shared = {"trials": 6, "seeds": 1, "epsilons": [3.0], "seed": 1_000_007}
+    two = {"fedsvd": {1.0: [0.5, 0.6], 8.0: [0.5, 0.6]}, "ffa": {1.0: [0.5, 0.6], 8.0: [0.5, 0.6]}}
+    free = told(
+        two,
+        choices={"ffa": {1.0: choice, 8.0: other}},
+        tuning={**shared, "epsilons": [1.0, 8.0], "proxy": "p.yaml", "private_runs": None},
+    )
+    assert "6 trials each of ffa, at each of epsilon 1, 8, seed" in "\n".join(notes(free))
+    assert [row[7] for row in rows_of(free["results"][1], free)] == ["-", "4, 1"]
     assert "on p.yaml; no privacy cost" in "\n".join(notes(free))
     assert [row[7] for row in rows_of(free["results"][0], free)] == ["-", "0.5, 2"]
-    paid = told(two, choices={"ffa": choice}, tuning={**shared, "proxy": None, "private_runs": 7})
+    paid = told(two, choices={"ffa": {3.0: choice}}, tuning={**shared, "proxy": None, "private_runs": 7})
+    assert "at epsilon 3, seed" in "\n".join(notes(paid))
+    assert [row[7] for row in rows_of(paid["results"][1], paid)] == ["-", "0.5, 2"]
     assert "what 7 runs like the cell spent on the same records" in "\n".join(notes(paid))
 
 

@@ -60,7 +60,7 @@ MISTAKES = [
         "  name: fedsdv",
         "  name: fedsvd",
         "method.name",
-        "write fedsvd (allowed: fedsvd, ffa, fedsb, fedavg)",
+        "write fedsvd (allowed: fedsvd, ffa, fedsb, svfit, fedavg, ",
     ),
     (
         "  name: fedsvd",
@@ -411,6 +411,38 @@ def test_no_step_goes_further_back_than_it_came(tmp_path):
     assert load_config(path, ["federation.optimizer.proximal=0.0625"]).federation.optimizer.proximal == 0.0625
 
 
+def test_rows_of_b_have_steps_of_their_own_only_where_b_is_trained(tmp_path):
+    rows = ["federation.optimizer.precondition=allora", "method={name: fedsb}", "lora.trains=core"]
+    with pytest.raises(ConfigError, match=r"federation\.optimizer\.precondition: .* write none or lora-pro"):
+        load_config(written(tmp_path, RUN_YAML), rows)
+    own = ["work.optimizer.precondition=allora", "lora.trains=core"]
+    with pytest.raises(ConfigError, match=r"work\.optimizer\.precondition: .* write none or lora-pro"):
+        load_node(written(tmp_path, NODE_YAML), own)
+    assert load_config(written(tmp_path, RUN_YAML), rows[:1]).federation.optimizer.precondition == "allora"
+
+
+def test_mifa_counts_what_is_remembered_whole(tmp_path):
+    path = written(tmp_path, RUN_YAML)
+    for beta in ("0.5", "adaptive"):
+        with pytest.raises(
+            ConfigError, match=r"method\.stale\.beta: .*, but mifa .*; write 1\.0, or rule: fedstale"
+        ):
+            load_config(path, [f"method.stale={{rule: mifa, beta: {beta}}}"])
+    assert load_config(path, ["method.stale={rule: mifa, beta: 1}"]).method.stale.rule == "mifa"
+
+
+@pytest.mark.parametrize(
+    "already", ["method.stale={rule: mifa, beta: 1.0}", "federation.optimizer.decay=none"]
+)
+def test_where_rates_are_decided_the_key_that_decides_them_is_in_no_name(tmp_path, already):
+    path = written(tmp_path, RUN_YAML)
+    names = {
+        config_digest(load_config(path, [already, f"method.stale.scale_by_rate={value}"]))
+        for value in ("true", "false")
+    }
+    assert len(names) == 1
+
+
 def test_a_key_that_came_later_leaves_the_name_of_a_run_that_does_not_use_it(tmp_path):
     """The name is in every noise key: another one is another run."""
     path = written(tmp_path, RUN_YAML)
@@ -430,6 +462,9 @@ def test_a_key_that_came_later_leaves_the_name_of_a_run_that_does_not_use_it(tmp
         ("smoothing", "method.stale.smoothing=0.9", ["method.stale.beta=adaptive", "method.stale.smoothing=0.5"]),
         ("server", "federation.server={name: sgd, lr: 1.0}", ["federation.server={name: sgd, lr: 0.5}"]),
         ("proximal", "federation.optimizer.proximal=0", ["federation.optimizer.proximal=0.01"]),
+        ("precondition", "federation.optimizer.precondition=none", ["federation.optimizer.precondition=allora"]),
+        ("scale_by_rate", "method.stale.scale_by_rate=false", ["method.stale.scale_by_rate=true"]),
+        ("rule", "method.stale.rule=fedstale", ["method.stale={rule: mifa, beta: 1.0}"]),
         ("server", "federation.server.name=sgd", ["federation.server={name: adam, lr: 1.0}"]),
     ],
 )  # fmt: skip

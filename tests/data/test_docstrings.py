@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
 
-from fedlora.config.schema import CausalLm, Classification, Column, Docstrings, Iid
+from fedlora.config.data import Column, Docstrings, Iid
+from fedlora.config.schema import CausalLm, Classification
 from fedlora.data import load_corpus
 from fedlora.data.docstrings import MAX_CHARACTERS, first_paragraph
 from fedlora.errors import DataError

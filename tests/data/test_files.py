@@ -7,7 +7,8 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from fedlora.config.schema import CausalLm, Classification, Column, Files, Iid
+from fedlora.config.data import Column, Files, Iid
+from fedlora.config.schema import CausalLm, Classification
 from fedlora.data import load_corpus
 from fedlora.errors import DataError
 

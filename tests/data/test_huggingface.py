@@ -4,10 +4,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from fedlora.config.schema import Classification, HuggingFace, Iid
+from fedlora.config.data import HuggingFace, Iid
+from fedlora.config.schema import Classification
 from fedlora.data import load_corpus
+from fedlora.data.corpus import Columns, corpus_from
 from fedlora.data.huggingface import _named
-from fedlora.data.tables import Columns, Table, corpus_from
+from fedlora.data.table import Table
 from fedlora.errors import DataError
 
 UNLABELLED = SimpleNamespace(names=["a", "b"])

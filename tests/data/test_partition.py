@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedlora.config.schema import Column, Dirichlet, Iid, Pathological
+from fedlora.config.data import Column, Dirichlet, Iid, Pathological, Quantity, Shards
 from fedlora.data import Records
 from fedlora.data.partition import partition
 from fedlora.errors import DataError
@@ -28,6 +28,8 @@ def kinds(clients, alpha, each):
         Iid(kind="iid", clients=clients),
         Dirichlet(kind="dirichlet", clients=clients, alpha=alpha),
         Pathological(kind="pathological", clients=clients, classes_per_client=each),
+        Shards(kind="shards", clients=clients, shards_per_client=each),
+        Quantity(kind="quantity", clients=clients, alpha=alpha),
     ]
 
 
@@ -102,6 +104,42 @@ def test_pathological_clients_hold_few_labels_and_share_them_evenly():
     assert max(shares) <= 2 * min(shares)
 
 
+def test_shards_are_equal_runs_of_the_records_sorted_by_label():
+    held = balanced(1000, 10)
+    parts = partition(held, Shards(kind="shards", clients=20, shards_per_client=2), 0)
+    assert {len(indices) for indices in parts.values()} == {50}
+    labels = [len(np.unique(held.labels[indices])) for indices in parts.values()]
+    assert max(labels) <= 2 and labels.count(2) > 10  # 25 divides 100, so no shard has two labels
+    many = partition(held, Shards(kind="shards", clients=5, shards_per_client=40), 0)
+    assert label_shares(many, held.labels, 10).max() < 0.35
+    sizes = {len(i) for i in partition(balanced(103, 3), Shards(kind="shards", clients=5), 0).values()}
+    assert max(sizes) - min(sizes) <= 2  # one a shard
+    with pytest.raises(DataError, match=r"shards_per_client=2 are 10 shards, but there are 9 records"):
+        partition(balanced(9, 3), Shards(kind="shards", clients=5), 0)
+
+
+def test_quantity_skews_sizes_and_leaves_labels_alike():
+    held = balanced(40_000, 4)
+
+    def spread(alpha):
+        kind = Quantity(kind="quantity", clients=10, alpha=alpha, min_examples=200)
+        parts = partition(held, kind, 1)
+        assert min(map(len, parts.values())) >= 200
+        # A client's share of a label is that of a draw of 200 records or more: six standard deviations.
+        assert np.abs(label_shares(parts, held.labels, 4) - 0.25).max() < 6 * np.sqrt(0.25 * 0.75 / 200)
+        return max(map(len, parts.values()))
+
+    most = [spread(alpha) for alpha in (0.5, 5.0, 5000.0)]
+    assert most == sorted(most, reverse=True) and most[0] > 8000 and most[-1] < 4500
+
+
+def test_quantity_needs_no_labels_and_says_when_nobody_can_hold_so_many():
+    plain = Records(texts=["x"] * 100)
+    require_cover(partition(plain, Quantity(kind="quantity", clients=4, alpha=1.0), 0), 100)
+    with pytest.raises(DataError, match=r"min_examples=30 \(at best \d+\); raise alpha"):
+        partition(plain, Quantity(kind="quantity", clients=4, alpha=1.0, min_examples=30), 0)
+
+
 def test_labels_that_too_few_clients_could_hold_are_refused():
     with pytest.raises(DataError, match=r"cannot hold 6 labels"):
         partition(balanced(60, 6), Pathological(kind="pathological", clients=2, classes_per_client=2), 0)
@@ -135,5 +173,7 @@ def test_without_labels_or_column_the_kind_is_refused():
     plain = Records(texts=["a", "b"])
     with pytest.raises(DataError, match=r"set data.label or use iid"):
         partition(plain, Dirichlet(kind="dirichlet", clients=1, alpha=1.0), 0)
+    with pytest.raises(DataError, match=r"kind shards deals records out by label"):
+        partition(plain, Shards(kind="shards", clients=1), 0)
     with pytest.raises(DataError, match="'who' was not read"):
         partition(plain, Column(kind="column", column="who"), 0)

@@ -6,8 +6,8 @@ import torch
 
 from fedlora.code_digest import code_digest
 from fedlora.config.load import load_node
+from fedlora.config.method import FedIt, FedSb, Ffa
 from fedlora.config.node import NodeConfig
-from fedlora.config.schema import FedSb, Ffa
 from fedlora.deploy.node import DeployedNode
 from fedlora.federation.absorb import start
 from fedlora.methods import build
@@ -44,12 +44,12 @@ def node_config(folder: Path, model: Path, train: Path, participations: int = 2)
 def first_request(config: NodeConfig) -> TrainRequest:
     """Of an honest server, for a node of this config."""
     model = load_model(config.model, config.task, config.lora, tuple(config.classes), 0)
-    core = config.lora.trains == "core"
+    methods = {"core": FedSb(name="fedsb", left="orthonormal"), "ab": FedIt(name="fedit")}
     state = start(
         model.shapes(),
         head=model.head(),
         lora_cfg=config.lora,
-        method=build(FedSb(name="fedsb", left="orthonormal") if core else Ffa(name="ffa"), config.lora),
+        method=build(methods.get(config.lora.trains, Ffa(name="ffa")), config.lora),
         seed=3,
         dtype=torch.float32,
     )

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import yaml
 
+from fedlora.config.data import Docstrings
 from fedlora.config.load import load_config, load_node
 from fedlora.config.node import NodeDocstrings
-from fedlora.config.schema import Docstrings
 
 PROJECT = Path(__file__).parents[2]
 
@@ -190,6 +190,13 @@ def test_a_node_on_another_host_is_as_closed_as_the_demonstrations():
     assert targets == {"/node.yaml", "/var/lib/fedlora", "/var/lib/fedlora-mark", "/data", "/run/site"}
     assert "--superlink=fl.example.org:8443" in services["node"]["command"]
     assert config["secrets"]["node.key"]["file"].endswith("clients/certs/hospital-a.key")
+
+
+def test_ray_reports_to_nobody_from_any_process_that_imports_us():
+    ask = "import fedlora, ray._common.usage.usage_lib as u; print(u.usage_stats_enabled())"
+    clean = {name: value for name, value in os.environ.items() if name != "RAY_USAGE_STATS_ENABLED"}
+    said = subprocess.run([sys.executable, "-c", ask], cwd=PROJECT, env=clean, capture_output=True, text=True)
+    assert said.stdout.strip() == "False", said.stderr
 
 
 def test_no_telemetry_is_on_by_default_whatever_is_imported_first():

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from fedlora.algebra.deltas import tensors
 from fedlora.code_digest import code_digest
 from fedlora.config.node import Accepted
 from fedlora.deploy.node import MOST_NAME, DeployedNode, own_terms
@@ -39,6 +40,10 @@ def misfits(request: TrainRequest) -> Iterator[TrainRequest]:
     for rate in (1.5, 0.0, -1.0, float("nan"), float("inf")):
         yield replace(request, work=LocalWork(steps=2, learning_rate=rate))
     yield replace(request, work=LocalWork(steps=2, learning_rate=1.0, proximal=0.5))  # the node has none
+    yield replace(request, work=LocalWork(steps=2, learning_rate=1.0, precondition="lora-pro"))  # nor this
+    for side in ("a", "both"):
+        yield replace(request, work=LocalWork(steps=2, learning_rate=1.0, side=side))  # its A is frozen
+    yield with_site(rest=torch.full((factors.b.shape[0], factors.a.shape[1]), torch.nan))
     yield replace(request, adapters=replace(adapters, scale=7.0))
     yield replace(request, adapters=replace(adapters, head={}))
     renamed = {f"x.{name}": tensor for name, tensor in adapters.head.items()}
@@ -105,6 +110,18 @@ def test_a_left_frame_that_does_not_fit_is_refused_before_a_record_is_read(confi
     assert reason(node.answer(encode_request(request_one))) == RefusalReason.BAD_REQUEST  # it sends whole B's
     assert not Path(config.ledger).exists()
     assert reason(node.answer(encode_request(fitting))) == RefusalReason.FAILED  # it looked for them
+
+
+@pytest.mark.parametrize("side", ["b", "a", "both"])
+def test_a_node_that_trains_a_answers_with_what_the_side_trains_and_pays_the_same(config, side):
+    config = config.model_copy(update={"lora": config.lora.model_copy(update={"trains": "ab"})})
+    asked = first_request(config)
+    asked = replace(asked, work=replace(asked.work, side=side))
+    reply = decode_reply(DeployedNode(config).answer(encode_request(asked)))
+    assert isinstance(reply, ClientUpdate) and debits(config) == 1
+    assert bool(reply.delta.sites) == (side != "a") and bool(reply.delta.a) == (side != "b")
+    assert all(bool((change != 0).all()) for change in tensors(reply.delta))  # every number bears noise
+    assert reply.spent[0].steps == 2
 
 
 @pytest.mark.fault("F25")

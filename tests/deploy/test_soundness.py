@@ -49,6 +49,14 @@ def test_an_update_that_is_too_long_or_lacks_noise_is_found_out(update, factor):
     assert "its length is" in (SGD.objection(scaled(update, factor)) or "")
 
 
+def test_a_server_refuses_an_update_of_which_one_tensor_lacks_its_noise(update):
+    """The whole is as long as it should be; a layer of it is not."""
+    site = max(update.delta.sites)
+    quiet = {**update.delta.sites, site: 0.01 * update.delta.sites[site]}
+    assert f"'{site}' is" in (SGD.objection(replace(update, delta=replace(update.delta, sites=quiet))) or "")
+    assert SGD.objection(update) is None
+
+
 def test_a_node_that_adds_no_noise_is_found_out(config, request_one, monkeypatch):
     monkeypatch.setattr(gaussian, "_noise_like", lambda total, *more: torch.zeros_like(total))
     loud = config.model_copy(update={"min_noise_multiplier": 5.0})
@@ -100,3 +108,23 @@ def test_a_proximal_term_shortens_the_noise_of_all_steps_but_the_last(update):
     assert SGD.objection(shorter) is not None
     assert pulled.objection(shorter) is None
     assert pulled.objection(scaled(update, 0.6 * shortest)) is not None
+
+
+def test_a_node_that_trains_fewer_columns_than_the_run_counts_on_is_found_out(config, request_one):
+    lower = config.model_copy(update={"rank": 1})
+    reply = decode_reply(DeployedNode(lower).answer(encode_request(request_one)))
+    assert isinstance(reply, ClientUpdate)
+    assert all(not b[:, 1].any() and bool(b[:, 0].all()) for b in reply.delta.sites.values())
+    assert "compare rank in its node.yaml" in (SGD.objection(reply) or "")
+    agreed = replace(SGD, federation=SGD.federation.model_copy(update={"ranks": {"site-0": 1}}))
+    assert agreed.objection(reply) is None
+
+
+def test_the_noise_of_fewer_columns_is_shorter(update):
+    agreed = replace(SGD, federation=SGD.federation.model_copy(update={"ranks": {update.client: 1}}))
+
+    def most(soundness: Soundness) -> float:
+        said = soundness.objection(scaled(update, 1000.0)) or ""
+        return float(said.split("it is from ")[1].split(" ")[0])
+
+    assert most(agreed) < most(SGD)

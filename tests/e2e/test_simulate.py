@@ -11,6 +11,7 @@ from dp_accounting.pld import PLDAccountant
 from fedlora.errors import ConfigError, IncompleteError, PrivacyError
 from fedlora.federation.events import ClientDone, RoundDone
 from fedlora.runs.rundir import HOLDINGS, STATES
+from fedlora.runtime.preview import preview
 from fedlora.runtime.simulate import resume, simulate
 
 
@@ -213,3 +214,13 @@ def test_a_damaged_checkpoint_is_left_for_the_one_before(tiny_config, tmp_path):
     cut = resume(tmp_path / "cut", quiet)
     assert summary(cut)["state_sha256"] == summary(whole)["state_sha256"]
     assert summary(cut)["epsilon_by_client"] == summary(whole)["epsilon_by_client"]
+
+
+def test_check_says_when_noise_is_for_more_rounds_than_anybody_can_be_asked_in(tiny_config):
+    turns = {"federation__rounds": 4, "federation__cohort": 1, "federation__reshuffle": True}
+    notes = preview(tiny_config(**turns, privacy__max_participations=4), lambda event: None).notes
+    clients = tiny_config().data.partition.clients
+    most = -(-4 // clients)
+    assert any(f"write privacy.max_participations: {most}" in note for note in notes)
+    fitting = preview(tiny_config(**turns, privacy__max_participations=most), lambda event: None).notes
+    assert not any("nobody can be asked" in note for note in fitting)

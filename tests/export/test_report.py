@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedlora.export.charts import line_chart, ticks
+from fedlora.export.charts import line_chart
 from fedlora.export.report import report_html
-from fedlora.export.report_clients import participation
+from fedlora.export.report_participation import participation
+from fedlora.export.shapes import ticks
 from fedlora.export.words import bytes_text, duration, epsilon, score
 
 HOSTILE = "<script>alert('x')</script>"
@@ -154,3 +155,15 @@ def test_a_shown_epsilon_is_never_less_than_the_true_one(value):
 )
 def test_numbers_are_written_as_people_read_them(got, wanted):
     assert got == wanted
+
+
+def test_the_public_share_of_clipped_records_is_told_with_what_it_suggests(summary, rounds, tiny_config):
+    shared = [{**line, "public_clip_share": 1.0} for line in rounds]
+    text = Page(report_html(summary, shared, tiny_config())).text
+    assert (
+        "clips 100% of the public test records" in text and "clipped all of the public test records" in text
+    )
+    halves = [{**line, "public_clip_share": 0.5} for line in rounds]
+    text = Page(report_html(summary, halves, tiny_config())).text
+    assert "clips 50% of" in text and "clipped all" not in text
+    assert "Clipping" not in Page(report_html(summary, rounds, tiny_config())).text

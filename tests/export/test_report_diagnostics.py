@@ -11,8 +11,9 @@ from fedlora.cli.app import main
 from fedlora.config.load import dump_config
 from fedlora.errors import ConfigError
 from fedlora.export import diagnose
-from fedlora.export.charts import line_chart, panels_chart, size_chart
+from fedlora.export.charts import line_chart, panels_chart
 from fedlora.export.diagnose import diagnostics
+from fedlora.export.grids import size_chart
 from fedlora.export.report import report_html
 from fedlora.export.report_adapter import site_labels
 from fedlora.export.report_signal import signal_by_client
@@ -67,7 +68,7 @@ def text_of(html):
 
 
 def test_the_report_tells_spectrum_rank_shares_and_intruders_by_layer(summary, rounds, tiny_config, found):
-    html = report_html(summary, rounds, tiny_config(), found)
+    html = report_html(summary, rounds, tiny_config(), diagnostics=found)
     part = html.split("What the adapter is")[1].split("Privacy statement")[0]
     for said in (
         "0 query", "1 query", "effective rank 1.65", "1.45 of 2 on average, from 1.25 to 1.65",
@@ -75,11 +76,11 @@ def test_the_report_tells_spectrum_rank_shares_and_intruders_by_layer(summary, r
         "12 % of the update's energy", "6.2 % of the update's energy, by chance 0.16 %", "2 of 8 looked at",
     ):  # fmt: skip
         assert said in part.replace("&#x27;", "'"), said
-    assert part.count('class="bar"') == 4
+    assert part.count('class="bar"') == 2 * 4  # drawn for a desk and for a phone
 
 
 def test_a_report_of_a_run_that_was_never_measured_goes_without_the_section(summary, rounds, tiny_config):
-    html = report_html(summary, rounds, tiny_config(), None)
+    html = report_html(summary, rounds, tiny_config(), diagnostics=None)
     assert "What the adapter is" not in html and "Signal to noise" not in html
 
 

@@ -202,7 +202,7 @@ UNFIT: dict[str, tuple[Change, str]] = {
         "1 tensors missing [",
     ),
     "a tensor more": (
-        _with_sites(lambda sites: sites | {"z": torch.zeros(1)}),
+        _with_sites(lambda sites: sites | {"z": torch.full((1,), 1e-3)}),
         "0 tensors missing [], 1 unknown",
     ),
     "a thousand times the length": (moved(lambda tensor: 1000 * tensor), "unsound"),

@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 
 from fedlora.deploy.journal import Journal
-from fedlora.federation import absorb as absorb_module
 from fedlora.federation import loop as loop_module
+from fedlora.methods import mean as mean_module
 from tests.faults.kills import keeps_nothing, records_nothing
 from tests.faults.points import POINTS, around
 from tests.faults.server import fixture_of_loaded, fixture_of_served
@@ -19,7 +19,7 @@ def journals_nothing() -> None:
 
 
 def adds_twice() -> None:
-    around(absorb_module, "applied", lambda real, adapters, step: real(real(adapters, step), step))
+    around(mean_module, "applied", lambda real, adapters, step: real(real(adapters, step), step))
 
 
 def asks_otherwise() -> None:

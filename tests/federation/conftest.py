@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fedlora.config import schema
+from fedlora.config.method import FedAvg, FedSvd, Ffa, Stale
 from fedlora.federation.absorb import Absorbed, absorb, start
 from fedlora.federation.gather import Memory, Remembered, gather
 from fedlora.methods import Method, build
@@ -36,8 +37,8 @@ class Lab:
         return schema.Lora(r=RANK, lora_alpha=6.0, target_modules=["query"], init=init)
 
     def method(self, name="fedsvd", beta=0.0, init="orthonormal", smoothing=0.9, **more) -> Method:
-        kinds = {"fedsvd": schema.FedSvd, "ffa": schema.Ffa, "fedavg": schema.FedAvg}
-        stale = schema.Stale(beta=beta, smoothing=smoothing)
+        kinds = {"fedsvd": FedSvd, "ffa": Ffa, "fedavg": FedAvg}
+        stale = Stale(beta=beta, smoothing=smoothing)
         return build(kinds[name](name=name, stale=stale, **more), self.lora(init))
 
     def start(self, method, dtype=torch.float64, seed=7) -> ServerState:

@@ -79,9 +79,10 @@ def test_a_private_runs_line_holds_lengths_that_equal_a_calculation_by_hand(lab,
         ((), None, {"name": "sgd", "lr": 0.1}),
         ((EVENT,), None, {"name": "sgd", "lr": 0.1}),
         ((EVENT,), 2.0, {"name": "adamw", "lr": 0.1}),
+        ((EVENT,), 2.0, {"name": "sgd", "lr": 0.1, "precondition": "lora-pro"}),
         ((replace(EVENT, expected_batch=None, max_draw=None),), 2.0, {"name": "sgd", "lr": 0.1}),
     ],
-    ids=["no privacy", "no known clip", "no sgd", "no known batch"],
+    ids=["no privacy", "no known clip", "no sgd", "no plain sgd", "no known batch"],
 )
 def test_where_the_noise_is_not_known_only_lengths_are_told(lab, tmp_path, spent, max_grad_norm, optimizer):
     line = lines_of(lab, tmp_path, Answering(spent), max_grad_norm, optimizer=optimizer)[0]

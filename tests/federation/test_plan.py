@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from fedlora.config.asking import most_asked
 from fedlora.errors import ConfigError
 from fedlora.federation.plan import plan
 from fedlora.values import Member
@@ -97,3 +98,51 @@ def test_a_roster_that_cannot_be_is_a_config_error(lab):
         planned(lab, [*lab.members(3), Member(client="client-1", examples=3)])
     with pytest.raises(ConfigError, match="'empty': 0"):
         planned(lab, [*lab.members(3), Member(client="empty", examples=0)], weighting="examples")
+
+
+@pytest.mark.parametrize(("clients", "cohort"), [(8, 4), (8, 3), (5, 5), (7, 1)])
+def test_in_turn_nobody_is_asked_twice_before_all_others_once(lab, clients, cohort):
+    members, laps = lab.members(clients), 40
+    turns = clients // cohort
+    drawn = cohorts(lab, members, laps * turns, cohort=cohort, reshuffle=True)
+    for lap in range(laps):
+        asked = [client for turn in drawn[lap * turns : (lap + 1) * turns] for client in turn]
+        assert len(asked) == len(set(asked)) == turns * cohort
+    assert all(len(one) == cohort and list(one) == sorted(one) for one in drawn)
+    most = Counter(client for one in drawn for client in one)
+    assert max(most.values()) <= laps
+    if 1 < cohort < clients:
+        assert len(set(drawn[::turns])) > 3  # each lap has an order of its own
+
+
+def test_in_turn_each_round_is_a_uniform_draw_by_itself(lab):
+    members = lab.members(4)
+    state, federation = lab.start(lab.method()), lab.federation(cohort=2, reshuffle=True)
+    pairs = Counter(
+        plan(replace(state, round=1), members, run="run", federation=federation, seed=seed).cohort
+        for seed in range(1200)
+    )
+    # Each of the 6 pairs: binomial(1200, 1/6), standard deviation 12.9; five of them either way.
+    assert len(pairs) == 6 and all(abs(count - 200) < 65 for count in pairs.values())
+
+
+def test_a_probability_cannot_be_reshuffled(tiny_config):
+    with pytest.raises(ConfigError, match=r"federation\.reshuffle: true, but .* write a number of clients"):
+        tiny_config(federation__cohort={"probability": 0.5}, federation__reshuffle=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "most"),
+    [
+        ({"cohort": 4, "reshuffle": True}, 8),
+        ({"cohort": 3, "reshuffle": True}, 8),  # two rounds a lap; two sit out
+        ({"cohort": 8, "reshuffle": True}, 16),
+        ({"cohort": 4}, 16),
+        ({"cohort": {"probability": 0.5}}, 16),
+    ],
+)
+def test_nobody_is_asked_more_often_than_said(lab, changes, most):
+    federation = lab.federation(rounds=16, **changes)
+    assert most_asked(8, federation) == most
+    counts = Counter(client for cohort in cohorts(lab, lab.members(8), 16, **changes) for client in cohort)
+    assert max(counts.values()) <= most

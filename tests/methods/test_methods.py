@@ -8,6 +8,7 @@ from torch.testing import assert_close
 
 from fedlora.algebra.factors import orthonormalise
 from fedlora.config import schema
+from fedlora.config.method import FedAvg, FedSb, FedSvd, Ffa, Stale, SvFit
 from fedlora.errors import ShapeError
 from fedlora.methods import build
 from fedlora.methods.mixing import Mixing
@@ -36,10 +37,10 @@ def adapters(init="kaiming"):
 @pytest.mark.parametrize("beta", [0.0, 0.4])
 @pytest.mark.parametrize("init", ["orthonormal", "kaiming"])
 def test_a_method_is_what_its_paper_says(init, beta):
-    stale = schema.Stale(beta=beta)
-    svd = build(schema.FedSvd(name="fedsvd", refactor_every=3, stale=stale), lora(init))
-    ffa = build(schema.Ffa(name="ffa", stale=stale), lora(init))
-    avg = build(schema.FedAvg(name="fedavg", stale=stale), lora(init))
+    stale = Stale(beta=beta)
+    svd = build(FedSvd(name="fedsvd", refactor_every=3, stale=stale), lora(init))
+    ffa = build(Ffa(name="ffa", stale=stale), lora(init))
+    avg = build(FedAvg(name="fedavg", stale=stale), lora(init))
     assert [method.name for method in (svd, ffa, avg)] == ["fedsvd", "ffa", "fedavg"]
     assert {method.trains for method in (svd, ffa, avg)} == {"b"}
     assert {method.mixing for method in (svd, ffa, avg)} == {Mixing(beta=beta)}
@@ -49,8 +50,8 @@ def test_a_method_is_what_its_paper_says(init, beta):
 
 
 def test_fedavg_is_ffa_with_pefts_a():
-    avg = build(schema.FedAvg(name="fedavg"), lora("orthonormal"))
-    ffa = build(schema.Ffa(name="ffa"), lora("kaiming"))
+    avg = build(FedAvg(name="fedavg"), lora("orthonormal"))
+    ffa = build(Ffa(name="ffa"), lora("kaiming"))
     assert (avg.trains, avg.subspace, avg.mixing) == (ffa.trains, ffa.subspace, ffa.mixing)
 
 
@@ -127,9 +128,19 @@ def test_a_core_begins_at_zero_between_two_orthonormal_frames(left):
 
 
 def test_fed_sb_trains_the_core_and_turns_nothing():
-    method = build(schema.FedSb(name="fedsb", left="orthonormal"), lora("principal"))
+    method = build(FedSb(name="fedsb", left="orthonormal"), lora("principal"))
     assert (method.name, method.trains, method.mixing) == ("fedsb", "core", Mixing(beta=0.0))
     assert method.subspace == Subspace(init="principal", left="orthonormal", refactor_every=None)
+
+
+def test_svfit_trains_the_diagonal_between_the_weights_own_directions():
+    method = build(SvFit(name="svfit"), lora("principal"))
+    assert (method.name, method.trains, method.mixing) == ("svfit", "singular-values", Mixing(beta=0.0))
+    known = public(9, 16, 4)
+    first = method.subspace.first("x", (9, 16), 4, 7, torch.float64, known)
+    assert torch.equal(first.a, known.weight_rows) and torch.equal(first.left, known.weight_columns.T)
+    assert torch.equal(first.b, torch.zeros(1, 4, dtype=torch.float64))
+    assert method.subspace.refactor_every is None
 
 
 def test_a_fixed_subspace_is_the_very_same_object():
@@ -164,9 +175,9 @@ def test_a_threshold_shortens_every_singular_value_and_drops_the_small_ones():
 
 
 def test_the_config_says_the_threshold():
-    method = build(schema.FedSvd(name="fedsvd", soft_threshold=0.25), lora())
+    method = build(FedSvd(name="fedsvd", soft_threshold=0.25), lora())
     assert method.subspace == Subspace(init="orthonormal", refactor_every=1, soft_threshold=0.25)
-    assert build(schema.FedSvd(name="fedsvd"), lora()).subspace.soft_threshold == 0
+    assert build(FedSvd(name="fedsvd"), lora()).subspace.soft_threshold == 0
 
 
 PLAN = RoundPlan(
@@ -215,3 +226,25 @@ def test_the_two_corrections_agree_for_equal_weights_and_a_fixed_cohort():
 def test_only_a_positive_beta_remembers():
     assert not Mixing(beta=0.0).remembers
     assert Mixing(beta=0.01).remembers
+
+
+def test_the_dense_route_keeps_the_product_and_loses_the_rows_that_b_does_not_use():
+    dense = build(FedSvd(name="fedsvd", route="dense"), lora("orthonormal")).subspace
+    lq = build(FedSvd(name="fedsvd"), lora("orthonormal")).subspace
+    draw = torch.Generator().manual_seed(2)
+    a = dense.first("x", (9, 16), 4, 7, torch.float64).a
+    b = torch.randn(9, 4, generator=draw, dtype=torch.float64)
+    thin = b.clone()
+    thin[:, 2:] = 0.0
+    for columns, kept in ((b, 4), (thin, 2)):
+        before = Adapters(basis=0, scale=1.0, sites={"x": Factors(a=a, b=columns)})
+        x, y = dense.move(before, 1).sites["x"], lq.move(before, 1).sites["x"]
+        assert torch.allclose(x.b @ x.a, columns @ a, rtol=0, atol=1e-12)
+        assert torch.allclose(x.a @ x.a.T, torch.eye(4, dtype=torch.float64), rtol=0, atol=1e-12)
+        if kept == 4:  # up to signs, the same singular vectors
+            assert torch.allclose((x.a @ y.a.T).abs(), torch.eye(4, dtype=torch.float64), rtol=0, atol=1e-9)
+        assert float((x.a @ a.T).square().sum()) == pytest.approx(4) if kept == 4 else True
+        assert float((y.a @ a.T).square().sum()) == pytest.approx(4)
+        if kept == 2:
+            assert float((x.a @ a.T).square().sum()) < 3.9
+    assert dense.leaves(1) and not lq.leaves(1)

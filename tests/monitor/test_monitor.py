@@ -22,6 +22,7 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from fedlora.cli import serve
 from fedlora.cli.follow import require_one_source, status_of_server, status_text
 from fedlora.cli.output import Format
 from fedlora.config.load import dump_config
@@ -580,6 +581,29 @@ def test_prometheus_gets_the_same_figures(run):
     assert samples['fedlora_score{metric="accuracy",model="newest"}'] == 0.27
     assert samples['fedlora_client_participations{client="site-c"}'] == 0
     assert "fedlora_update_bytes" not in text  # not known: no sample
+    assert samples["fedlora_last_round_asked"] == 3 and samples["fedlora_last_round_answered"] == 1
+    assert samples["fedlora_last_round_refused"] == 2 and samples["fedlora_last_round_rejected"] == 1
+    assert samples["fedlora_last_round_seconds"] == 2.0 and "public_clip_share" not in text
+
+
+def test_the_bytes_of_a_reply_and_the_public_clip_share_are_figures_where_they_are_known(run):
+    (run / "replies").mkdir()
+    (run / "replies" / "0.frame").write_bytes(b"\0" * 1234)
+    add(run, 3, public_clip_share=0.25)
+    view = View(run)
+    samples = parsed(metrics_text(view.status(), view.last_round()))
+    assert samples["fedlora_last_round_reply_bytes"] == 1234
+    assert samples["fedlora_last_round_public_clip_share"] == 0.25
+
+
+def test_a_server_that_serves_its_figures_listens_on_this_machine_alone_and_only_when_asked(run, caplog):
+    with serve._metrics(run, None):
+        assert not [t for t in threading.enumerate() if "serve_forever" in t.name]
+    with caplog.at_level("INFO"), serve._metrics(run, 0):
+        (address,) = re.findall(r"http://127\.0\.0\.1:\d+/metrics", caplog.text)
+        assert parsed(scraped(address)[1])["fedlora_rounds_completed"] == 2
+    with pytest.raises(urllib.error.URLError):
+        scraped(address)
 
 
 def test_a_run_that_cannot_be_read_is_a_figure_too(tmp_path):

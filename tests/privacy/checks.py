@@ -14,7 +14,7 @@ from torch import nn
 from fedlora.errors import PrivacyError
 from fedlora.values import Mechanism, Sampling
 
-from .models import one_at_a_time, perceptron, trainable
+from .models import one_at_a_time, pairs, perceptron, trainable
 
 BOUND, SIGMA, EXPECTED = 0.5, 1.3, 16.0
 QUIET = Mechanism(max_grad_norm=BOUND, noise_multiplier=1e-12)
@@ -36,11 +36,12 @@ class Constant:
 
 def _step(
     room: Any, case: Any, of: Any = None, *, mechanism: Any = LOUD, step: int = 0, size: int | None = None,
-    engine: str = "DirectEngine", noise: Any = None, losses: Any = None,
+    engine: str = "DirectEngine", noise: Any = None, losses: Any = None, sequences: int = 1,
 ) -> Any:  # fmt: skip
     return room.private_gradient(
         getattr(room, engine)(), case.model, case.trained, losses or case.micro_batches(size, of),
         mechanism=mechanism, expected_batch=EXPECTED, noise=noise or room.SeededNoise(7), purpose=("noise", step),
+        sequences_per_record=sequences,
     )  # fmt: skip
 
 
@@ -150,6 +151,29 @@ def sums_are_those_of_each_record_alone(room: Any) -> None:
         for name, wanted in one_at_a_time(case, bound).items():
             least = 1e-3 * bound if bound < 1 else 1e-3
             assert abs(got[name] - wanted).max() <= 1e-5 * max(wanted.abs().max(), least)
+
+
+def the_sequences_of_a_record_are_clipped_as_one(room: Any) -> None:
+    """A record of two rows is what autograd makes of it alone, moves the sum by the bound at most, is never half."""
+    for engine in ENGINES:
+        case = pairs(seed=1)
+        try:
+            found = _step(room, case, mechanism=QUIET, engine=engine, sequences=2)
+            for name, wanted in one_at_a_time(case, BOUND).items():
+                assert torch.allclose(EXPECTED * found[name].double(), wanted, rtol=1e-4, atol=1e-5), name
+            for gone in range(case.records):
+                rest = torch.tensor([i for i in range(case.records) if i != gone])
+                without = _step(room, case, rest, mechanism=QUIET, engine=engine, sequences=2)
+                difference = {
+                    name: EXPECTED * (found[name].double() - without[name].double()) for name in found
+                }
+                assert _norm(difference) <= BOUND * (1 + 1e-5)
+        except PrivacyError as error:
+            raise AssertionError(f"{engine}: {error}") from error
+        _refused(lambda e=engine, c=case: _step(room, c, engine=e))  # rows, each taken for a record
+        last = case.model[-1]
+        odd = [lambda layer=last: layer(torch.randn(3, 2, 6)).sum(dim=(1, 2))[:1]]
+        _refused(lambda e=engine, o=odd, c=case: _step(room, c, engine=e, losses=o, sequences=2))
 
 
 def what_is_trainable_but_not_noised_is_refused(room: Any) -> None:
@@ -408,6 +432,7 @@ CHECKS = (
     one_clipped_record_has_the_norm_of_the_bound,
     microbatches_change_nothing,
     sums_are_those_of_each_record_alone,
+    the_sequences_of_a_record_are_clipped_as_one,
     what_is_trainable_but_not_noised_is_refused,
     what_no_gradient_reaches_is_refused,
     what_the_engine_forgets_is_refused,

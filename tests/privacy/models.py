@@ -42,6 +42,22 @@ def perceptron(
     return Case(model, trainable(model), records, losses)
 
 
+def pairs(seed: int = 0, records: int = 6, tokens: int = 4) -> Case:
+    """Trained layers, biases and a layer applied twice; a record is two rows, which its one loss brings together."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 1))
+    model[0].requires_grad_(False)
+    x = torch.randn(records, 2, tokens, 5)
+
+    def losses(drawn: Tensor) -> Tensor:
+        rows = x[drawn].flatten(0, 1)
+        once = model[3](model[2](model[1](model[0](rows))))
+        scores = model[4](model[3](model[2](once))).sum(dim=(1, 2)).view(-1, 2)
+        return -nn.functional.logsigmoid(scores[:, 0] - scores[:, 1])
+
+    return Case(model, trainable(model), records, losses)
+
+
 def bert(seed: int = 0, records: int = 7) -> Case:
     """A two-layer classifier with a padding mask, LoRA's B on query and value, and a trained head."""
     from peft import LoraConfig, get_peft_model

@@ -7,7 +7,7 @@ from .mutants import Mutation, room
 
 CLIP = "torch.clamp(max_grad_norm / norms, max=1.0)"
 FACTORS = "    factors = clip_factors(ops.norms(rows), max_grad_norm)\n"
-SUM = "    sums = engine.clipped_sum(model, trained, losses, release.bound)\n"
+SUM = "    sums = engine.clipped_sum(model, trained, losses, release.bound, sequences_per_record)\n"
 REPLACED = "__import__('dataclasses').replace"
 NEIGHBOURS = "neighbours_differ_by_at_most_the_bound"
 SIZES = "gradients_of_any_size_end_within_the_bound"
@@ -176,6 +176,8 @@ STEP = (
              "expected_batch=1.0", SPENT),
 )  # fmt: skip
 
+JOINED = "rows.unflatten(0, (-1, self._each)).flatten(1, -2)"
+PAIRS = "the_sequences_of_a_record_are_clipped_as_one"
 ENGINES = (
     Mutation("the last microbatch only", "direct_engine", "sums = _plus(sums, clipped_sum(self",
              "sums = _plus(None, clipped_sum(self", MICRO),
@@ -184,6 +186,17 @@ ENGINES = (
              MICRO),
     Mutation("a layer's second use forgotten", "rows", "again.add_(place)", "pass", ALONE),
     Mutation("a layer's first use forgotten", "rows", "if name not in self._written:", "if True:", ALONE),
+    Mutation("sequences not joined to records", "rows", JOINED, "rows", PAIRS),
+    Mutation("sequences of different records joined", "rows", JOINED,
+             "rows.unflatten(0, (self._each, -1)).transpose(0, 1).flatten(1, -2)", PAIRS),
+    Mutation("the first sequence of a record only", "rows", JOINED,
+             "rows.unflatten(0, (-1, self._each))[:, 0]", PAIRS),
+    Mutation("sequences of a record not told to the engine", "step", "release.bound, sequences_per_record)",
+             "release.bound)", PAIRS),
+    Mutation("Opacus: sequences not joined to records", "opacus_engine", "    if sequences_per_record > 1:",
+             "    if False:", PAIRS),
+    Mutation("Opacus: the first sequence of a record only", "opacus_engine", ".sum(dim=1)  # pyright",
+             "[:, 0]  # pyright", PAIRS),
     Mutation("rows not counted", "rows", "if len(self.rows) != examples:", "if False:", COUPLED),
     Mutation("a tensor that no gradient reached", "rows", "if missing or self.rows is None:",
              "if self.rows is None:", UNREACHED),

@@ -25,8 +25,8 @@ from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.supercore.telemetry import EventType
 
+from fedlora.config.data import Dirichlet
 from fedlora.config.load import dump_config, load_config
-from fedlora.config.schema import Dirichlet
 from fedlora.deploy.grid import PromptGrid
 from fedlora.errors import ConfigError
 from fedlora.federation.events import RoundDone

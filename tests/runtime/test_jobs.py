@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from fedlora.data.holdings import Holdings
 from fedlora.data.records import Examples
+from fedlora.runtime.cells import next_of
 from fedlora.runtime.jobs import MOST_CLIENTS, SHARE, Job, Queue, cut, expected_tokens, singles
 
 costs = st.lists(st.integers(1, 1000).map(float), min_size=1, max_size=300)
@@ -77,3 +78,24 @@ def test_a_client_without_holdings_is_no_neighbours_cost():
     for stranger in ("a", "c"):
         with pytest.raises(KeyError, match=stranger):
             expected_tokens(holdings, [stranger], 8)
+
+
+def test_a_process_goes_on_with_what_it_knows_then_with_what_nobody_beside_is_at():
+    assert next_of(["a", "b", "a"], None, []) == 0
+    assert next_of(["a", "b", "a"], "b", ["a"]) == 1
+    assert next_of(["a", "b", "a"], "c", ["a"]) == 1
+    assert next_of(["a", "a"], "c", ["a"]) == 0
+
+
+@given(st.lists(st.integers(0, 3), max_size=30), st.integers(1, 3))
+def test_every_run_begins_once_and_no_process_changes_kind_while_its_own_waits(kinds, slots):
+    waiting, running, begun = list(enumerate(kinds)), [], []
+    freed = None
+    while waiting or running:
+        while waiting and len(running) < slots:
+            place = next_of([kind for _, kind in waiting], freed, [kind for _, kind in running])
+            assert waiting[place][1] == freed or freed not in [kind for _, kind in waiting]
+            running.append(waiting.pop(place))
+            begun.append(running[-1][0])
+        freed = running.pop(0)[1]
+    assert sorted(begun) == list(range(len(kinds)))

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from fedlora.algebra.deltas import trainable
 from fedlora.algebra.flat import Layout
 from fedlora.errors import ShapeError
 from fedlora.runtime.parcel import pack_replies, pack_request, unpack_replies, unpack_request
@@ -32,7 +33,7 @@ def request_of(dtype: torch.dtype = torch.float32) -> TrainRequest:
     }
     head = {"weight": torch.randn(3, 4, generator=draw, dtype=dtype)}
     adapters = Adapters(basis=4, scale=0.5, sites=sites, head=head)
-    work = LocalWork(steps=2, learning_rate=0.1)
+    work = LocalWork(steps=2, learning_rate=0.1, proximal=0.25, precondition="allora")
     return TrainRequest(run="r", base_model="m", code="c", round=7, adapters=adapters, work=work)
 
 
@@ -60,7 +61,7 @@ def test_a_request_arrives_bit_for_bit(dtype):
 
 def test_replies_of_a_group_arrive_bit_for_bit_and_in_order():
     request = request_of()
-    layout = Layout.of(request.adapters)
+    layout = Layout.of(trainable(request.adapters))
     refusal = Refusal(client="b", run="r", round=7, reason=RefusalReason.BUDGET)
     bare = ClientUpdate(client="d", run="r", round=7, delta=update_of(request, "d", 2.0).delta, spent=())
     replies = [update_of(request, "a", 1.0), refusal, update_of(request, "c", 3.0), bare]
@@ -73,7 +74,7 @@ def test_replies_of_a_group_arrive_bit_for_bit_and_in_order():
 
 def test_arrived_updates_are_views_of_the_one_array_even_where_it_is_read_only():
     request = request_of()
-    layout = Layout.of(request.adapters)
+    layout = Layout.of(trainable(request.adapters))
     words, numbers = pack_replies([update_of(request, name, 1.0) for name in "ab"], layout)
     numbers.setflags(write=False)
     for row, reply in zip(numbers, unpack_replies((words, numbers), layout), strict=True):
@@ -84,7 +85,7 @@ def test_arrived_updates_are_views_of_the_one_array_even_where_it_is_read_only()
 
 def test_words_hold_no_class_of_ours():
     request = request_of()
-    words, _ = pack_replies([update_of(request, "a", 1.0)], Layout.of(request.adapters))
+    words, _ = pack_replies([update_of(request, "a", 1.0)], Layout.of(trainable(request.adapters)))
     kinds: set[type] = set()
 
     def look(value: object) -> None:

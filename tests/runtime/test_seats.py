@@ -143,3 +143,15 @@ def test_workers_sit_where_their_seats_say(tiny_config, tmp_path):
     finally:
         ray.shutdown()
         cluster.shutdown()
+
+
+def test_the_largest_batch_of_pairs_holds_no_more_padded_tokens_and_two_rows_a_record(tiny_config):
+    columns = {"text": None, "label": None, "prompt": "q", "chosen": "a", "rejected": "b"}
+    config = tiny_config(
+        task={"kind": "dpo"}, data__partition={"kind": "iid", "clients": 3},
+        **{f"data__{name}": value for name, value in columns.items()},
+    )  # fmt: skip
+    batch = largest_batch(config, alone=False)
+    assert batch.sequences_per_record == 2 and set(batch.sequence_lengths) == {16}
+    assert batch.footprints.sum() == TOKEN_BUDGET
+    assert len(largest_batch(config, alone=True)) == 1

@@ -13,7 +13,8 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord
 from flwr.serverapp import Grid
 
-from fedlora.config.schema import Federation, Ffa, Lora, RunConfig, Sgd
+from fedlora.config.method import Ffa
+from fedlora.config.schema import Federation, Lora, RunConfig, Sgd
 from fedlora.deploy.strategy import FedLoraStrategy
 from fedlora.errors import ConfigError, IncompleteError
 from fedlora.federation.absorb import start

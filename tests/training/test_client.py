@@ -16,7 +16,7 @@ from fedlora.privacy.direct_engine import DirectEngine
 from fedlora.privacy.ledger import open_ledger
 from fedlora.privacy.noise import SeededNoise
 from fedlora.training import tasks
-from fedlora.training.client import Node, train
+from fedlora.training.client import Node, request_digest, train
 from fedlora.training.load import load_model
 from fedlora.values import (
     Adapters,
@@ -62,7 +62,7 @@ class WatchedEngine:
         self.groups: list[int] = []
         self.lines_then: list[int] = []
 
-    def clipped_sum(self, model, trained, losses, max_grad_norm):
+    def clipped_sum(self, model, trained, losses, max_grad_norm, sequences_per_record=1):
         self.clips.append(max_grad_norm)
         self.lines_then.append(len(self.ledger.read_text().splitlines()) if self.ledger.exists() else 0)
         sizes = []
@@ -75,7 +75,8 @@ class WatchedEngine:
 
             return call
 
-        sums = DirectEngine().clipped_sum(model, trained, [counted(run) for run in losses], max_grad_norm)
+        runs = [counted(run) for run in losses]
+        sums = DirectEngine().clipped_sum(model, trained, runs, max_grad_norm, sequences_per_record)
         self.drawn.append(sum(sizes))
         self.groups.append(len(sizes))
         return sums
@@ -210,6 +211,33 @@ def test_another_request_for_a_paid_round_is_refused_without_touching_a_record(s
     assert len(one.node.engine.clips) == touched
 
 
+@pytest.mark.parametrize("side", ["a", "both"])
+def test_a_side_that_the_model_does_not_train_is_refused_before_anybody_pays(scene, side):
+    one = scene()
+    reply = one.answer(work=LocalWork(steps=STEPS, learning_rate=1.0, side=side))
+    assert reply == Refusal(client="c", run="run", round=1, reason=RefusalReason.BAD_REQUEST)
+    assert not one.node.engine.clips and not one.ledger().debits
+
+
+def test_requests_for_other_work_are_other_requests(scene):
+    """Else the debit of one would stand for the release of another."""
+    asked = scene().request
+    others = (
+        {"steps": 1},
+        {"learning_rate": 0.5},
+        {"proximal": 0.5},
+        {"precondition": "lora-pro"},
+        {"precondition": "0.5"},
+        {"precondition": "a"},
+        {"side": "a"},
+        {"side": "both"},
+        {"side": "a", "precondition": "lora-pro"},
+    )
+    works = [asked.work, *(dataclasses.replace(asked.work, **changes) for changes in others)]
+    digests = [request_digest(dataclasses.replace(asked, work=work)) for work in works]
+    assert len(set(digests)) == len(works)
+
+
 def test_past_its_limit_a_client_refuses_without_touching_a_record(scene):
     one = scene(participations=1)
     one.answer()
@@ -255,9 +283,11 @@ def test_records_run_alone_where_kernels_could_couple_neighbours(scene, alone):
 
 def test_an_accuracy_is_that_of_each_record_alone(scene, monkeypatch):
     sizes = []
-    real = tasks._logits
+    real = tasks.logits_of
     monkeypatch.setattr(
-        tasks, "_logits", lambda adapted, batch: sizes.append(len(batch["input_ids"])) or real(adapted, batch)
+        tasks,
+        "logits_of",
+        lambda adapted, batch: sizes.append(len(batch["input_ids"])) or real(adapted, batch),
     )
     one = scene()
     right = tasks.record_accuracies(one.node.model, one.node.examples)
@@ -276,6 +306,22 @@ def pulled(scene, strength, steps=STEPS, **changes):
 
 def test_a_proximal_term_changes_neither_clip_nor_draw_nor_noise_nor_price(scene):
     (plain, reply), (other, changed) = pulled(scene, 0.0), pulled(scene, 0.4)
+    assert changed.spent == reply.spent
+    assert other.node.engine.clips == plain.node.engine.clips == [0.5] * STEPS
+    assert other.node.engine.drawn == plain.node.engine.drawn
+    assert other.node.noise.normals == plain.node.noise.normals
+    assert other.node.noise.uniforms == plain.node.noise.uniforms
+    for site, moved in reply.delta.sites.items():
+        assert float((changed.delta.sites[site] - moved).norm()) > 0.01 * float(moved.norm())
+
+
+@pytest.mark.parametrize("kind", ["lora-pro", "allora"])
+def test_a_preconditioner_changes_neither_clip_nor_draw_nor_noise_nor_price(scene, kind):
+    plain, reply = pulled(scene, 0.0)
+    other = scene()
+    other.node = dataclasses.replace(other.node, optimizer=Sgd(name="sgd", lr=1.0, precondition=kind))
+    other.ledger_path = other.ledger_path.with_name(f"{kind}.jsonl")
+    changed = other.answer()
     assert changed.spent == reply.spent
     assert other.node.engine.clips == plain.node.engine.clips == [0.5] * STEPS
     assert other.node.engine.drawn == plain.node.engine.drawn

@@ -29,7 +29,7 @@ from transformers import (
 
 from fedlora.algebra.digest import digest
 from fedlora.config.schema import CausalLm, Classification, Lora, Model, Sgd
-from fedlora.data.records import Examples
+from fedlora.data.records import Examples, States, concatenate
 from fedlora.data.tokenise import fingerprint
 from fedlora.errors import ConfigError, ShapeError
 from fedlora.privacy.direct_engine import DirectEngine
@@ -121,6 +121,10 @@ def cached(path, adapted, examples, base_model="w", alone=False):
     return with_states(path, adapted, prefix, examples, base_model=base_model, alone=alone)
 
 
+def rows_of(examples):
+    return np.array(examples.states.of(examples.offsets))
+
+
 def by_record(adapted, examples, budget):
     """Loss and gradients of every record, by its index, out of micro-batches of the given size."""
     indices = np.arange(len(examples))
@@ -179,7 +183,7 @@ def test_records_that_run_alone_give_the_same_bits_with_states_and_without(deep,
     adapted = model_of(deep / "llama", dtype=dtype)
     plain = examples_of(LENGTHS)
     kept = cached(tmp_path / "c", adapted, plain, alone=True)
-    assert kept.states.dtype == {"float32": np.float32, "bfloat16": np.uint16}[dtype]
+    assert kept.states.rows.dtype == {"float32": np.float32, "bfloat16": np.uint16}[dtype]
     assert torch.equal(by_record(adapted, kept, ALONE), by_record(adapted, plain, ALONE))
 
 
@@ -195,7 +199,7 @@ def test_a_record_s_states_alone_do_not_know_its_neighbours(deep, tmp_path):
         cached(tmp_path / name, adapted, examples, alone=True).select(np.array([1]))
         for name, examples in (("here", both), ("there", shared))
     )
-    assert np.array_equal(here.states, there.states)
+    assert np.array_equal(rows_of(here), rows_of(there))
 
 
 def update(place, path, examples):
@@ -241,11 +245,11 @@ def damaged(content):
 
 def test_a_damaged_file_is_written_anew(deep, tmp_path):
     adapted, examples = model_of(deep / "bert"), examples_of(LENGTHS)
-    expected = np.array(cached(tmp_path / "c", adapted, examples).states)
+    expected = rows_of(cached(tmp_path / "c", adapted, examples))
     content = (tmp_path / "c").read_bytes()
     for damage in damaged(content):
         (tmp_path / "c").write_bytes(damage)
-        assert np.array_equal(cached(tmp_path / "c", adapted, examples).states, expected)
+        assert np.array_equal(rows_of(cached(tmp_path / "c", adapted, examples)), expected)
         assert (tmp_path / "c").read_bytes() == content
 
 
@@ -300,14 +304,31 @@ def test_a_disk_without_room_is_an_error_that_names_the_key_and_leaves_nothing(d
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_selection_holds_its_own_rows_and_not_the_file(deep, tmp_path):
+def test_a_selection_copies_no_rows_until_they_are_asked_for(deep, tmp_path):
     examples = cached(tmp_path / "c", model_of(deep / "bert"), examples_of(LENGTHS))
-    assert isinstance(examples.states, np.memmap)
+    assert isinstance(examples.states.rows, np.memmap)
     chosen = examples.select(np.array([3, 0]))
-    rows = [examples.states[examples.offsets[i] : examples.offsets[i + 1]] for i in (3, 0)]
-    assert np.array_equal(chosen.states, np.concatenate(rows))
-    assert not isinstance(chosen.states, np.memmap)
-    assert not np.shares_memory(chosen.states, examples.states)
+    assert chosen.states.rows is examples.states.rows
+    rows = [examples.states.rows[examples.offsets[i] : examples.offsets[i + 1]] for i in (3, 0)]
+    assert np.array_equal(rows_of(chosen), np.concatenate(rows))
+    assert not np.shares_memory(rows_of(chosen), examples.states.rows)
+    assert np.array_equal(rows_of(examples.between(2, 5)), rows_of(examples.select(np.arange(2, 5))))
+
+
+def test_joined_records_have_the_states_of_each_wherever_they_lie(deep, tmp_path):
+    adapted = model_of(deep / "bert")
+    one, other = (
+        cached(tmp_path / name, adapted, examples_of(LENGTHS, seed=seed))
+        for name, seed in (("a", 0), ("b", 1))
+    )
+    parts = [one.select(np.array([4, 1])), one.select(np.array([0]))]
+    beside = concatenate(parts)
+    assert beside.states.rows is one.states.rows
+    parts.append(other.select(np.array([2, 6])))
+    for joined, whole in ((beside, parts[:2]), (concatenate(parts), parts)):
+        assert np.array_equal(rows_of(joined), np.concatenate([rows_of(part) for part in whole]))
+    with pytest.raises(ShapeError, match="1 of 2 parts have states"):
+        concatenate([one, examples_of(LENGTHS)])
 
 
 def test_states_are_no_part_of_the_data_s_fingerprint(deep, tmp_path):
@@ -377,7 +398,9 @@ def test_states_that_move_with_what_is_trained_are_not_kept(deep, caplog):
     assert "what is trained moves the states" in caplog.text
 
 
-def test_states_of_another_number_of_tokens_are_refused():
+def test_states_of_another_number_of_records_are_refused():
     plain = examples_of([2, 3])
-    with pytest.raises(ShapeError, match="need a row a token"):
-        dataclasses.replace(plain, states=np.zeros((4, 16), dtype=np.float32))
+    with pytest.raises(ShapeError, match="2 records but states of 1"):
+        dataclasses.replace(
+            plain, states=States(rows=np.zeros((5, 16), dtype=np.float32), starts=np.array([0]))
+        )

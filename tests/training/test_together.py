@@ -9,6 +9,7 @@ from torch import nn
 from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
+from fedlora.algebra.deltas import trainable
 from fedlora.algebra.flat import Layout
 from fedlora.config.schema import AdamW, CausalLm, Classification, Lora, Model, Sgd
 from fedlora.data.records import Examples
@@ -22,6 +23,7 @@ from fedlora.privacy.opacus_engine import OpacusEngine
 from fedlora.training import tasks
 from fedlora.training.client import Node, train
 from fedlora.training.load import load_model
+from fedlora.training.model import LORA_A, LORA_B
 from fedlora.training.together import clients_together, train_together
 from fedlora.values import (
     Adapters,
@@ -38,6 +40,9 @@ STEPS, RECORDS = 3, 24
 TARGETS = {"bert": ["query", "value"], "roberta": ["query"], "llama": ["q_proj", "v_proj"]}
 SGD, ADAMW = Sgd(name="sgd", lr=1.0), AdamW(name="adamw", lr=1.0, weight_decay=0.1)
 FEDPROX = Sgd(name="sgd", lr=1.0, proximal=0.4)
+PRO, ALLORA = (Sgd(name="sgd", lr=1.0, precondition=kind) for kind in ("lora-pro", "allora"))
+
+OPTIMIZERS = ["sgd", "adamw", "fedprox", "lora-pro", "allora"]
 
 
 class WatchedNoise(SeededNoise):
@@ -168,7 +173,7 @@ def assert_same(found, wanted):
 
 
 @pytest.mark.parametrize("name", TARGETS)
-@pytest.mark.parametrize("optimizer", [SGD, ADAMW, FEDPROX], ids=["sgd", "adamw", "fedprox"])
+@pytest.mark.parametrize("optimizer", [SGD, ADAMW, FEDPROX, PRO, ALLORA], ids=OPTIMIZERS)
 def test_replies_are_those_of_clients_one_by_one(scene, name, optimizer):
     one = scene(name, optimizer=optimizer)
     assert_same(one.together(), one.one_by_one())
@@ -281,6 +286,16 @@ def test_what_cannot_share_a_pass_is_refused_before_anybody_pays(scene):
         nodes = [dataclasses.replace(first, **changes), *others]
         with pytest.raises(PrivacyError, match="one by one"):
             train_together(nodes, one.request, one.ledgers["together"])
+    name, trained = next(iter(first.model.trained.items()))
+    moves_a = dataclasses.replace(
+        first.model, trained={name.replace(LORA_B, LORA_A): trained, **first.model.trained}
+    )
+    with pytest.raises(PrivacyError, match="an A that is trained"):
+        train_together(
+            [dataclasses.replace(node, model=moves_a) for node in one.nodes],
+            one.request,
+            one.ledgers["together"],
+        )
     handle = next(
         m for m in first.model.peft_model.modules() if type(m) is nn.Linear and m.weight.requires_grad
     )
@@ -379,7 +394,7 @@ def test_in_float32_a_record_of_one_client_moves_the_others_by_far_less_than_the
     for keep in (RECORDS, RECORDS - 1, RECORDS - 5):
         one = scene(nodes=nodes(keep), dtype="float32")
         work = LocalWork(steps=1, learning_rate=1.0)
-        moved.append(Layout.of(one.request.adapters).flat(one.together(work=work)[1].delta))
+        moved.append(Layout.of(trainable(one.request.adapters)).flat(one.together(work=work)[1].delta))
     bound, batch = one.nodes[1].mechanism.max_grad_norm, one.nodes[1].sampling.expected_batch
     for other in moved[1:]:
         assert float((other.double() - moved[0].double()).norm()) * batch < MARGIN / 10 * bound

@@ -82,19 +82,49 @@ def test_a_request_survives_the_journey_bit_for_bit(dtype):
     assert all(torch.equal(got.adapters.head[name], value) for name, value in sent.adapters.head.items())
 
 
-def test_left_frames_and_a_proximal_term_survive_the_journey_and_are_absent_where_there_are_none():
+def test_left_frames_and_what_else_a_step_does_survive_the_journey_and_are_absent_where_there_are_none():
     plain = request()
     sites = {
         site: replace(f, b=f.b[:2], left=torch.eye(3)[:, :2]) for site, f in plain.adapters.sites.items()
     }
-    cores = replace(
-        plain, adapters=replace(plain.adapters, sites=sites), work=replace(plain.work, proximal=0.25)
-    )
+    work = replace(plain.work, proximal=0.25, precondition="lora-pro")
+    cores = replace(plain, adapters=replace(plain.adapters, sites=sites), work=work)
     back = decode_request(encode_request(cores))
     assert back.work == cores.work
     assert all(torch.equal(back.adapters.sites[site].left, f.left) for site, f in sites.items())
+    diagonal = {site: replace(f, b=f.b[:1]) for site, f in sites.items()}
+    back = decode_request(encode_request(replace(plain, adapters=replace(plain.adapters, sites=diagonal))))
+    assert all(torch.equal(back.adapters.sites[site].b, f.b) for site, f in diagonal.items())
     frame = encode_request(plain)
-    assert b"left:" not in frame and b"proximal" not in frame
+    assert b"left:" not in frame and b"proximal" not in frame and b"precondition" not in frame
+
+
+@pytest.mark.parametrize("side", ["a", "both"])
+def test_rests_and_the_side_survive_the_journey_and_are_absent_where_there_are_none(side):
+    plain = request()
+    sites = {site: replace(f, rest=f.b @ f.a) for site, f in plain.adapters.sites.items()}
+    work = replace(plain.work, side=side)
+    sent = replace(plain, adapters=replace(plain.adapters, sites=sites), work=work)
+    back = decode_request(encode_request(sent))
+    assert back.work == work
+    assert all(torch.equal(back.adapters.sites[site].rest, f.rest) for site, f in sites.items())
+    frame = encode_request(plain)
+    assert b"rest:" not in frame and b"side" not in frame
+    odd = encode_request(sent).replace(f'"side":"{side}"'.encode(), b'"side":"' + b"x" * len(side) + b'"')
+    whole = odd[:-DIGEST_BYTES] + hashlib.sha256(odd[:-DIGEST_BYTES]).digest()
+    with pytest.raises(WireError, match="is no side"):
+        decode_request(whole)
+
+
+@pytest.mark.parametrize("side", ["a", "both"])
+def test_changes_of_a_survive_the_journey(side):
+    one = update()
+    a = {site: torch.randn(2, 5) for site in one.delta.sites}
+    delta = replace(one.delta, a=a, sites={} if side == "a" else one.delta.sites)
+    back = decode_reply(encode_reply(replace(one, delta=delta))).delta
+    assert back.sites.keys() == delta.sites.keys() and back.head.keys() == delta.head.keys()
+    assert all(torch.equal(back.a[site], change) for site, change in a.items())
+    assert b'"a:' not in encode_reply(one)
 
 
 def test_an_update_survives_the_journey_bit_for_bit():

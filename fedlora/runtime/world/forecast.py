@@ -60,7 +60,7 @@ def forecast(prepared: Prepared, world: World) -> Forecast:
 
 
 def note(found: Forecast) -> str:
-    """One sentence of the forecast, as `fedlora check` prints it."""
+    """One sentence of the forecast, as `fedlora check --measure` prints it."""
     if found.stuck is not None:
         return (
             f"the world never lets round {found.stuck} end: too few of its cohort are there for thousands of "

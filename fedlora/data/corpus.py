@@ -1,44 +1,37 @@
-"""From named columns, wherever they were read, to a corpus."""
+"""What a run works on, and how named columns, wherever they were read, become it."""
 
-import difflib
-import re
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fedlora.data.records import Corpus, Records
+from fedlora.config.columns import NAMES, Form
+from fedlora.data.forms import texts_of
+from fedlora.data.records import Records
+from fedlora.data.table import Table, quoted, shown
 from fedlora.errors import DataError
 
-MOST_QUOTED, LONGEST_QUOTED = 3, 30
-"""Label values that one message quotes, and the characters of each."""
-
-NAME_LIKE = re.compile(r"[\w.-]{1,30}")
-"""A column's name as people write them; a text, which stands there where the header line is missing, has blanks."""
+MOST_QUOTED = 3
+"""Label values that one message quotes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Table:
-    """Columns of equal length. origin: what an error calls the source; lines: where each row stands in it,
-    from 1."""
+class Corpus:
+    """Private records to train on, public ones to score on, and the classes' names (none for a causal LM)."""
 
-    origin: str
-    columns: dict[str, list[object]]
-    lines: Sequence[int]
-
-    def where(self, row: int) -> str:
-        """`origin:line` of a row."""
-        return f"{self.origin}:{self.lines[row]}"
+    train: Records
+    test: Records
+    classes: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Columns:
-    """Which columns mean what: one text or two; the label; the one that names each record's client."""
+    """Which columns mean what: those that make a record, and as what; the label; the one that names its client."""
 
     text: tuple[str, ...]
     label: str | None
     group: str | None = None
+    form: Form = "text"
 
     def names(self) -> list[str]:
         """Every column that is read of the training data, once."""
@@ -51,43 +44,6 @@ class Columns:
         return list(dict.fromkeys([*self.text, *label]))
 
 
-def require_columns(origin: str, wanted: Iterable[str], found: Iterable[str]) -> None:
-    """Refuses a source that lacks a wanted column, naming those it has and the nearest one.
-
-    Raises:
-        DataError: a column is not there.
-    """
-    names = [str(name) for name in found]
-    for name in wanted:
-        if name not in names:
-            told = [name for name in names if NAME_LIKE.fullmatch(name)]
-            # Not quoted: a file without a header line has a record there.
-            others = len(names) - len(told)
-            hint = f" and {others} that look like no names; is the header line missing?" if others else ""
-            raise DataError(f"{origin}: no column {name!r}; it has {shown(told)}{hint}{nearest(name, told)}")
-
-
-def shown(names: Sequence[str], most: int = 20) -> str:
-    """Names of files, packages or columns, quoted and cut."""
-    listed = ", ".join(quoted(name) for name in names[:most])
-    return listed + (f" and {len(names) - most} more" if len(names) > most else "") if names else "none"
-
-
-def quoted(value: object) -> str:
-    """The value as a message may show it: at most 30 characters of a text, and of lists only that they are."""
-    if value is None or isinstance(value, int | float):
-        return str(value)
-    if not isinstance(value, str):
-        return type(value).__name__
-    return repr(value if len(value) <= LONGEST_QUOTED else f"{value[:LONGEST_QUOTED]}…")
-
-
-def nearest(name: str, names: Sequence[str]) -> str:
-    """`; did you mean ...?`, or nothing where no name is near."""
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
-    return f"; did you mean {close[0]!r}?" if close else ""
-
-
 def corpus_from(train: Table, test: Table, columns: Columns, *, causal: bool) -> Corpus:
     """Texts, and labels as indices over the sorted labels of the test data, which are public.
 
@@ -95,7 +51,7 @@ def corpus_from(train: Table, test: Table, columns: Columns, *, causal: bool) ->
     LM reads a pair as prompt, newline, answer; labels, if any, only serve to deal its records out.
 
     Raises:
-        DataError: no records, a value that is no text or no label, one test label only, a training label that
+        DataError: no records, a value that is no record or no label, one test label only, a training label that
             the test data lack, a label column that is a text column too.
     """
     _require_no_text(columns)
@@ -115,28 +71,14 @@ def corpus_from(train: Table, test: Table, columns: Columns, *, causal: bool) ->
         train_labels = _indices(names, classes)
     groups = None if columns.group is None else _label_names(train, columns.group)
     return Corpus(
-        train=Records(texts=_texts(train, columns.text, causal), labels=train_labels, groups=groups),
-        test=Records(texts=_texts(test, columns.text, causal), labels=test_labels),
+        train=Records(
+            texts=texts_of(train, columns.text, columns.form, causal=causal),
+            labels=train_labels,
+            groups=groups,
+        ),
+        test=Records(texts=texts_of(test, columns.text, columns.form, causal=causal), labels=test_labels),
         classes=() if causal else classes,
     )
-
-
-def _texts(table: Table, names: tuple[str, ...], causal: bool) -> list[str] | list[tuple[str, str]]:
-    first, *rest = ([_text(table, name, row) for row in range(len(table.lines))] for name in names)
-    if not rest:
-        return first
-    pairs = list(zip(first, rest[0], strict=True))
-    return ["\n".join(pair) for pair in pairs] if causal else pairs
-
-
-def _text(table: Table, name: str, row: int) -> str:
-    value = table.columns[name][row]
-    if not isinstance(value, str):
-        raise DataError(
-            f"{table.where(row)}: column {name!r} holds {type(value).__name__}, not text; drop the row or "
-            f"name another column"
-        )
-    return value
 
 
 def _label_names(table: Table, name: str) -> list[str]:
@@ -190,4 +132,11 @@ def _require_known(table: Table, label: str, names: list[str], classes: tuple[st
 def _require_no_text(columns: Columns) -> None:
     for key, name in (("data.label", columns.label), ("data.partition.column", columns.group)):
         if name is not None and name in columns.text:
-            raise DataError(f"{key}: {name!r} is a column of data.text; name another column")
+            raise DataError(f"{key}: {name!r} is {_read_as(columns)}; name another column")
+
+
+def _read_as(columns: Columns) -> str:
+    if columns.form == "text":
+        return "a column of data.text"
+    names = (f"data.{name}" for name in NAMES[columns.form])
+    return f"a column of the records themselves ({', '.join(names)})"

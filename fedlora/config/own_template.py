@@ -1,0 +1,122 @@
+"""The run.yaml that `fedlora init --data FILE` writes: somebody's own records and, if named, their own model."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+OWN_YAML = """\
+# fedlora simulate {name}
+#
+# {records:,} records of {file}, dealt out to {clients} simulated owners. Every key: `fedlora schema`.
+seed: 1
+
+model:
+  name: {model}   # a Hugging Face id or a local directory
+
+task:
+{task}
+
+lora:
+  r: 4                           # rank
+  lora_alpha: 4                  # the adapted layer computes W x + (lora_alpha / r) B A x
+  target_modules: {targets}
+  init: centred                  # the first A: orthonormal, and blind to the mean input
+
+data:
+  source: files
+  train: {train}
+  test: {test}
+  # The two are {file}, split by `fedlora init`: a tenth of the texts, by their digests, is for the test.
+  # The test records are scored at the server and NOT protected: replace them by public ones where they are private.
+{columns}
+  max_length: 64                 # tokens kept of each record
+  partition: {{kind: iid, clients: {clients}}}   # or dirichlet, shards, quantity, column: the natural one
+
+federation:
+  rounds: 20
+  cohort: {clients}                      # clients asked in a round
+  local_steps: 1                 # DP-SGD steps of a client in a round
+  batch_size: {batch}                 # expected size of a Poisson draw; more records, less noise
+  optimizer: {{name: sgd, lr: {lr}, decay: linear}}
+  evaluate_every: 5              # rounds between two scores
+
+method:
+  name: fedsvd                   # others: docs/methods.md
+
+# The promise, for each record of each client, over everything that client ever releases.
+privacy:
+  target_epsilon: 8.0            # smaller is more private
+  target_delta: {delta}          # below 1 / records of the largest client
+  max_grad_norm: 2.0             # bound on one record's gradient
+  max_participations: 20         # what the noise is for; the ledger refuses the next
+  tuned_on: undeclared           # or nothing, public-data, {{private_runs: 10}}
+
+runtime:
+  kind: local                    # or ray: all cores of this machine, or a cluster
+
+output: {output}
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Own:
+    """What the config is made of. columns: by their keys in `data`. records: to train on. directory: of all that `init`
+    writes. identity: the model's pooler is not used.
+    """
+
+    file: str
+    columns: Mapping[str, str]
+    records: int
+    directory: Path
+    model: str
+    targets: Sequence[str]
+    identity: bool
+
+    @property
+    def train(self) -> Path:
+        """Where the records to train on are."""
+        return self.directory / "train.csv"
+
+    @property
+    def test(self) -> Path:
+        """Where those to score on are."""
+        return self.directory / "test.csv"
+
+
+def own_yaml(own: Own) -> str:
+    """A run that runs as it stands."""
+    clients = max(2, min(8, own.records // 100))
+    largest = math.ceil(own.records / clients)
+    return OWN_YAML.format(
+        name=own.directory / "run.yaml",
+        records=own.records,
+        file=own.file.replace("\n", " "),
+        clients=clients,
+        model=json.dumps(own.model),
+        task="\n".join(_task(own)),
+        targets=json.dumps(list(own.targets)),
+        train=json.dumps(str(own.train)),
+        test=json.dumps(str(own.test)),
+        columns="\n".join(f"  {key}: {json.dumps(name)}" for key, name in own.columns.items()),
+        batch=max(4, min(128, largest // 8)),
+        lr=16.0 if "label" in own.columns else 2.0,
+        delta=f"{min(1e-5, 10.0 ** -(1 + math.ceil(math.log10(largest)))):.1e}",
+        output=json.dumps(str(own.directory / "run")),
+    )
+
+
+def _task(own: Own) -> list[str]:
+    if "label" in own.columns:
+        return [
+            "  kind: sequence-classification",
+            "  head: trained                  # clipped, noised and sent like B",
+            f"  pooler: {'identity' if own.identity else 'checkpoint'}",
+        ]
+    if "prompt" in own.columns:
+        return [
+            "  kind: causal-lm                # prompts are read, completions are learned",
+            r'  template: "{prompt}\n"         # and then the completion; or chat: as the tokenizer has it',
+        ]
+    return ["  kind: causal-lm                # next-token prediction on the text column"]

@@ -1,0 +1,114 @@
+"""Somebody's one file, looked through for a first config: which columns matter, and what is kept apart to score on."""
+
+import csv
+import hashlib
+import io
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from fedlora.data.files import column_names, load_table
+from fedlora.data.table import nearest, shown
+from fedlora.errors import DataError
+
+TEST_SHARE = 0.1
+"""Of the rows, kept apart."""
+FEWEST_ROWS = 20
+MOST_LABELS = 50
+_PROMPT_NAMES = ("prompt", "instruction", "question")
+_COMPLETION_NAMES = ("completion", "response", "answer", "output")
+_LABEL_NAMES = ("label", "labels", "class", "category", "target", "sentiment", "topic", "intent")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SplitFile:
+    """The rows of a file in two parts. columns: what each row holds, by the keys of `data`."""
+
+    columns: Mapping[str, str]
+    train: Sequence[tuple[str, ...]]
+    test: Sequence[tuple[str, ...]]
+
+
+def look_through(path: str, *, text: str | None, label: str | None, causal: bool) -> SplitFile:
+    """The file in two parts, the same for the same rows; equal texts are in the same part.
+
+    Args:
+        path: tsv, csv, jsonl or parquet.
+        text: its text column; None: the one with the longest values.
+        label: its label column; None: one that is called so, or the one with the fewest different values.
+        causal: for a causal language model, which wants no label, but a prompt and a completion if columns are called
+            so and `text` is None.
+
+    Raises:
+        DataError: it cannot be read, is too short, or no column looks like what is wanted.
+    """
+    names = column_names(path)
+    for wanted in (text, label):
+        if wanted is not None and wanted not in names:
+            raise DataError(f"{path}: no column {wanted!r}; it has {shown(names)}{nearest(wanted, names)}")
+    columns = {name: _words(column) for name, column in load_table(path, names).columns.items()}
+    count = len(next(iter(columns.values()), ()))
+    if count < FEWEST_ROWS:
+        raise DataError(
+            f"{path}: {count} rows; a private run needs hundreds for each owner, this at least {FEWEST_ROWS}"
+        )
+    kept = _completions(names) if causal and text is None else {}
+    if not kept:
+        kept["text"] = text or max((n for n in names if n != label), key=lambda name: _length(columns[name]))
+    if not causal:
+        others = {name: own for name, own in columns.items() if name != kept["text"]}
+        kept["label"] = label or _label(path, others, count)
+    train, test = _split(list(zip(*(columns[name] for name in kept.values()), strict=True)), "label" in kept)
+    return SplitFile(columns=kept, train=train, test=test)
+
+
+def csv_text(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """The rows under their header."""
+    out = io.StringIO()
+    csv.writer(out, lineterminator="\n").writerows([columns, *rows])
+    return out.getvalue()
+
+
+def _split(
+    rows: list[tuple[str, ...]], labelled: bool
+) -> tuple[list[tuple[str, ...]], list[tuple[str, ...]]]:
+    """The texts with the least digests are for the test, and the least of each label: its labels are the classes."""
+    digests = {row[0]: hashlib.sha256(row[0].encode()).digest() for row in rows}
+    chosen = set(sorted(digests, key=digests.__getitem__)[: math.ceil(TEST_SHARE * len(digests))])
+    known = {row[1:] for row in rows if row[0] in chosen}
+    for row in sorted(rows, key=lambda row: digests[row[0]]) if labelled else ():
+        if row[1:] not in known:
+            chosen.add(row[0])
+            known.add(row[1:])
+    return [row for row in rows if row[0] not in chosen], [row for row in rows if row[0] in chosen]
+
+
+def _completions(names: Sequence[str]) -> dict[str, str]:
+    """The columns that are called a prompt and a completion; none unless both are there."""
+    called = {name.lower(): name for name in reversed(names)}
+    prompt = next((called[name] for name in _PROMPT_NAMES if name in called), None)
+    completion = next((called[name] for name in _COMPLETION_NAMES if name in called), None)
+    return {} if prompt is None or completion is None else {"prompt": prompt, "completion": completion}
+
+
+def _label(path: str, columns: dict[str, list[str]], count: int) -> str:
+    called = {name.lower(): name for name in columns}
+    for name in _LABEL_NAMES:
+        if name in called:
+            return called[name]
+    different = {name: len(set(own)) for name, own in columns.items()}
+    fits = [name for name, labels in different.items() if 2 <= labels <= min(MOST_LABELS, count // 5)]
+    if not fits:
+        raise DataError(
+            f"{path}: no column looks like a label ({shown(list(columns))}); name it: --label COLUMN, or a causal "
+            "language model with --model, which needs none"
+        )
+    return min(fits, key=lambda name: (different[name], list(columns).index(name)))
+
+
+def _length(column: Sequence[str]) -> float:
+    return sum(map(len, column)) / max(len(column), 1)
+
+
+def _words(column: Sequence[object]) -> list[str]:
+    return ["" if value is None else str(value) for value in column]

@@ -1,0 +1,282 @@
+"""What a run will be, told from sizes and shapes alone: no torch, no model in memory, a second or two.
+
+Noise is searched for on a coarse, pessimistic grid for the largest and the smallest client and read off between them;
+the run itself calibrates each client finely, by two accountants. Time is multiplications over this machine's speed.
+"""
+
+import math
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any
+
+import numpy as np
+
+from fedlora.config.asking import expected_cohort, most_asked
+from fedlora.config.data import Docstrings
+from fedlora.config.ranks import rank_of
+from fedlora.config.schema import RunConfig
+from fedlora.data import load_corpus
+from fedlora.data.docstrings import DEFAULT_PACKAGES
+from fedlora.data.partition import client_names, partition
+from fedlora.errors import ModelError
+from fedlora.runtime.rough_noise import between, rough_noise
+from fedlora.training.look import Look, local, look
+
+BACKWARD_COST = 2.5
+"""A training step costs about this many forward passes: one forward, and a backward without weight gradients."""
+PROCESS_BYTES = 500 << 20
+"""Of a Python process with torch and transformers imported, before any model."""
+FRAME_BYTES = 1200
+"""Of a request or a reply beside its numbers."""
+BYTES_A_TOKEN = 4.5
+"""Of English text."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClientPreview:
+    """One client's terms. epsilon: after max_participations, the most it can ever be."""
+
+    client: str
+    records: int
+    sample_rate: float
+    noise_multiplier: float | None
+    epsilon: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Preview:
+    """The answer of `fedlora check`. Bytes are per client and round; memory and time are estimates.
+
+    measured: the model was loaded and run, and noise calibrated for each client; else all is from sizes and shapes.
+    """
+
+    clients: tuple[ClientPreview, ...]
+    trained_parameters: int
+    steps_per_participation: int
+    bytes_up: int
+    bytes_down: int
+    memory_bytes: int
+    training_seconds: float
+    notes: tuple[str, ...]
+    measured: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Sizes:
+    """Records of each client, and of the test; classes; tokens of a record on average. exact: they were counted."""
+
+    clients: Mapping[str, int]
+    test: int
+    classes: int
+    tokens: float
+    exact: bool
+
+
+def outline(config: RunConfig) -> Preview:
+    """What `fedlora check` prints unless it is to measure.
+
+    Raises:
+        ConfigError, DataError, PrivacyError: the data cannot be read or dealt out, a target names no layer of the
+            model, delta is too large, or no noise meets the budget. A run may still refuse what only a model shows.
+    """
+    sizes = _sizes(config)
+    notes = (
+        [] if sizes.exact else ["docstrings are not read for this: records are the most that there can be"]
+    )
+    place = local(config.model.name)
+    seen = None if place is None else look(place)
+    if seen is None:
+        notes.append(f"{config.model.name} is not on this machine, so numbers, bytes and time are not told")
+    trained, sent, received = (0, 0, 0) if seen is None else _numbers(config, seen, sizes)
+    return Preview(
+        clients=_clients(config, sizes.clients),
+        trained_parameters=trained,
+        steps_per_participation=config.federation.local_steps,
+        bytes_up=4 * sent + FRAME_BYTES,
+        bytes_down=4 * received + FRAME_BYTES,
+        memory_bytes=_workers(config) * (PROCESS_BYTES + (0 if seen is None else 4 * seen.numbers)),
+        training_seconds=0.0 if seen is None else _seconds(config, seen, sizes),
+        notes=(*privacy_notes(config, sizes.clients), *notes, *_notes(config)),
+        measured=False,
+    )
+
+
+def _sizes(config: RunConfig) -> _Sizes:
+    if isinstance(config.data, Docstrings):
+        packages = config.data.packages or DEFAULT_PACKAGES
+        clients = getattr(config.data.partition, "clients", 1)
+        each = len(packages) * config.data.max_per_class // clients
+        test = config.data.max_test_examples or len(packages) * config.data.max_per_class // 5
+        counts = dict.fromkeys(client_names(clients), each)
+        tokens = float(config.data.max_length)
+        return _Sizes(clients=counts, test=test, classes=len(packages), tokens=tokens, exact=False)
+    corpus = load_corpus(config.data, config.task, config.seed)
+    parts = partition(corpus.train, config.data.partition, config.seed)
+    some = corpus.train.texts[:: max(1, len(corpus.train.texts) // 200)]
+    letters = sum(map(_letters, some)) / max(len(some), 1)
+    return _Sizes(
+        clients={client: len(parts[client]) for client in sorted(parts)},
+        test=len(corpus.test),
+        classes=len(corpus.classes),
+        tokens=min(float(config.data.max_length), 2 + letters / BYTES_A_TOKEN),
+        exact=True,
+    )
+
+
+def _letters(text: object) -> int:
+    """Of a record, whatever it is made of."""
+    if isinstance(text, str):
+        return len(text)
+    if is_dataclass(text):
+        return sum(_letters(getattr(text, field.name)) for field in fields(text))
+    return sum(map(_letters, text)) if isinstance(text, list | tuple) else 0
+
+
+def _clients(config: RunConfig, sizes: Mapping[str, int]) -> tuple[ClientPreview, ...]:
+    privacy, batch = config.privacy, config.federation.batch_size
+    if privacy == "none":
+        noise = None
+    else:
+        ends = sorted({min(sizes.values()), max(sizes.values())})
+        noise = [(min(1.0, batch / size), rough_noise(config, privacy, size)) for size in ends]
+    return tuple(
+        ClientPreview(
+            client=client,
+            records=size,
+            sample_rate=min(1.0, batch / size),
+            noise_multiplier=None if noise is None else between(noise, min(1.0, batch / size)),
+            epsilon=None if privacy == "none" else privacy.target_epsilon,
+        )
+        for client, size in sizes.items()
+    )
+
+
+def _numbers(config: RunConfig, seen: Look, sizes: _Sizes) -> tuple[int, int, int]:
+    """Numbers trained, sent and received by a client in a round."""
+    lora, trained, received = config.lora, 0, 0
+    for out, into, r in _sites(config, seen):
+        a, b = r * into, r * out
+        own = {"b": b, "ab": a + b, "core": r**2, "singular-values": r}[lora.trains]
+        trained += own
+        received += a + b + (own if lora.trains in ("core", "singular-values") else 0)
+    head = 0
+    if config.task.kind == "sequence-classification" and seen.hidden is not None:
+        head = sizes.classes * (seen.hidden + 1)
+    sent = trained + (head if getattr(config.task, "head", "") == "trained" else 0)
+    return sent, sent, received + head
+
+
+def _sites(config: RunConfig, seen: Look) -> list[tuple[int, int, int]]:
+    """(out, in, rank) of each adapted layer.
+
+    Raises:
+        ModelError: a target names no layer.
+    """
+    layers, found = seen.layers(), []
+    kept = config.lora.layers_to_transform
+    targets: Any = config.lora.target_modules
+    if isinstance(targets, str):  # every layer of the encoder or decoder, whose paths have a number
+        targets = [name for name in layers if any(word.isdigit() for word in name.split("."))]
+    for target in targets:
+        matched = [name for name in layers if name == target or name.endswith(f".{target}")]
+        if not matched:
+            last = ", ".join(sorted({name.rpartition(".")[2] for name in layers}))
+            raise ModelError(
+                f"lora.target_modules: {target!r} matches no linear layer of {seen.architecture}; it has {last}"
+            )
+        for name in matched:
+            numbers = [int(word) for word in name.split(".") if word.isdigit()]
+            if kept is None or (numbers and numbers[0] in kept):
+                out, into = seen.out_and_in(name)
+                found.append((out, into, rank_of(config.lora, name)))
+    return found
+
+
+def _seconds(config: RunConfig, seen: Look, sizes: _Sizes) -> float:
+    """Multiplications of the whole run over those that this machine does in a second."""
+    matrices = sum(
+        math.prod(shape) for name, shape in seen.shapes.items() if len(shape) == 2 and "embed" not in name
+    )
+    forward = 2 * matrices * sizes.tokens / _speed()
+    side_by_side = _workers(config) if config.runtime.kind == "local" else _workers(config) - 1
+    return run_seconds(config, forward, len(sizes.clients), sizes.test, side_by_side)
+
+
+def run_seconds(config: RunConfig, forward: float, clients: int, test: int, workers: int) -> float:
+    """About how long the whole run takes. forward: seconds of one record's pass; test: records scored each time."""
+    federation = config.federation
+    drawn = (
+        federation.rounds
+        * expected_cohort(federation, clients)
+        * federation.local_steps
+        * federation.batch_size
+    )
+    scored = (1 + federation.rounds // federation.evaluate_every) * test
+    return forward * (drawn * BACKWARD_COST / workers + scored)
+
+
+def _speed() -> float:
+    """Floating-point operations a second of one product of matrices, the best of some."""
+    side = 384
+    left = np.ones((side, side), dtype=np.float32)
+    best = math.inf
+    for _ in range(8):
+        began = time.perf_counter()
+        np.matmul(left, left)
+        best = min(best, time.perf_counter() - began)
+    return 2 * side**3 / best
+
+
+def _workers(config: RunConfig) -> int:
+    """Processes that hold a model."""
+    runtime = config.runtime
+    if runtime.kind == "local":
+        return 1
+    cores = max(1, (os.cpu_count() or 1) // runtime.threads)
+    return 1 + (cores if runtime.workers == "auto" else runtime.workers)
+
+
+def privacy_notes(config: RunConfig, sizes: Mapping[str, int]) -> list[str]:
+    """What to know of the promise before a run. sizes: records, by client."""
+    privacy, federation, clients = config.privacy, config.federation, len(sizes)
+    if privacy == "none":
+        return ["NOT PRIVATE: privacy is none; what clients send can reveal their records"]
+    told = [
+        "seeded noise: a simulation is no guarantee to anybody; real nodes draw noise from the operating system"
+    ]
+    expected, most = (
+        federation.rounds * expected_cohort(federation, clients) / clients,
+        privacy.max_participations,
+    )
+    if expected > most:
+        told.append(
+            f"a client will be asked about {expected:.1f} times but may answer {most} times: later rounds go on "
+            "without it; raise privacy.max_participations (more noise) or lower federation.rounds"
+        )
+    if (can := most_asked(clients, federation)) < most:
+        told.append(
+            f"nobody can be asked more than {can} times, but the noise is for {most}: write "
+            f"privacy.max_participations: {can}, which makes it less at the same epsilon"
+        )
+    if privacy.tuned_on == "undeclared":
+        told.append(
+            "privacy.tuned_on is undeclared: the privacy statement will say that tuning may have cost more"
+        )
+    largest = max(sizes.values())
+    if privacy.target_delta > 0.1 / largest:
+        told.append(
+            f"target_delta {privacy.target_delta:g} is above a tenth of 1/{largest}, the records of the "
+            "largest client; lower is better"
+        )
+    return told
+
+
+def _notes(config: RunConfig) -> list[str]:
+    told = [
+        "estimates from sizes and shapes: --measure loads the model, and refuses whatever the run would refuse"
+    ]
+    if config.world is not None:
+        told.append("--measure also forecasts who is there in this world")
+    return told

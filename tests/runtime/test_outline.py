@@ -1,0 +1,124 @@
+"""What `check` tells from sizes and shapes: near what is measured, refused where that would be, and without torch."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from fedlora.config.load import dump_config
+from fedlora.errors import ModelError, PrivacyError
+from fedlora.runtime.outline import outline
+from fedlora.runtime.preview import preview
+
+HEAVY = ("torch", "transformers", "peft", "opacus", "ray", "flwr")
+DEALT = {"kind": "quantity", "clients": 3, "alpha": 2.0, "min_examples": 40}
+
+
+def test_sizes_numbers_and_bytes_are_those_of_the_loaded_model_and_noise_is_near(tiny_config):
+    config = tiny_config(data__partition=DEALT)
+    told, measured = outline(config), preview(config, lambda event: None)
+    assert not told.measured and measured.measured
+    assert told.trained_parameters == measured.trained_parameters
+    assert told.bytes_up == pytest.approx(measured.bytes_up, rel=0.2)
+    assert told.bytes_down == pytest.approx(measured.bytes_down, rel=0.2)
+    for ours, theirs in zip(told.clients, measured.clients, strict=True):
+        assert (ours.client, ours.records) == (theirs.client, theirs.records)
+        assert ours.sample_rate == theirs.sample_rate
+        # 1 % of the search, 2 of the coarse grid, a unit of the second digit; more between the ends. Never too little.
+        assert theirs.noise_multiplier <= ours.noise_multiplier <= 1.15 * theirs.noise_multiplier
+        assert ours.epsilon is not None and theirs.epsilon is not None and ours.epsilon >= theirs.epsilon
+
+
+@pytest.mark.parametrize("trains", ["b", "ab"])
+def test_what_is_trained_is_counted_for_chosen_layers(tiny_config, trains):
+    method = {"b": "ffa", "ab": "fedit"}[trains]
+    config = tiny_config(
+        privacy="none", lora__trains=trains, method__name=method, lora__layers_to_transform=[1]
+    )
+    told, measured = outline(config), preview(config, lambda event: None)
+    assert told.trained_parameters == measured.trained_parameters
+    assert told.notes[0].startswith("NOT PRIVATE") and told.clients[0].noise_multiplier is None
+
+
+@pytest.mark.parametrize(
+    "changes", [{"accountant": "rdp"}, {"evaluation_noise": 40.0}, {"target_epsilon": 0.7}]
+)
+def test_the_noise_told_is_never_less_than_that_of_the_run(tiny_config, changes):
+    config = tiny_config(
+        data__partition=DEALT, **{f"privacy__{key}": value for key, value in changes.items()}
+    )
+    for ours, theirs in zip(
+        outline(config).clients, preview(config, lambda event: None).clients, strict=True
+    ):
+        assert theirs.noise_multiplier <= ours.noise_multiplier <= 1.15 * theirs.noise_multiplier
+
+
+def test_layers_of_a_rank_of_their_own_count_with_that(tiny_config):
+    config = tiny_config(lora__rank_pattern={"value": 7}, lora__target_modules=["query", "value"])
+    told, measured = outline(config), preview(config, lambda event: None)
+    assert told.trained_parameters == measured.trained_parameters
+    assert told.bytes_down == pytest.approx(measured.bytes_down, rel=0.1)
+
+
+def test_weights_that_lie_transposed_are_counted_by_their_outputs(tiny_config, tmp_path):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    shape = GPT2Config(vocab_size=40, n_embd=16, n_layer=2, n_head=2, n_positions=32)
+    GPT2LMHeadModel(shape).save_pretrained(tmp_path / "gpt2")
+    told = outline(
+        tiny_config(
+            model__name=str(tmp_path / "gpt2"), task={"kind": "causal-lm"}, data__label=None,
+            data__partition={"kind": "iid", "clients": 3}, lora__target_modules=["c_attn"], privacy="none",
+        )
+    )  # fmt: skip
+    assert told.trained_parameters == 2 * 2 * 48  # two layers of rank 2, whose B has 3 x 16 rows
+
+
+def test_less_budget_is_more_noise(tiny_config):
+    def noise(**changes):
+        return [c.noise_multiplier for c in outline(tiny_config(data__partition=DEALT, **changes)).clients]
+
+    for less, more in zip(noise(), noise(privacy__target_epsilon=1.0), strict=True):
+        assert less is not None and more is not None and more > 2 * less
+
+
+def test_what_sizes_and_shapes_already_rule_out_is_refused(tiny_config):
+    with pytest.raises(ModelError, match=r"lora\.target_modules: 'nowhere' matches no linear layer"):
+        outline(tiny_config(lora__target_modules=["nowhere"]))
+    with pytest.raises(PrivacyError, match=r"target_delta 0\.02 is not below 1 / \d+"):
+        outline(tiny_config(privacy__target_delta=0.02))
+
+
+def test_a_model_that_is_not_here_is_not_spoken_of(tiny_config):
+    told = outline(tiny_config(model__name="nobody/has-this"))
+    assert told.trained_parameters == 0 and any("not on this machine" in note for note in told.notes)
+
+
+def test_help_and_check_import_no_torch_and_check_prints_a_plan(tiny_config, tmp_path):
+    path = tmp_path / "given.yaml"
+    path.write_text(dump_config(tiny_config()))
+    for words in (["--help"], ["check", str(path)]):
+        program = (
+            f"import json, sys\nfrom fedlora.cli.app import main\nstatus = main({words!r})\n"
+            f"print()\nprint(json.dumps([status, [name for name in {HEAVY!r} if name in sys.modules]]))"
+        )
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+        assert json.loads(done.stdout.splitlines()[-1]) == [0, []], done.stdout + done.stderr
+    assert "noise, about" in done.stdout and "estimates from sizes and shapes" in done.stdout
+
+
+def test_the_quick_plan_says_of_the_promise_what_the_exact_one_says(tiny_config):
+    partition = {"kind": "iid", "clients": 4}
+    config = tiny_config(
+        data__partition=partition,
+        federation__rounds=4,
+        federation__cohort=2,
+        federation__reshuffle=True,
+        privacy__max_participations=3,
+        privacy__target_delta=1e-2,
+    )
+    told = outline(config).notes
+    assert any("nobody can be asked more than 2 times, but the noise is for 3" in note for note in told)
+    assert any("is above a tenth of 1/" in note for note in told)
+    assert set(preview(config, lambda event: None).notes) <= set(told)
