@@ -191,9 +191,11 @@ Panel = tuple[str, str, Sequence[float]]
 """A label, a note and values, the largest first."""
 
 
-def panels_chart(panels: Sequence[Panel], *, title: str, width: float = WIDTH) -> str:
-    """Small bar charts side by side, all of one scale."""
-    across, tall, head = 4 if width > NARROW else 2, 74, 40
+def panels_chart(
+    panels: Sequence[Panel], *, title: str, show: Callable[[float], str], width: float = WIDTH
+) -> str:
+    """Small bar charts side by side, all of one scale; the first bar of each says its value."""
+    across, tall, head = 4 if width > NARROW else 2, 74, 56
     pitch = width / across
     wide = pitch - 26
     largest = max([value for _, _, values in panels for value in values], default=0.0) or 1.0
@@ -208,6 +210,8 @@ def panels_chart(panels: Sequence[Panel], *, title: str, width: float = WIDTH) -
             high = tall * value / largest
             middle = left + bar * (place + 0.5)
             parts.append(box("bar", middle, floor - high / 2, min(0.8 * bar, 22.0), high))
+            if place == 0:
+                parts.append(text(left, floor - high - 6, show(value), anchor="start", kind="faint"))
     return svg("panels", title, (head + tall + 18) * math.ceil(len(panels) / across), parts, width=width)
 
 

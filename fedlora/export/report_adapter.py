@@ -24,11 +24,12 @@ def what_the_adapter_is(found: Mapping[str, Any] | None) -> str:
     title = f"Singular values of the update at {len(panels)} of {len(sites)} adapted layers, on one scale"
     note = f" The {len(panels)} largest of {len(sites)}." if len(panels) < len(sites) else ""
     text = (
-        "Singular values of what the adapter adds to each layer's weight, the largest first, all on one scale. The "
+        "Singular values of what the adapter adds to each layer's weight, the largest first, all on one scale; the "
+        "number is the first one's. The "
         "effective rank is how many of them count: the exponential of their entropy. Noise alone fills all "
         f"directions alike.{note}"
     )
-    chart = figure(lambda width: panels_chart(panels, title=title, width=width))
+    chart = figure(lambda width: panels_chart(panels, title=title, show=number, width=width))
     every = folded("Layer by layer", _table(found, labels))
     return f"<h2>What the adapter is</h2>\n<p>{text}</p>\n{chart}\n{pairs(_whole(found))}\n{_words(found)}\n{every}"
 

@@ -117,7 +117,8 @@ def test_a_disc_has_the_area_of_its_ratio_and_nothing_is_a_ring():
 
 
 def test_panels_share_one_scale():
-    svg = panels_chart([("x", "", [8.0, 4.0]), ("y", "", [2.0])], title="t")
+    svg = panels_chart([("x", "", [8.0, 4.0]), ("y", "", [2.0])], title="t", show="{:g} big".format)
+    assert [told for told in ("8 big", "4 big", "2 big") if told in svg] == ["8 big", "2 big"]
     heights = [float(high) for high in re.findall(r'class="bar"[^>]* height="([0-9.]+)"', svg)]
     assert heights[1] == pytest.approx(heights[0] / 2, abs=0.1)
     assert heights[2] == pytest.approx(heights[0] / 4, abs=0.1)
