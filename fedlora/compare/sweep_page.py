@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from fedlora.export.intervals import Series, interval_chart, standalone
-from fedlora.export.page import page, table
+from fedlora.export.intervals import Series, interval_chart
+from fedlora.export.page import figure, page, table
 from fedlora.export.statement import NOT_PRIVATE, noise_label
 from fedlora.export.words import epsilon as epsilon_text
 from fedlora.export.words import score as score_text
@@ -66,7 +66,7 @@ def html_page(found: Mapping[str, Any]) -> str:
     body = [
         f"<h1>{escape(title)}</h1>",
         f'<p class="lead">{escape(heading(found))}</p>',
-        f"<figure>\n{standalone(_chart(found))}</figure>" if found["metric"] is not None else "",
+        figure(lambda width: _chart(found, width)) if found["metric"] is not None else "",
         table(heads_of(found), rows_of(found)),
         f"<ul>{''.join(f'<li>{escape(note)}</li>' for note in notes(found))}</ul>",
     ]
@@ -84,7 +84,7 @@ def _row(found: Mapping[str, Any], own: Mapping[str, Any]) -> tuple[str, ...]:
     return (*held, score_text(metric, own["mean"]), between, spent, f"{done} of {len(own['runs'])}")
 
 
-def _chart(found: Mapping[str, Any]) -> str:
+def _chart(found: Mapping[str, Any], width: float) -> str:
     """Columns for the values of the first key, a series for each combination of the others."""
     metric, first = str(found["metric"]), found["axes"][0]
     columns = [_plain(value) for value in first["values"]]
@@ -101,6 +101,7 @@ def _chart(found: Mapping[str, Any]) -> str:
         title=f"Test {metric} by {first['key']}, means and 95 % intervals",
         across=first["key"],
         show=lambda value: score_text(metric, value),
+        width=width,
     )
 
 

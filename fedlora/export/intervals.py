@@ -3,7 +3,18 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from fedlora.export.shapes import COLOURS, PALETTE, WIDTH, plain, rule_across, short, svg, text, ticks
+from fedlora.export.shapes import (
+    COLOURS,
+    NARROW,
+    SERIES_STYLE,
+    WIDTH,
+    plain,
+    rule_across,
+    short,
+    svg,
+    text,
+    ticks,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,8 +32,11 @@ def interval_chart(
     title: str,
     across: str,
     show: Callable[[float], str],
+    width: float = WIDTH,
 ) -> str:
     """Middles as marks with a bar over their interval, side by side in each column and joined between columns.
+
+    The names stand beside it, on a phone below.
 
     Args:
         columns: what stands under each, evenly apart.
@@ -30,23 +44,26 @@ def interval_chart(
         title: what the chart shows, for those who hear it.
         across: what the columns are.
         show: how a value is written.
+        width: WIDTH or NARROW.
     """
-    left, right, top, bottom, base = 64, 190, 20, 48, 340
-    height = max(base, top + bottom + 20 * len(series))
+    below = width <= NARROW
+    left, right, top, bottom = (52, 8, 20, 48) if below else (64, 190, 20, 48)
+    height = 300 if below else max(340, top + bottom + 20 * len(series))
+    names = (left, height + 16) if below else (width - right + 20, top + 10)
     known = [value for one in series for point in one.values if point is not None for value in point]
     rows = ticks(min(known), max(known)) if known else [0.0, 1.0]
-    wide = (WIDTH - left - right) / len(columns)
+    wide = (width - left - right) / len(columns)
     apart = min(14.0, 0.7 * wide / max(len(series), 1))
 
     def up(value: float) -> float:
         return height - bottom - (height - top - bottom) * (value - rows[0]) / (rows[-1] - rows[0])
 
-    parts = [rule_across(left, WIDTH - right, up(row), plain(show(row))) for row in rows]
+    parts = [rule_across(left, width - right, up(row), plain(show(row))) for row in rows]
     middles = [left + wide * (column + 0.5) for column in range(len(columns))]
     parts += [
         text(x, height - bottom + 20, name, anchor="middle") for x, name in zip(middles, columns, strict=True)
     ]
-    parts.append(text((left + WIDTH - right) / 2, height - 6, across, anchor="middle", kind="faint"))
+    parts.append(text((left + width - right) / 2, height - 6, across, anchor="middle", kind="faint"))
     for index, one in enumerate(series):
         shift = apart * (index - (len(series) - 1) / 2)
         points = [
@@ -55,10 +72,10 @@ def interval_chart(
             if point is not None
         ]
         parts.append(_intervals(index, points))
-        y = top + 10 + 20 * index
-        parts.append(f'<g class="series-{index % COLOURS}">{_shape(index, WIDTH - right + 20, y)}</g>')
-        parts.append(text(WIDTH - right + 32, y + 4, short(one.name), anchor="start"))
-    return svg("intervals", title, height, parts)
+        x, y = names[0], names[1] + 20 * index
+        parts.append(f'<g class="series-{index % COLOURS}">{_shape(index, x, y)}</g>')
+        parts.append(text(x + 12, y + 4, short(one.name, 36 if below else 22), anchor="start"))
+    return svg("intervals", title, height + (20 * len(series) + 16 if below else 0), parts, width=width)
 
 
 def standalone(chart: str) -> str:
@@ -70,8 +87,7 @@ def standalone(chart: str) -> str:
 
 _STYLE = (
     "svg { background: #ffffff; font-family: system-ui, sans-serif; } text { fill: #1c2024; font-size: 12.5px; } "
-    "text.faint { fill: #5f6872; } .grid { stroke: #dfe2e5; } .joined { fill: none; stroke-opacity: 0.45; } "
-    + " ".join(f".series-{i} {{ fill: {colour}; stroke: {colour}; }}" for i, colour in enumerate(PALETTE))
+    "text.faint { fill: #5f6872; } .grid { stroke: #dfe2e5; } " + SERIES_STYLE
 )
 
 

@@ -3,9 +3,10 @@
 from collections.abc import Callable, Iterable, Sequence
 from html import escape
 
-from fedlora.export.shapes import NARROW, PALETTE, WIDTH
+from fedlora.export.shapes import NARROW, PALETTE, SERIES_STYLE, WIDTH
 
-STYLE = """
+STYLE = (
+    """
 :root { color-scheme: light dark; --paper: #fbfbf9; --sheet: #ffffff; --ink: #1c2024; --faint: #5f6872;
   --rule: #dfe2e5;
   --accent: #0b6e74; --soft: #e3f1f1; --warn: #a84300; --bad: #b3162c; --warnsoft: #fdf0e4; }
@@ -96,7 +97,11 @@ footer { margin-top: 56px; color: var(--faint); font-size: 14px; overflow-wrap: 
   .scroll th, .scroll td { overflow-wrap: anywhere; } .scroll td:first-child { white-space: normal; }
   details::details-content { content-visibility: visible; block-size: auto; }
   summary { list-style: none; } }
-""" + "".join(f".part-{place} {{ fill: {colour}; }}\n" for place, colour in enumerate(PALETTE))
+"""
+    + SERIES_STYLE
+    + "\n"
+    + "".join(f".part-{place} {{ fill: {colour}; }}\n" for place, colour in enumerate(PALETTE))
+)
 
 
 def page(title: str, body: Iterable[str]) -> str:

@@ -15,6 +15,10 @@ COLOURS = 8
 """Different ones; the ninth series has the first again, under another shape."""
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7a5195", "#5f6872")
 """Okabe and Ito's, for all kinds of sight, without black and yellow."""
+SERIES_STYLE = ".joined { fill: none; stroke-opacity: 0.45; } " + " ".join(
+    f".series-{place} {{ fill: {colour}; stroke: {colour}; }}" for place, colour in enumerate(PALETTE)
+)
+"""Of marks that belong together, and of the line through them."""
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:

@@ -13,6 +13,7 @@ from fedlora.compare.table import MARK, heading, markdown, notes, rows_of
 from fedlora.compare.tuning import Choice
 from fedlora.config.load import dump_config
 from fedlora.export.intervals import Series, interval_chart, standalone
+from fedlora.export.shapes import NARROW
 
 FEDSVD, FFA = METHODS[0], METHODS[1]
 
@@ -158,6 +159,17 @@ def test_the_chart_draws_each_interval_where_it_is():
     assert flat == same and zero > low > flat > high > whole  # upwards is less in SVG
     assert math.isclose(flat - whole, (zero - whole) / 2, abs_tol=0.11)
     assert [text.text for text in root.iter(f"{space}text")][-2:] == ["one", "a<b"]
+
+
+def test_a_phone_has_the_names_below_the_chart_and_nothing_outside_it():
+    series = [Series(name=f"arm {n}", values=[(0.2, 0.4, 0.6), (0.3, 0.4, 0.5)]) for n in range(9)]
+    drawn = interval_chart(["1", "8"], series, title="t", across="epsilon", show=str, width=NARROW)
+    root = ElementTree.fromstring(drawn)
+    told = list(root.iter("text"))
+    _, _, wide, high = map(float, root.get("viewBox").split())
+    assert wide == NARROW and all(0 < float(text.get("x")) < wide for text in told)
+    names = {text.text: float(text.get("y")) for text in told}
+    assert names["epsilon"] < names["arm 0"] < names["arm 8"] < high
 
 
 def test_the_tables_file_names_are_plain(tmp_path: Path, told):
