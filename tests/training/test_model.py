@@ -287,14 +287,18 @@ def test_frozen_layers_run_by_the_kernels_of_the_config(wide, kernels, count):
 
 @pytest.mark.skipif(not available(), reason="needs torch with oneDNN on an x86 core")
 def test_kernels_change_the_rounding_of_logits_and_gradients_only(wide):
-    found = []
-    for kernels in ("torch", "onednn"):
+    def logits_and_gradients(kernels, dtype=torch.float32):
         model = by_kernels(wide, kernels)
         model.load(adapters_for(model))
-        out = model.peft_model(input_ids=TOKENS, attention_mask=torch.ones_like(TOKENS)).logits
+        out = model.peft_model.to(dtype)(input_ids=TOKENS, attention_mask=torch.ones_like(TOKENS)).logits
         out.square().sum().backward()
-        found.append([out, *(parameter.grad for parameter in model.trained.values())])
-    assert all((a - b).abs().max() <= 1e-4 * a.abs().max() for a, b in zip(*found, strict=True))
+        return [out, *(parameter.grad for parameter in model.trained.values())]
+
+    exact = logits_and_gradients("torch", torch.float64)
+    found = [logits_and_gradients(kernels) for kernels in ("torch", "onednn")]
+    # The query's gradient is what is left of large numbers, so each machine's rounding of it is another.
+    for truth, torchs, ours in zip(exact, *found, strict=True):
+        assert (ours - truth).abs().max() <= 10 * (torchs - truth).abs().max() + 1e-6 * truth.abs().max()
     assert any(not torch.equal(a, b) for a, b in zip(*found, strict=True))  # else both ran the same
 
 
