@@ -8,7 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fedlora.compare.arms import Arm, arms_of, chosen, control_of, references
+from fedlora.compare.arms import Arm
+from fedlora.compare.candidates import arms_of, chosen, control_of, references
 from fedlora.compare.cells import Cell, Source, cells_of
 from fedlora.compare.comparison import HIGH_IS_GOOD, comparison
 from fedlora.compare.finish import Tell, Where, finish, incomplete, summary_of
