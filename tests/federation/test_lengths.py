@@ -9,10 +9,11 @@ import torch
 
 from fedlora.algebra.deltas import joint_norm
 from fedlora.algebra.diagnostics import signal_to_noise
-from fedlora.federation.gather import Remembered, gather
+from fedlora.federation.gather import gather
 from fedlora.federation.lengths import lengths, noise_length
 from fedlora.federation.loop import line_zero, rounds
 from fedlora.federation.plan import plan
+from fedlora.federation.remembered import Remembered
 from fedlora.federation.store import Store
 from fedlora.privacy.gaussian import noise_energy, released
 from fedlora.privacy.noise import SeededNoise
