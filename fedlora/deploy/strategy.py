@@ -45,7 +45,7 @@ from fedlora.federation.plan import plan, require_plannable
 from fedlora.federation.remembered import Remembered
 from fedlora.federation.work import work
 from fedlora.methods import Method
-from fedlora.transport.flower_cohort import Nodes
+from fedlora.transport.flower_nodes import Nodes
 from fedlora.transport.wire import decode_reply, encode_request
 from fedlora.values import (
     ClientUpdate,

@@ -28,7 +28,8 @@ from fedlora.federation.events import Listener
 from fedlora.runtime.host import Host, HostSetup, Terms
 from fedlora.runtime.seats import worker_count
 from fedlora.transport.flower_client import Hello, client_app
-from fedlora.transport.flower_cohort import FlowerCohort, Nodes, Watch, meet
+from fedlora.transport.flower_cohort import FlowerCohort
+from fedlora.transport.flower_nodes import Nodes, Watch, meet
 from fedlora.values import Mechanism, Reply, Sampling, TrainRequest, Witness
 
 ENGINE_ERROR = 0
