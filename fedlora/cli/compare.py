@@ -1,18 +1,65 @@
 """The command that compares: several methods, the same data, the same budget."""
 
-import shlex
-import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import typer
 
+from fedlora.cli.many_runs import WorkersOption, require_none, to_option, told, where_of
 from fedlora.cli.output import ConfigArgument, Format, FormatOption, SetOption, show, table
-from fedlora.errors import ConfigError, IncompleteError
+from fedlora.errors import ConfigError
 
 if TYPE_CHECKING:
     from fedlora.compare.tuning import Tuning
+
+
+_Methods: TypeAlias = Annotated[
+    str,
+    typer.Option(
+        "--methods",
+        metavar="A,B,...",
+        help="Arms: a method's name, a rule beside one (lora-pro, allora, mifa), a method as published "
+        "(fedsvd-paper, ffa-paper, ffa-head), or config, the file as it stands. Another name lists them all.",
+    ),
+]
+_Seeds: TypeAlias = Annotated[
+    int, typer.Option("--seeds", min=1, help="Runs of each, from the config's seed upwards.")
+]
+_Epsilons: TypeAlias = Annotated[
+    str, typer.Option("--epsilons", metavar="E,E,...", help="Budgets. [default: the config's]")
+]
+_Trials: TypeAlias = Annotated[
+    int, typer.Option("--trials", min=0, help="Of learning rate and clipping, for each arm; 0: no tuning.")
+]
+_TrialSeeds: TypeAlias = Annotated[
+    int, typer.Option("--trial-seeds", min=1, help="Runs of each setting tried; their mean is its score.")
+]
+_Proxy: TypeAlias = Annotated[
+    Path | None,
+    typer.Option("--proxy", metavar="YAML", help="A config whose data, public or synthetic, trials run on."),
+]
+_TuneOnData: TypeAlias = Annotated[
+    bool, typer.Option("--tune-on-data", help="Trials run on the config's own data; its budget pays.")
+]
+_Own: TypeAlias = Annotated[
+    list[str] | None,
+    typer.Option("--arm", metavar='"NAME: KEY=VALUE ..."', help="One more arm; repeatable."),
+]
+_Control: TypeAlias = Annotated[
+    bool, typer.Option("--control", help="The first arm once more: it must not differ from itself.")
+]
+_Against: TypeAlias = Annotated[
+    str | None, typer.Option("--against", metavar="ARM", help="Whom to pair with. [default: the first]")
+]
+_References: TypeAlias = Annotated[
+    bool,
+    typer.Option(
+        "--references/--no-references",
+        help="Beside: the run without privacy, and one client with all data.",
+    ),
+]
 
 
 def add_to(app: typer.Typer) -> None:
@@ -22,73 +69,29 @@ def add_to(app: typer.Typer) -> None:
 
 def compare(
     config: ConfigArgument,
-    methods: Annotated[
-        str,
-        typer.Option(
-            "--methods",
-            metavar="A,B,...",
-            help="Arms: a method's name, a rule beside one (lora-pro, allora, mifa), a method as published "
-            "(fedsvd-paper, ffa-paper, ffa-head), or config, the file as it stands. Another name lists them all.",
-        ),
-    ],
-    seeds: Annotated[
-        int, typer.Option("--seeds", min=1, help="Runs of each, from the config's seed upwards.")
-    ] = 5,
-    epsilons: Annotated[
-        str, typer.Option("--epsilons", metavar="E,E,...", help="Budgets. [default: the config's]")
-    ] = "",
-    trials: Annotated[
-        int,
-        typer.Option("--trials", min=0, help="Of learning rate and clipping, for each arm; 0: no tuning."),
-    ] = 0,
-    trial_seeds: Annotated[
-        int,
-        typer.Option("--trial-seeds", min=1, help="Runs of each setting tried; their mean is its score."),
-    ] = 1,
-    proxy: Annotated[
-        Path | None,
-        typer.Option(
-            "--proxy", metavar="YAML", help="A config whose data, public or synthetic, trials run on."
-        ),
-    ] = None,
-    tune_on_data: Annotated[
-        bool, typer.Option("--tune-on-data", help="Trials run on the config's own data; its budget pays.")
-    ] = False,
-    own: Annotated[
-        list[str] | None,
-        typer.Option("--arm", metavar='"NAME: KEY=VALUE ..."', help="One more arm; repeatable."),
-    ] = None,
-    control: Annotated[
-        bool, typer.Option("--control", help="The first arm once more: it must not differ from itself.")
-    ] = False,
-    against: Annotated[
-        str | None, typer.Option("--against", metavar="ARM", help="Whom to pair with. [default: the first]")
-    ] = None,
-    references: Annotated[
-        bool,
-        typer.Option(
-            "--references/--no-references",
-            help="Beside: the run without privacy, and one client with all data.",
-        ),
-    ] = True,
+    methods: _Methods,
+    seeds: _Seeds = 5,
+    epsilons: _Epsilons = "",
+    trials: _Trials = 0,
+    trial_seeds: _TrialSeeds = 1,
+    proxy: _Proxy = None,
+    tune_on_data: _TuneOnData = False,
+    own: _Own = None,
+    control: _Control = False,
+    against: _Against = None,
+    references: _References = True,
     overrides: SetOption = None,
-    directory: Annotated[
-        Path | None, typer.Option("--to", metavar="DIR", help="[default: the config's `output` and -compare]")
-    ] = None,
-    workers: Annotated[
-        int | None, typer.Option("--workers", min=1, help="Runs at a time. [default: one a core]")
-    ] = None,
+    directory: Annotated[Path | None, to_option("compare")] = None,
+    workers: WorkersOption = None,
     form: FormatOption = Format.TEXT,
 ) -> None:
     """Run methods x epsilons x seeds on one data split; table, paired differences, plot. Interrupted, it goes on."""
-    from fedlora.cli.run_dir import many_runs
     from fedlora.compare.cells import Source
     from fedlora.compare.compare import Request
     from fedlora.compare.compare import compare as work
-    from fedlora.compare.finish import incomplete
 
     source = Source(path=config, overrides=tuple(overrides or ()))
-    output = Path(source.config().output)
+    where = where_of(source, directory, workers, "compare")
     request = Request(
         source=source,
         methods=_words(methods),
@@ -99,15 +102,11 @@ def compare(
         control=control,
         against=against,
         references=references,
-        workers=workers,
-        directory=output.with_name(f"{output.name}-compare") if directory is None else directory,
-        go_on=f"fedlora {shlex.join(sys.argv[1:])}",
+        where=where,
     )
-    with many_runs(request.directory, request.go_on):
-        found, failures = work(request, lambda line: print(line, file=sys.stderr, flush=True))
-    show(found, _text(found, request.directory), form)
-    if failures:
-        raise IncompleteError(incomplete(failures, len(found["cells"]), "cells", request.go_on))
+    found, failures = told(partial(work, request), where)
+    show(found, _text(found, where.directory), form)
+    require_none(failures, len(found["cells"]), "cells", where)
 
 
 def _tuning(trials: int, seeds: int, proxy: Path | None, *, tune_on_data: bool) -> "Tuning | None":

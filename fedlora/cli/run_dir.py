@@ -6,25 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from fedlora.cli.output import only_ours
-from fedlora.errors import ConfigError, IncompleteError
-
-
-@contextmanager
-def many_runs(directory: Path, go_on: str) -> Iterator[None]:
-    """Runs side by side, in a directory around them, with nothing on stdout. go_on: the command that goes on.
-
-    Raises:
-        ConfigError: see `usable`.
-        IncompleteError: Ctrl-C.
-    """
-    try:
-        with only_ours(), usable(directory):
-            yield
-    except KeyboardInterrupt:
-        raise IncompleteError(
-            f"interrupted; every finished round is kept, give the same command again: {go_on}"
-        ) from None
+from fedlora.errors import ConfigError
 
 
 @contextmanager

@@ -1,15 +1,14 @@
 """The command that varies: one config, a grid of settings, one table."""
 
-import shlex
-import sys
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from fedlora.cli.many_runs import WorkersOption, require_none, to_option, told, where_of
 from fedlora.cli.output import ConfigArgument, Format, FormatOption, SetOption, show, table
-from fedlora.errors import IncompleteError
 
 
 def add_to(app: typer.Typer) -> None:
@@ -32,37 +31,21 @@ def sweep(
         int, typer.Option("--seeds", min=1, help="Runs of each setting, from the config's seed upwards.")
     ] = 1,
     overrides: SetOption = None,
-    directory: Annotated[
-        Path | None, typer.Option("--to", metavar="DIR", help="[default: the config's `output` and -sweep]")
-    ] = None,
-    workers: Annotated[
-        int | None, typer.Option("--workers", min=1, help="Runs at a time. [default: one a core]")
-    ] = None,
+    directory: Annotated[Path | None, to_option("sweep")] = None,
+    workers: WorkersOption = None,
     form: FormatOption = Format.TEXT,
 ) -> None:
     """Run every combination of a grid, side by side on Ray; table, CSV and HTML. Interrupted, it goes on."""
-    from fedlora.cli.run_dir import many_runs
     from fedlora.compare.cells import Source
-    from fedlora.compare.finish import Where, incomplete
     from fedlora.compare.sweep import Sweep
     from fedlora.compare.sweep import sweep as work
 
     source = Source(path=config, overrides=tuple(overrides or ()))
-    given = source.config()
-    output = Path(given.output)
-    where = Where(
-        directory=output.with_name(f"{output.name}-sweep") if directory is None else directory,
-        address=given.runtime.address,
-        workers=workers,
-        go_on=f"fedlora {shlex.join(sys.argv[1:])}",
-    )
+    where = where_of(source, directory, workers, "sweep")
     request = Sweep(source=source, grids=grid, seeds=seeds, where=where)
-    with many_runs(where.directory, where.go_on):
-        found, failures = work(request, lambda line: print(line, file=sys.stderr, flush=True))
+    found, failures = told(partial(work, request), where)
     show(found, _text(found, where.directory), form)
-    if failures:
-        total = len(found["settings"]) * seeds
-        raise IncompleteError(incomplete(failures, total, "runs", where.go_on))
+    require_none(failures, len(found["settings"]) * seeds, "runs", where)
 
 
 def _text(found: Mapping[str, Any], directory: Path) -> str:

@@ -4,7 +4,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedlora.compare.arms import Arm, as_value, cohort_size
+from fedlora.compare.arms import Arm, as_value
+from fedlora.compare.candidates import cohort_size
 from fedlora.config.load import load_config, require_same
 from fedlora.config.schema import PrivateRuns, RunConfig
 from fedlora.errors import ConfigError

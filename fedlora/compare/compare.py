@@ -8,7 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fedlora.compare.arms import Arm, arms_of, chosen, control_of, references
+from fedlora.compare.arms import Arm
+from fedlora.compare.candidates import arms_of, chosen, control_of, references
 from fedlora.compare.cells import Cell, Source, cells_of
 from fedlora.compare.comparison import HIGH_IS_GOOD, comparison
 from fedlora.compare.finish import Tell, Where, finish, incomplete, summary_of
@@ -36,7 +37,7 @@ class Request:
     """What is to be compared.
 
     epsilons: none takes the config's own. own: the user's arms, `name: key=value ...`. against: None, the first method.
-    tuning: None takes every arm as it is. go_on: the command that goes on with an interrupted comparison.
+    tuning: None takes every arm as it is. where: cells and trials run, and what they amount to lies.
     """
 
     source: Source
@@ -48,9 +49,7 @@ class Request:
     control: bool
     against: str | None
     references: bool
-    workers: int | None
-    directory: Path
-    go_on: str
+    where: Where
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,16 +73,16 @@ def compare(request: Request, tell: Tell) -> tuple[dict[str, Any], list[str]]:
     """
     plan = _plan(request)
     _cells(request, plan, {})  # what is wrong with a cell is told before the first trial
-    make_directory(request.directory)
-    with locked(request.directory):
+    make_directory(request.where.directory)
+    with locked(request.where.directory):
         return _compared(request, plan, tell)
 
 
 def _compared(request: Request, plan: _Plan, tell: Tell) -> tuple[dict[str, Any], list[str]]:
     choices, told = _tuned(request, plan, tell)
     cells = _cells(request, plan, choices)
-    failures = finish(cells, _where(request), tell, "cell")
-    shutil.rmtree(request.directory / STATES, ignore_errors=True)
+    failures = finish(cells, request.where, tell, "cell")
+    shutil.rmtree(request.where.directory / STATES, ignore_errors=True)
     found = comparison(
         plan.arms,
         cells,
@@ -93,7 +92,7 @@ def _compared(request: Request, plan: _Plan, tell: Tell) -> tuple[dict[str, Any]
         choices=choices,
         control=plan.control,
     )
-    _write(found, request.directory)
+    _write(found, request.where.directory)
     return found, failures
 
 
@@ -143,7 +142,7 @@ def _tuned(request: Request, plan: _Plan, tell: Tell) -> tuple[Choices, dict[str
         return {}, None
     epsilons = trial_epsilons(plan.epsilons, tuning)
     twin = plan.control[0] if plan.control else None
-    directory = request.directory / "trials"
+    directory = request.where.directory / "trials"
     trials: dict[tuple[str, float | None], list[Cell]] = {}
     for arm in plan.arms:
         if not arm.tuned or arm.name == twin:
@@ -152,8 +151,8 @@ def _tuned(request: Request, plan: _Plan, tell: Tell) -> tuple[Choices, dict[str
             cells = trials_of(request.source, arm, tuning, epsilon, directory)
             trials[arm.name, cells[0].epsilon] = cells  # once, of an arm without privacy
     every = [trial for cells in trials.values() for trial in cells]
-    if failures := finish(every, _where(request), tell, "trial"):
-        raise IncompleteError(incomplete(failures, len(every), "trials", request.go_on))
+    if failures := finish(every, request.where, tell, "trial"):
+        raise IncompleteError(incomplete(failures, len(every), "trials", request.where.go_on))
     choices: dict[str, dict[float | None, Choice]] = {}
     for (name, epsilon), cells in trials.items():
         choices.setdefault(name, {})[epsilon] = _choice(cells, tell)
@@ -195,18 +194,9 @@ def _cells(request: Request, plan: _Plan, choices: Choices) -> list[Cell]:
             seeds=plan.seeds,
             setting=partial(setting_of, choices, arm.name),
             private_runs=private_runs(request.tuning, plan.config) if arm.name in choices else None,
-            directory=request.directory / "cells",
+            directory=request.where.directory / "cells",
         )
     ]
-
-
-def _where(request: Request) -> Where:
-    return Where(
-        directory=request.directory,
-        address=request.source.config().runtime.address,
-        workers=request.workers,
-        go_on=request.go_on,
-    )
 
 
 def _write(found: Mapping[str, Any], directory: Path) -> None:

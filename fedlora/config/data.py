@@ -7,21 +7,21 @@ from pydantic import Field
 from fedlora.config.columns import RecordColumns
 from fedlora.config.section import Section
 
+Clients = Annotated[int, Field(ge=1, description="How many; they are named client-0, client-1 and so on.")]
+
 
 class Iid(Section):
     """Records dealt out at random, sizes equal within one."""
 
     kind: Literal["iid"]
-    clients: Annotated[int, Field(ge=1)]
-    """How many; they are named client-0, client-1 and so on."""
+    clients: Clients
 
 
 class Dirichlet(Section):
     """Each label's records shared out by a draw from Dirichlet(alpha) over the clients."""
 
     kind: Literal["dirichlet"]
-    clients: Annotated[int, Field(ge=1)]
-    """How many; they are named client-0, client-1 and so on."""
+    clients: Clients
     alpha: Annotated[float, Field(gt=0)]
     """Small: each client holds few labels. Large: approaches iid."""
     min_examples: Annotated[int, Field(ge=1)] = 1
@@ -32,8 +32,7 @@ class Pathological(Section):
     """Each client holds only a few labels (McMahan et al. 2017)."""
 
     kind: Literal["pathological"]
-    clients: Annotated[int, Field(ge=1)]
-    """How many; they are named client-0, client-1 and so on."""
+    clients: Clients
     classes_per_client: Annotated[int, Field(ge=1)]
     """Labels that a client holds records of."""
 
@@ -42,8 +41,7 @@ class Shards(Section):
     """Records sorted by label and cut into equal shards, dealt out at random: the federation of McMahan et al. 2017."""
 
     kind: Literal["shards"]
-    clients: Annotated[int, Field(ge=1)]
-    """How many; they are named client-0, client-1 and so on."""
+    clients: Clients
     shards_per_client: Annotated[int, Field(ge=1)] = 2
     """Two is the paper's: most clients then hold one or two labels. Many: approaches iid."""
 
@@ -52,8 +50,7 @@ class Quantity(Section):
     """Sizes by a draw from Dirichlet(alpha) over the clients; which records is chance, so labels are alike."""
 
     kind: Literal["quantity"]
-    clients: Annotated[int, Field(ge=1)]
-    """How many; they are named client-0, client-1 and so on."""
+    clients: Clients
     alpha: Annotated[float, Field(gt=0)]
     """Small: few clients hold most records. Large: sizes approach each other."""
     min_examples: Annotated[int, Field(ge=1)] = 1

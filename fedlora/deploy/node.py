@@ -23,8 +23,9 @@ from fedlora.kernels.table import ops_for
 from fedlora.privacy.accountants import agreed_epsilon
 from fedlora.privacy.budget import Budget, would_exceed
 from fedlora.privacy.direct_engine import DirectEngine
-from fedlora.privacy.ledger import Ledger, marked, open_ledger, read_ledger, require_reached
+from fedlora.privacy.ledger import Ledger, open_ledger, read_ledger
 from fedlora.privacy.ledger_format import Debit
+from fedlora.privacy.ledger_mark import marked, require_reached
 from fedlora.privacy.noise import OsEntropyNoise
 from fedlora.privacy.outbox import Kept, Outbox
 from fedlora.privacy.sampling import poisson

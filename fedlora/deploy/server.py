@@ -51,7 +51,8 @@ from fedlora.training.load import load_model, load_tokenizer
 from fedlora.training.tasks import evaluate
 from fedlora.transport import QUOTED
 from fedlora.transport.flower_client import Hello
-from fedlora.transport.flower_cohort import FlowerCohort, Nodes, meet
+from fedlora.transport.flower_cohort import FlowerCohort
+from fedlora.transport.flower_nodes import Nodes, meet
 from fedlora.values import Adapters, Member, ServerState
 
 log = logging.getLogger(__name__)

@@ -40,11 +40,12 @@ from fedlora.algebra.digest import named_tensors
 from fedlora.config.schema import Federation
 from fedlora.errors import ConfigError, IncompleteError, WireError
 from fedlora.federation.absorb import absorb
-from fedlora.federation.gather import Remembered, gather
+from fedlora.federation.gather import gather
 from fedlora.federation.plan import plan, require_plannable
+from fedlora.federation.remembered import Remembered
 from fedlora.federation.work import work
 from fedlora.methods import Method
-from fedlora.transport.flower_cohort import Nodes
+from fedlora.transport.flower_nodes import Nodes
 from fedlora.transport.wire import decode_reply, encode_request
 from fedlora.values import (
     ClientUpdate,

@@ -201,7 +201,7 @@ def _filesystem(place: Path) -> str:
 
 
 def _ledger(config: NodeConfig) -> Iterator[Line]:
-    from fedlora.privacy.ledger import marked
+    from fedlora.privacy.ledger_mark import marked
     from fedlora.privacy.noise import SEEDED
     from fedlora.privacy.outbox import Outbox
     from fedlora.runs.verify import verified

@@ -6,13 +6,11 @@ so two processes, a forked child or an old handle cannot both take the last part
 
 import hashlib
 import hmac
-import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from fedlora.disk import make_directory, write_durably
 from fedlora.errors import LedgerError, PrivacyError
 from fedlora.privacy.budget import Budget, would_exceed
 from fedlora.privacy.ledger_file import append, as_ledger_error, create, locked, repaired
@@ -26,6 +24,7 @@ from fedlora.privacy.ledger_format import (
     header_line,
     parse,
 )
+from fedlora.privacy.ledger_mark import marked, require_reached, set_mark
 from fedlora.privacy.noise import SEEDED
 from fedlora.values import DpEvent, Witness
 
@@ -213,27 +212,7 @@ class Ledger:
         append(descriptor, self._path, self._contents, entry)
         self._contents = repaired(descriptor, self._path)
         if self._mark is not None:
-            _set_mark(self._mark, Witness(seq=entry.seq, head=self._contents.head))
-
-
-def require_reached(path: Path, contents: Contents | None, witness: Witness | None) -> None:
-    """Passes only contents that hold the line that the witness saw; None is no ledger, or nobody who saw one.
-
-    Raises:
-        LedgerError: the ledger is missing, was put back to an earlier state, or is not the one that was seen.
-    """
-    if witness is None:
-        return
-    if contents is None:
-        raise LedgerError(f"{path}: missing, but it had at least {witness.seq} entries; {RESTORE}")
-    if witness.seq >= len(contents.digests):
-        raise LedgerError(
-            f"{path}: rolled back, it has {len(contents.digests) - 1} entries and had {witness.seq}; {RESTORE}"
-        )
-    if contents.digests[witness.seq] != witness.head:
-        raise LedgerError(
-            f"{path}: not the ledger that was seen before, entry {witness.seq} differs; {RESTORE}"
-        )
+            set_mark(self._mark, Witness(seq=entry.seq, head=self._contents.head))
 
 
 def _find(contents: Contents, run: str, round: int) -> Debit | None:
@@ -283,19 +262,3 @@ def _require_same(path: Path, found: Header, wanted: Header) -> None:
             f"{path}:1: foreign, it is of other records than those read now; restore them. What any of these "
             "records spent in this ledger counts for ever: a new ledger's budget is only what it left"
         )
-
-
-def marked(mark: Path | None) -> Witness | None:
-    """What the file `mark` remembers; None if there is none yet, or none is wanted. LedgerError if damaged."""
-    if mark is None or not mark.exists():
-        return None
-    try:
-        words = json.loads(mark.read_text(encoding="utf-8"))
-        return Witness(seq=int(words["seq"]), head=str(words["head"]))
-    except (ValueError, KeyError, TypeError) as error:
-        raise LedgerError(f"{mark}: no mark of a ledger ({error!r}); {RESTORE}") from error
-
-
-def _set_mark(mark: Path, witness: Witness) -> None:
-    make_directory(mark.parent)
-    write_durably(mark, json.dumps({"seq": witness.seq, "head": witness.head}) + "\n")

@@ -9,8 +9,9 @@ from typing import Any
 from fedlora.config.load import load_node
 from fedlora.errors import ConfigError, LedgerError, PrivacyError
 from fedlora.privacy.accountants import agreed_epsilon, epsilon
-from fedlora.privacy.ledger import marked, read_ledger, require_reached
+from fedlora.privacy.ledger import read_ledger
 from fedlora.privacy.ledger_format import ADJACENCY, UNIT, VERSION, Contents, Debit
+from fedlora.privacy.ledger_mark import marked, require_reached
 from fedlora.privacy.outbox import Outbox
 from fedlora.runs.budgets import DEFAULT_DELTA, kind_of, node_ledger
 from fedlora.runs.evidence import account_of, require_debits, run_ledgers

@@ -16,7 +16,7 @@ import ray
 import fedlora
 from fedlora.config.schema import Runtime
 from fedlora.errors import ConfigError
-from fedlora.runtime.host import worker_count
+from fedlora.runtime.seats import worker_count
 from fedlora.runtime.vitals import Vitals
 
 REACH_S = 10.0

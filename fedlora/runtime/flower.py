@@ -25,9 +25,11 @@ from fedlora.config.schema import RunConfig
 from fedlora.data.holdings import open_holdings
 from fedlora.errors import ConfigError, IncompleteError, LedgerError
 from fedlora.federation.events import Listener
-from fedlora.runtime.host import Host, HostSetup, Terms, worker_count
+from fedlora.runtime.host import Host, HostSetup, Terms
+from fedlora.runtime.seats import worker_count
 from fedlora.transport.flower_client import Hello, client_app
-from fedlora.transport.flower_cohort import FlowerCohort, Nodes, Watch, meet
+from fedlora.transport.flower_cohort import FlowerCohort
+from fedlora.transport.flower_nodes import Nodes, Watch, meet
 from fedlora.values import Mechanism, Reply, Sampling, TrainRequest, Witness
 
 ENGINE_ERROR = 0

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fedlora.algebra.deltas import mapped
-from fedlora.config.schema import Privacy, RunConfig, Runtime
+from fedlora.config.schema import Privacy, RunConfig
 from fedlora.data.holdings import open_holdings
 from fedlora.data.records import Examples
 from fedlora.data.tokenise import fingerprint
@@ -227,11 +227,6 @@ def engine_of(privacy: Privacy | Literal["none"], ops: Ops) -> Engine:
 
         return OpacusEngine()
     return DirectEngine(ops)
-
-
-def worker_count(runtime: Runtime, cores: int) -> int:
-    """Worker processes of a run on so many cores."""
-    return max(1, cores // runtime.threads) if runtime.workers == "auto" else runtime.workers
 
 
 def ledger_path(run_dir: Path, client: str) -> Path:

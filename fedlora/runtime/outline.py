@@ -22,6 +22,7 @@ from fedlora.data.docstrings import DEFAULT_PACKAGES
 from fedlora.data.partition import client_names, partition
 from fedlora.errors import ModelError
 from fedlora.runtime.rough_noise import between, rough_noise
+from fedlora.runtime.seats import model_holders, side_by_side
 from fedlora.training.look import Look, local, look
 
 BACKWARD_COST = 2.5
@@ -89,6 +90,7 @@ def outline(config: RunConfig) -> Preview:
     seen = None if place is None else look(place)
     if seen is None:
         notes.append(f"{config.model.name} is not on this machine, so numbers, bytes and time are not told")
+    processes = model_holders(config.runtime, os.cpu_count() or 1)
     trained, sent, received = (0, 0, 0) if seen is None else _numbers(config, seen, sizes)
     return Preview(
         clients=_clients(config, sizes.clients),
@@ -96,7 +98,7 @@ def outline(config: RunConfig) -> Preview:
         steps_per_participation=config.federation.local_steps,
         bytes_up=4 * sent + FRAME_BYTES,
         bytes_down=4 * received + FRAME_BYTES,
-        memory_bytes=_workers(config) * (PROCESS_BYTES + (0 if seen is None else 4 * seen.numbers)),
+        memory_bytes=processes * (PROCESS_BYTES + (0 if seen is None else 4 * seen.numbers)),
         training_seconds=0.0 if seen is None else _seconds(config, seen, sizes),
         notes=(*privacy_notes(config, sizes.clients), *notes, *_notes(config)),
         measured=False,
@@ -200,8 +202,8 @@ def _seconds(config: RunConfig, seen: Look, sizes: _Sizes) -> float:
         math.prod(shape) for name, shape in seen.shapes.items() if len(shape) == 2 and "embed" not in name
     )
     forward = 2 * matrices * sizes.tokens / _speed()
-    side_by_side = _workers(config) if config.runtime.kind == "local" else _workers(config) - 1
-    return run_seconds(config, forward, len(sizes.clients), sizes.test, side_by_side)
+    workers = side_by_side(config.runtime, os.cpu_count() or 1)
+    return run_seconds(config, forward, len(sizes.clients), sizes.test, workers)
 
 
 def run_seconds(config: RunConfig, forward: float, clients: int, test: int, workers: int) -> float:
@@ -227,15 +229,6 @@ def _speed() -> float:
         np.matmul(left, left)
         best = min(best, time.perf_counter() - began)
     return 2 * side**3 / best
-
-
-def _workers(config: RunConfig) -> int:
-    """Processes that hold a model."""
-    runtime = config.runtime
-    if runtime.kind == "local":
-        return 1
-    cores = max(1, (os.cpu_count() or 1) // runtime.threads)
-    return 1 + (cores if runtime.workers == "auto" else runtime.workers)
 
 
 def privacy_notes(config: RunConfig, sizes: Mapping[str, int]) -> list[str]:

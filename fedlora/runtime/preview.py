@@ -10,9 +10,9 @@ import torch
 from fedlora.config.schema import RunConfig
 from fedlora.federation.events import Listener
 from fedlora.privacy.accountants import epsilon
-from fedlora.runtime.host import worker_count
 from fedlora.runtime.outline import PROCESS_BYTES, ClientPreview, Preview, privacy_notes, run_seconds
 from fedlora.runtime.prepare import Prepared, prepare
+from fedlora.runtime.seats import model_holders, side_by_side
 from fedlora.runtime.summarise import frame_sizes
 from fedlora.runtime.world.forecast import forecast, note
 from fedlora.training.client import participation
@@ -28,7 +28,7 @@ def preview(config: RunConfig, listener: Listener) -> Preview:
     peft_model = prepared.model.peft_model
     model_bytes = sum(t.nbytes for t in (*peft_model.parameters(), *peft_model.buffers()))
     by_size = {size: _client(prepared, size) for size in sorted(prepared.clients.terms)}
-    processes = 1 if config.runtime.kind == "local" else 1 + worker_count(config.runtime, os.cpu_count() or 1)
+    processes = model_holders(config.runtime, os.cpu_count() or 1)
     return Preview(
         clients=tuple(replace(by_size[m.examples], client=m.client) for m in prepared.clients.members),
         trained_parameters=sum(p.numel() for p in prepared.model.trained.values()),
@@ -68,7 +68,7 @@ def _training_seconds(prepared: Prepared) -> float:
     began = time.monotonic()
     evaluate(prepared.model, probe)
     forward = (time.monotonic() - began) / len(probe)
-    workers = 1 if config.runtime.kind == "local" else worker_count(config.runtime, os.cpu_count() or 1)
+    workers = side_by_side(config.runtime, os.cpu_count() or 1)
     clients, test = len(prepared.clients.members), len(prepared.clients.test)
     return run_seconds(config, forward, clients, test, workers)
 

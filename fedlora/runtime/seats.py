@@ -13,6 +13,21 @@ GRAIN = 10_000
 """Ray counts parts of a GPU in ten-thousandths."""
 
 
+def worker_count(runtime: Runtime, cores: int) -> int:
+    """Worker processes of a run on so many cores."""
+    return max(1, cores // runtime.threads) if runtime.workers == "auto" else runtime.workers
+
+
+def side_by_side(runtime: Runtime, cores: int) -> int:
+    """Clients that train at once: one a worker; in process, one."""
+    return 1 if runtime.kind == "local" else worker_count(runtime, cores)
+
+
+def model_holders(runtime: Runtime, cores: int) -> int:
+    """Processes that hold a model: this one, and the workers that there are beside it."""
+    return 1 if runtime.kind == "local" else 1 + worker_count(runtime, cores)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Seat:
     """What a worker asks of the cluster. gpus: of one card. node: where, unless it dies; None: anywhere."""

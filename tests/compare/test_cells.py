@@ -5,7 +5,8 @@ from typing import get_args
 
 import pytest
 
-from fedlora.compare.arms import METHODS, UNCLIPPED, Arm, arms_of, chosen, control_of, parse_arm, references
+from fedlora.compare.arms import METHODS, Arm
+from fedlora.compare.candidates import UNCLIPPED, arms_of, chosen, control_of, parse_arm, references
 from fedlora.compare.cells import Setting, Source, cells_of, longest_first, require_unchanged
 from fedlora.compare.finish import shared_by
 from fedlora.config import schema

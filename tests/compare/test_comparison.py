@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from fedlora.compare.arms import METHODS, Arm, control_of, references
+from fedlora.compare.arms import METHODS, Arm
+from fedlora.compare.candidates import control_of, references
 from fedlora.compare.cells import Setting, Source, cells_of
 from fedlora.compare.comparison import comparison
 from fedlora.compare.table import MARK, heading, markdown, notes, rows_of

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from fedlora.compare.arms import METHODS, arms_of
+from fedlora.compare.arms import METHODS
+from fedlora.compare.candidates import arms_of
 from fedlora.compare.cells import Setting, Source
 from fedlora.compare.tuning import (
     APART,

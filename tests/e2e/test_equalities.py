@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from fedlora.federation.absorb import absorb
-from fedlora.federation.gather import Remembered, gather
+from fedlora.federation.gather import gather
 from fedlora.federation.plan import plan
+from fedlora.federation.remembered import Remembered
 from fedlora.federation.work import work
 from fedlora.privacy import gaussian
 from fedlora.privacy.noise import SeededNoise

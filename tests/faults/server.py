@@ -23,7 +23,7 @@ from fedlora.config.schema import RunConfig
 from fedlora.deploy import server as server_module
 from fedlora.deploy.node import DeployedNode
 from fedlora.federation.store import Store, state_digest
-from fedlora.transport import flower_cohort
+from fedlora.transport import flower_cohort, flower_nodes
 from fedlora.transport.flower_client import Hello, client_app
 from fedlora.transport.wire import decode_reply, encode_reply
 from fedlora.values import Refusal, RefusalReason
@@ -155,7 +155,7 @@ class Served:
             os.dup2(log, 1)
             os.dup2(log, 2)
             logging.basicConfig(level=logging.INFO, force=True)
-            flower_cohort.POLL_S = POLL_S
+            flower_cohort.POLL_S = flower_nodes.POLL_S = POLL_S
             prepare()
             server_module.serve(self.wire, self.config)
         except BaseException as error:

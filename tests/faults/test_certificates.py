@@ -5,9 +5,7 @@ import signal
 import socket
 import ssl
 import subprocess
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -20,43 +18,15 @@ from fedlora.provision.provision import provision
 from tests.deploy.federation import NODE, Federation, node_command
 from tests.deploy.processes import free_port, node_yaml
 from tests.faults.running import run_yaml
+from tests.provision.handshakes import answering, handshakes
 
 DAY = timedelta(days=1)
 
 
-@contextmanager
-def listening(kit: Path | None, host: str = "127.0.0.1") -> Iterator[int]:
-    """The port of a server with the kit's certificate, or of one that speaks plain text; it answers nothing."""
-    context = None
-    if kit is not None:
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(kit / "server.crt", kit / "server.key")
-    with socket.create_server((host, 0)) as listener:
-
-        def serve() -> None:
-            while True:
-                try:
-                    connection, _ = listener.accept()
-                except OSError:
-                    return
-                with connection:
-                    connection.settimeout(5)
-                    try:
-                        if context is not None:
-                            context.wrap_socket(connection, server_side=True).close()
-                        else:
-                            connection.recv(1 << 16)
-                            connection.sendall(b"HTTP/1.1 404 Not Found\r\ncontent-length: 0\r\n\r\n")
-                    except OSError:
-                        pass
-
-        thread = threading.Thread(target=serve)
-        thread.start()
-        try:
-            yield listener.getsockname()[1]
-        finally:
-            listener.shutdown(socket.SHUT_RDWR)
-            thread.join(10)
+def in_plain_text(connection: socket.socket) -> None:
+    """What a proxy without TLS says."""
+    connection.recv(1 << 16)
+    connection.sendall(b"HTTP/1.1 404 Not Found\r\ncontent-length: 0\r\n\r\n")
 
 
 def trusting(kit: Path) -> ssl.SSLContext:
@@ -85,7 +55,7 @@ def test_a_server_ends_with_the_reason_at_a_superlink_whose_certificate_it_canno
         trusted = tmp_path / "other"
         provision(trusted, nodes=1, now=now)
     host = "127.0.0.2" if fault == "wrong name" else "127.0.0.1"
-    with listening(kit, host) as port:
+    with handshakes(kit / "server.crt", kit / "server.key", host) as port:
         link = SuperLink(address=f"{host}:{port}", tls=trusting(trusted))
         with link.connected() as desk, pytest.raises(ConfigError, match=words) as raised:
             desk.runs()
@@ -95,7 +65,7 @@ def test_a_server_ends_with_the_reason_at_a_superlink_whose_certificate_it_canno
 @pytest.mark.fault("F41")
 def test_a_superlink_that_speaks_plain_text_is_told_no_secret_and_is_waited_for_with_the_reason(tmp_path):
     provision(tmp_path / "kit", nodes=1, now=datetime.now(UTC))
-    with listening(None) as port:
+    with answering(in_plain_text) as port:
         link = SuperLink(address=f"127.0.0.1:{port}", tls=trusting(tmp_path / "kit"), secret=b"s" * 32)
         with link.connected() as desk, pytest.raises(SuperLinkAwayError, match="SSL"):
             desk.acquire()

@@ -8,7 +8,8 @@ import torch
 from fedlora.config import schema
 from fedlora.config.method import FedAvg, FedSvd, Ffa, Stale
 from fedlora.federation.absorb import Absorbed, absorb, start
-from fedlora.federation.gather import Memory, Remembered, gather
+from fedlora.federation.gather import gather
+from fedlora.federation.remembered import Memory, Remembered
 from fedlora.methods import Method, build
 from fedlora.values import ClientUpdate, Delta, DpEvent, Member, ServerState
 

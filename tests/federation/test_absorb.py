@@ -10,8 +10,9 @@ from torch.testing import assert_close
 
 from fedlora.errors import ConfigError, IncompleteError
 from fedlora.federation.absorb import start
-from fedlora.federation.gather import Gathering, Remembered, gather
+from fedlora.federation.gather import Gathering, gather
 from fedlora.federation.plan import plan
+from fedlora.federation.remembered import Remembered
 from fedlora.values import FRAME, Refusal, RefusalReason
 
 

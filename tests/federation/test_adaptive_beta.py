@@ -10,8 +10,9 @@ from torch.testing import assert_close
 
 from fedlora.algebra.deltas import add, joint_norm, scale
 from fedlora.federation.absorb import forget
-from fedlora.federation.gather import Remembered, gather
+from fedlora.federation.gather import gather
 from fedlora.federation.plan import plan
+from fedlora.federation.remembered import Remembered
 from fedlora.federation.store import Store, state_digest
 from fedlora.methods.mixing import Adaptive
 from fedlora.values import FRAME, Recurrence, RoundPlan

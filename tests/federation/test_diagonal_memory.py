@@ -7,8 +7,8 @@ from fedlora.algebra.deltas import from_frame, into_frame
 from fedlora.config.method import FedSb, Stale, SvFit
 from fedlora.config.schema import Lora
 from fedlora.federation.absorb import start
-from fedlora.federation.gather import Remembered
 from fedlora.federation.plan import plan
+from fedlora.federation.remembered import Remembered
 from fedlora.methods import build
 from fedlora.methods.subspace import Public
 from fedlora.values import Delta

@@ -9,10 +9,11 @@ import torch
 from fedlora.errors import GuardError
 from fedlora.federation import store as store_module
 from fedlora.federation.absorb import absorb
-from fedlora.federation.gather import Remembered, gather
+from fedlora.federation.gather import gather
 from fedlora.federation.guards import FALSE_ALARM, Guarded, noise_missing, require_sound
 from fedlora.federation.loop import line_zero, rounds
 from fedlora.federation.plan import plan
+from fedlora.federation.remembered import Remembered
 from fedlora.federation.store import Store
 from fedlora.privacy.gaussian import released
 from fedlora.privacy.noise import SeededNoise

@@ -9,15 +9,17 @@ import torch
 
 from fedlora.algebra.deltas import joint_norm
 from fedlora.algebra.diagnostics import signal_to_noise
-from fedlora.federation.gather import Remembered, gather
+from fedlora.federation.gather import gather
 from fedlora.federation.lengths import lengths, noise_length
 from fedlora.federation.loop import line_zero, rounds
 from fedlora.federation.plan import plan
+from fedlora.federation.remembered import Remembered
 from fedlora.federation.store import Store
 from fedlora.privacy.gaussian import noise_energy, released
 from fedlora.privacy.noise import SeededNoise
 from fedlora.runtime.simulate import simulate
-from fedlora.values import ClientUpdate, Delta, DpEvent, Origin, Refusal, RefusalReason, Released
+from fedlora.values import DpEvent, Origin, Refusal, RefusalReason, Released
+from tests.federation.answering import Answering
 
 EVENT = DpEvent(noise_multiplier=1.5, sample_rate=0.1, steps=3, expected_batch=8.0, max_draw=32)
 NUMBERS = 7 * 3 + 5 * 3 + 2 * 4
@@ -28,24 +30,6 @@ MARGIN = 1 + 2**-10
 @pytest.fixture
 def generator():
     return torch.Generator().manual_seed(0)
-
-
-class Answering:
-    """A Cohort whose clients all send ones for B and nothing for the head."""
-
-    def __init__(self, spent=(EVENT,)):
-        self.spent = spent
-
-    def ask(self, clients, request):
-        sites = {site: torch.ones_like(factors.b) for site, factors in request.adapters.sites.items()}
-        delta = Delta(basis=request.adapters.basis, sites=sites, head=request.adapters.head)
-        for client in clients:
-            yield ClientUpdate(
-                client=client, run=request.run, round=request.round, delta=delta, spent=self.spent
-            )
-
-    def close(self):
-        """Nothing is open."""
 
 
 def lines_of(lab, tmp_path, cohort, max_grad_norm, **federation):
@@ -64,7 +48,7 @@ def lines_of(lab, tmp_path, cohort, max_grad_norm, **federation):
 
 def test_a_private_runs_line_holds_lengths_that_equal_a_calculation_by_hand(lab, tmp_path):
     decaying = {"name": "sgd", "lr": 0.1, "decay": "linear"}
-    first, second = lines_of(lab, tmp_path, Answering(), 2.0, optimizer=decaying)
+    first, second = lines_of(lab, tmp_path, Answering((EVENT,)), 2.0, optimizer=decaying)
     assert first["update_norm"] == dict.fromkeys(first["answered"], 6.0)  # 36 ones
     by_hand = 0.1 / 8 * 1.5 * 2.0 * MARGIN * math.sqrt(3 * NUMBERS)
     assert first["noise_norm"] == pytest.approx(dict.fromkeys(first["answered"], by_hand), rel=1e-5)

@@ -12,7 +12,8 @@ from fedlora.federation.loop import line_zero, rounds
 from fedlora.federation.plan import Roll, plan
 from fedlora.federation.store import Store
 from fedlora.seeds import seed_for
-from fedlora.values import ClientUpdate, Delta, DpEvent, Member, Origin
+from fedlora.values import Member, Origin
+from tests.federation.answering import Answering
 
 COHORT, ROUNDS = 10, 4
 FEW, MANY = 100, 20_000
@@ -22,24 +23,6 @@ TICKET_BYTES = 8
 
 def members(count):
     return [Member(client=f"client-{number:06d}", examples=1 + number % 7) for number in range(count)]
-
-
-class Answering:
-    """A Cohort whose clients answer at once, each with the same update."""
-
-    def ask(self, clients, request):
-        sites = {site: torch.ones_like(factors.b) for site, factors in request.adapters.sites.items()}
-        for client in clients:
-            yield ClientUpdate(
-                client=client,
-                run=request.run,
-                round=request.round,
-                delta=Delta(basis=request.adapters.basis, sites=sites, head=request.adapters.head),
-                spent=(DpEvent(noise_multiplier=1.0, sample_rate=0.1, steps=1),),
-            )
-
-    def close(self):
-        """Nothing is open."""
 
 
 def cost_of_a_round(lab, directory, count, weighting):

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from fedlora.federation.absorb import admit, forget
-from fedlora.federation.gather import Remembered
 from fedlora.federation.plan import plan
+from fedlora.federation.remembered import Remembered
 from fedlora.values import Gauges, Member
 
 ROUNDS = 50

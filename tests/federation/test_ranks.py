@@ -9,9 +9,10 @@ import torch
 from torch.testing import assert_close
 
 from fedlora.errors import ConfigError
-from fedlora.federation.gather import Remembered, gather
+from fedlora.federation.gather import gather
 from fedlora.federation.lengths import noise_length
 from fedlora.federation.plan import require_plannable
+from fedlora.federation.remembered import Remembered
 from fedlora.privacy.gaussian import noise_energy
 from fedlora.values import DpEvent, RoundPlan
 

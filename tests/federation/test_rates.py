@@ -13,7 +13,8 @@ from fedlora.algebra.recurrence import RunningRecurrence
 from fedlora.config.method import FedSvd, Stale
 from fedlora.config.schema import IndependentCohort
 from fedlora.federation.absorb import forget
-from fedlora.federation.gather import Remembered, gather
+from fedlora.federation.gather import gather
+from fedlora.federation.remembered import Remembered
 from fedlora.federation.work import work
 from fedlora.methods import build
 from fedlora.values import Own, Recurrence, RoundPlan

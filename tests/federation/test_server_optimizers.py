@@ -10,8 +10,8 @@ from torch.testing import assert_close
 from fedlora.algebra.deltas import into_frame, scale
 from fedlora.config import schema
 from fedlora.federation.absorb import forget
-from fedlora.federation.gather import Remembered
 from fedlora.federation.plan import plan
+from fedlora.federation.remembered import Remembered
 from fedlora.federation.store import Store, state_digest
 from fedlora.methods.server import Momentum, Sgd, server_optimizer
 from fedlora.values import FRAME, Delta

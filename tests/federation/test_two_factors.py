@@ -19,8 +19,9 @@ from fedlora.config.method import (
     Switch,
 )
 from fedlora.federation.absorb import absorb
-from fedlora.federation.gather import Remembered, gather
+from fedlora.federation.gather import gather
 from fedlora.federation.plan import Roll
+from fedlora.federation.remembered import Remembered
 from fedlora.methods import build
 from fedlora.values import Delta
 

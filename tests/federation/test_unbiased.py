@@ -8,7 +8,7 @@ import torch
 from torch.testing import assert_close
 
 from fedlora.algebra.deltas import add, scale
-from fedlora.federation.gather import Remembered
+from fedlora.federation.remembered import Remembered
 from fedlora.values import Own, Recurrence, RoundPlan
 
 PROBABILITY = {"a": 0.15, "b": 0.5, "c": 0.8, "d": 1.0}

@@ -12,8 +12,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -48,6 +47,7 @@ from fedlora.provision.certificates import (
 from fedlora.runs.rundir import SPENT, Roster, save_roster
 from fedlora.runs.summary import run_status, summary_so_far
 from fedlora.values import Member
+from tests.provision.handshakes import handshakes
 
 NOW = datetime.now(UTC)
 QUICK = Limits(poll_s=0.05)
@@ -466,15 +466,15 @@ def test_each_reason_not_to_trust_a_certificate_has_its_own_words_and_next_move(
             ConfigError,
             "not for localhost; reach it by one of those",
         )
-    with handshakes(old) as port:
+    with handshakes(old.certificate, old.key) as port:
         refused(address(port, old.roots), ConfigError, "ended on .*; here it is .*; renew it")
-    with handshakes(young) as port:
+    with handshakes(young.certificate, young.key) as port:
         refused(address(port, young.roots), ConfigError, "begins on .*; set this machine's clock")
     with monitored(run, port=0) as bound:
         refused(
             at(bound, tls.roots), ConfigError, "does not speak TLS; start `fedlora monitor` there with --cert"
         )
-    with handshakes(tls) as port:
+    with handshakes(tls.certificate, tls.key) as port:
         refused(
             address(port, tls.roots),
             ConfigError,
@@ -705,31 +705,3 @@ def parsed(text: str) -> dict[str, float]:
     assert text.endswith("\n")
     lines = [one for one in text.splitlines() if not one.startswith("#")]
     return {name: float(value) for name, value in (one.rsplit(" ", 1) for one in lines)}
-
-
-@contextmanager
-def handshakes(tls: Pair) -> Iterator[int]:
-    """The port of a server that shakes hands in TLS, speaks no HTTP/2 and hangs up."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(tls.certificate, tls.key)
-
-    def serve() -> None:
-        while True:
-            try:
-                connection, _ = listener.accept()
-            except OSError:
-                return
-            with connection:
-                connection.settimeout(5)
-                try:
-                    context.wrap_socket(connection, server_side=True).close()
-                except OSError:
-                    continue
-
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        thread = in_background(serve)
-        try:
-            yield listener.getsockname()[1]
-        finally:
-            listener.shutdown(socket.SHUT_RDWR)
-            thread.join(5)

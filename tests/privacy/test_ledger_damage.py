@@ -7,7 +7,8 @@ from hashlib import sha256
 import pytest
 
 from fedlora.errors import LedgerError
-from fedlora.privacy.ledger import read_ledger, require_reached
+from fedlora.privacy.ledger import read_ledger
+from fedlora.privacy.ledger_mark import require_reached
 
 from .ledgers import debit, opened, seen, spending
 

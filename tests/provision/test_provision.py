@@ -8,9 +8,8 @@ import shutil
 import socket
 import ssl
 import stat
-import threading
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from fedlora.provision.certificate_check import inspect_certificate
 from fedlora.provision.certificates import authority_certificate, certificate_pem, new_key
 from fedlora.provision.node_keys import complete_pair, fingerprint, nodes_to_register, public_line
 from fedlora.provision.provision import Kit, provision, provision_node
+from tests.provision.handshakes import handshakes
 
 NOW = datetime.now(UTC)
 DAY = timedelta(days=1)
@@ -47,33 +47,9 @@ def codes(directory: Path, now: datetime = NOW, **checks) -> list[str]:
     return [found.code for found in inspect_certificate(directory / "server.crt", now, **given)]
 
 
-@contextmanager
-def tls_server(directory: Path):
-    """The port of a TLS server on loopback with the kit's certificate, which answers any number of handshakes."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(directory / "server.crt", directory / "server.key")
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-
-        def serve() -> None:
-            while True:
-                try:
-                    connection, _ = listener.accept()
-                except OSError:
-                    return
-                with connection:
-                    try:
-                        connection.settimeout(5)
-                        context.wrap_socket(connection, server_side=True).close()
-                    except OSError:
-                        pass
-
-        thread = threading.Thread(target=serve)
-        thread.start()
-        try:
-            yield listener.getsockname()[1]
-        finally:
-            listener.shutdown(socket.SHUT_RDWR)
-            thread.join(5)
+def tls_server(directory: Path) -> AbstractContextManager[int]:
+    """The port of a TLS server on loopback with the kit's certificate."""
+    return handshakes(directory / "server.crt", directory / "server.key")
 
 
 def refusal(port: int, authority: Path, name: str = "localhost") -> int:

@@ -32,7 +32,8 @@ from fedlora.federation.events import ClientDone, RoundDone
 from fedlora.runs.evidence import reported
 from fedlora.runtime.simulate import resume, simulate
 from fedlora.transport.flower_client import Hello, client_app, echo_of, frame_content
-from fedlora.transport.flower_cohort import FlowerCohort, Nodes, meet
+from fedlora.transport.flower_cohort import FlowerCohort
+from fedlora.transport.flower_nodes import Nodes, meet
 from fedlora.transport.wire import decode_request, encode_reply
 from fedlora.values import (
     Adapters,
@@ -226,7 +227,7 @@ def test_whatever_a_node_does_ends_as_a_reply_that_bears_its_name(caplog):
 def test_an_exceptions_words_are_neither_sent_nor_logged(caplog):
     caplog.set_level(logging.DEBUG)
     from fedlora.transport.flower_client import TRAIN, frame_content
-    from fedlora.transport.flower_cohort import pull, push
+    from fedlora.transport.flower_nodes import pull, push
 
     with federation([breaks]) as grid:
         (node,) = grid.get_node_ids()

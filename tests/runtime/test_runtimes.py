@@ -15,7 +15,6 @@ from fedlora.config.load import dump_config
 from fedlora.config.schema import RunConfig
 from fedlora.errors import IncompleteError
 from fedlora.federation.events import ClientDone
-from fedlora.runtime.host import worker_count
 from fedlora.runtime.simulate import resume, simulate
 
 
@@ -38,13 +37,6 @@ def test_ray_ends_in_the_state_of_the_local_reference(tiny_config, tmp_path, mon
         tiny_config(runtime={"kind": "ray", "workers": 2}), tmp_path / "ray", lambda event: None
     )
     assert state(spread) == state(local)
-
-
-def test_as_many_workers_as_the_config_says(tiny_config):
-    def count(**runtime):
-        return worker_count(tiny_config(runtime={"kind": "ray", **runtime}).runtime, cores=8)
-
-    assert (count(), count(threads=2), count(threads=16), count(workers=3)) == (8, 4, 1, 3)
 
 
 @pytest.mark.fault("F49")

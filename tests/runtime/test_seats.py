@@ -12,7 +12,17 @@ from fedlora.errors import ConfigError
 from fedlora.runtime.host import Host
 from fedlora.runtime.prepare import prepare
 from fedlora.runtime.probe import largest_batch, largest_step
-from fedlora.runtime.seats import FILLED, GpuNode, Peak, gpu_nodes, on_cards, slots
+from fedlora.runtime.seats import (
+    FILLED,
+    GpuNode,
+    Peak,
+    gpu_nodes,
+    model_holders,
+    on_cards,
+    side_by_side,
+    slots,
+    worker_count,
+)
 from fedlora.runtime.simulate import simulate
 from fedlora.training.tasks import TOKEN_BUDGET
 
@@ -21,6 +31,19 @@ GB = 10**9
 
 def cuda(**changes) -> Runtime:
     return Runtime(kind="ray", device="cuda", **changes)
+
+
+def test_as_many_workers_as_the_config_says():
+    def count(**runtime):
+        return worker_count(Runtime(kind="ray", **runtime), cores=8)
+
+    assert (count(), count(threads=2), count(threads=16), count(workers=3)) == (8, 4, 1, 3)
+
+
+def test_every_worker_holds_a_model_and_so_does_the_process_that_asks_them():
+    spread, here = Runtime(kind="ray", workers=3), Runtime(kind="local", workers=3)
+    assert (side_by_side(spread, cores=8), model_holders(spread, cores=8)) == (3, 4)
+    assert (side_by_side(here, cores=8), model_holders(here, cores=8)) == (1, 1)
 
 
 def test_a_card_carries_as_many_workers_as_nine_tenths_of_its_memory_hold():

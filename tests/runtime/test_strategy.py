@@ -24,7 +24,7 @@ from fedlora.runtime.host import Host
 from fedlora.runtime.prepare import Prepared, prepare
 from fedlora.runtime.simulate import simulate
 from fedlora.transport.flower_client import frame_of
-from fedlora.transport.flower_cohort import Nodes, meet
+from fedlora.transport.flower_nodes import Nodes, meet
 from fedlora.transport.wire import decode_request
 from fedlora.values import Origin, Witness
 from tests.runtime.test_flower import breaks, debit_of, federation, honest

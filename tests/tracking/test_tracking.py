@@ -203,13 +203,9 @@ def read_mlflow(run_dir):
 
 def read_wandb(run_dir):
     """Of both processes' offline files, as `wandb sync` sends them: of one run, a step of it once."""
-    from wandb.proto import wandb_internal_pb2
-
     found, ids = {}, set()
     for path in sorted((run_dir / "wandb").glob("offline-run-*/run-*.wandb")):
-        for data in logged(path.read_bytes()):
-            record = wandb_internal_pb2.Record()
-            record.ParseFromString(data)
+        for record in ended(path):
             if record.run.run_id:
                 ids.add(record.run.run_id)
             for item in record.history.item:
@@ -217,6 +213,19 @@ def read_wandb(run_dir):
                 values.append((record.history.step.num, json.loads(item.value_json)))
     assert ids == {json.loads((run_dir / "tracking" / "wandb.json").read_text())["run"]}
     return found
+
+
+def ended(path, patience_s=60.0):
+    """All records of a run that was finished: W&B's service writes the last of them after `finish` has returned."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    until = time.monotonic() + patience_s
+    while True:
+        records = [Record.FromString(record) for record in logged(path.read_bytes())]
+        if any(record.HasField("exit") for record in records):
+            return records
+        assert time.monotonic() < until, f"{path} has {len(records)} records and no end"
+        time.sleep(0.02)
 
 
 def logged(content, block=32768):
@@ -227,6 +236,8 @@ def logged(content, block=32768):
             at += block - at % block
             continue
         length, kind = struct.unpack("<HB", content[at + 4 : at + 7])
+        if at + 7 + length > len(content):
+            return  # not all of it is written yet
         parts.append(content[at + 7 : at + 7 + length])
         at += 7 + length
         if kind in (1, 4):  # whole, or the last part of one

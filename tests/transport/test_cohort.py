@@ -12,9 +12,10 @@ from flwr.app import ConfigRecord, RecordDict
 from flwr.common.constant import ErrorCode
 
 from fedlora.errors import WireError
-from fedlora.transport import FRAME_VERSION, flower_cohort
+from fedlora.transport import FRAME_VERSION, flower_cohort, flower_nodes
 from fedlora.transport.flower_client import Hello, client_app, hello_content, hello_of
-from fedlora.transport.flower_cohort import FlowerCohort, Nodes, meet
+from fedlora.transport.flower_cohort import FlowerCohort
+from fedlora.transport.flower_nodes import Nodes, meet
 from fedlora.transport.wire import decode_request, encode_reply
 from fedlora.values import (
     Adapters,
@@ -58,7 +59,8 @@ def wire(tmp_path, monkeypatch) -> Callable[..., Wire]:
     """A grid of nodes by name; waits are short."""
     monkeypatch.setattr(flower_cohort, "AGAIN_S", 0.05)
     monkeypatch.setattr(flower_cohort, "RETURN_S", 1.0)
-    monkeypatch.setattr(flower_cohort, "GREET_AGAIN_S", 0.05)
+    monkeypatch.setattr(flower_nodes, "AGAIN_S", 0.05)
+    monkeypatch.setattr(flower_nodes, "GREET_AGAIN_S", 0.05)
 
     def build(*clients: str, names: Mapping[int, str] | None = None, **more) -> Wire:
         nodes = {number: app_of(client) for number, client in enumerate(clients, 1)}
