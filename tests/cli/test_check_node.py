@@ -22,28 +22,6 @@ from fedlora.training.load import load_model
 from fedlora.transport.wire import decode_reply, encode_request
 from fedlora.values import ClientUpdate, DpEvent, LocalWork, TrainRequest
 
-NODE = """\
-client: site-0
-data: {{source: files, train: {train}, text: sentence, label: topic, max_length: 16}}
-declared_records: 400
-classes: [weather, music, kitchen]
-model: {{name: {model}}}
-task: {{kind: sequence-classification}}
-lora: {{r: 2, lora_alpha: 2, target_modules: [query, value]}}
-work: {{batch_size: 16, local_steps: 2, optimizer: {{name: sgd, lr: 1.0}}}}
-ledger: {folder}/state/ledger.jsonl
-budget: {{target_epsilon: 8.0, target_delta: 1.0e-5, max_participations: 2}}
-max_grad_norm: 1.0
-min_noise_multiplier: 0.3
-"""
-
-
-@pytest.fixture
-def node(tmp_path: Path, tiny_encoder: Path, topic_files: tuple[Path, Path]) -> Path:
-    path = tmp_path / "node.yaml"
-    path.write_text(NODE.format(train=topic_files[0], model=tiny_encoder, folder=tmp_path))
-    return path
-
 
 def checked(capsys, path: Path, *changes: str) -> dict:
     words = [word for change in changes for word in ("--set", change)]

@@ -37,20 +37,6 @@ from fedlora.provision.certificates import (
 from fedlora.provision.provision import provision, provision_node
 from fedlora.values import DpEvent
 
-NODE = """\
-client: site-0
-data: {{source: files, train: {train}, text: sentence, label: topic, max_length: 16}}
-declared_records: 400
-classes: [weather, music, kitchen]
-model: {{name: {model}}}
-task: {{kind: sequence-classification}}
-lora: {{r: 2, lora_alpha: 2, target_modules: [query, value]}}
-work: {{batch_size: 16, local_steps: 2, optimizer: {{name: sgd, lr: 1.0}}}}
-ledger: {folder}/state/ledger.jsonl
-budget: {{target_epsilon: 8.0, target_delta: 1.0e-5, max_participations: 2}}
-max_grad_norm: 1.0
-min_noise_multiplier: 0.3
-"""
 BUDGET = Budget(target_epsilon=8.0, target_delta=1e-5, max_participations=2, accountant="pld")
 STEPS = DpEvent(noise_multiplier=1.5, sample_rate=0.04, steps=2, expected_batch=16.0, max_draw=60)
 
@@ -84,13 +70,6 @@ def by_name(lines: Iterator[Line]) -> dict[str, Line]:
     assert all(bool(line.mend) == (line.state != "ok") for line in found), found
     assert all(bool(line.exit_status) == (line.state == "fail") for line in found), found
     return {line.name: line for line in found}
-
-
-@pytest.fixture
-def node(tmp_path: Path, tiny_encoder: Path, topic_files: tuple[Path, Path]) -> Path:
-    path = tmp_path / "node.yaml"
-    path.write_text(NODE.format(train=topic_files[0], model=tiny_encoder, folder=tmp_path))
-    return path
 
 
 def of(path: Path, *changes: tuple[str, str]) -> dict[str, Line]:

@@ -16,28 +16,14 @@ from fedlora.training.checkpoints import weights_digest
 from fedlora.training.load import load_model
 from fedlora.transport.wire import decode_reply
 from fedlora.values import LocalWork, Refusal, RefusalReason, TrainRequest
-
-NODE = """
-client: site-0
-data: {{source: files, train: {train}, text: sentence, label: topic, max_length: 16}}
-declared_records: 360
-classes: [weather, music, kitchen]
-model: {{name: {model}}}
-task: {{kind: sequence-classification}}
-lora: {{r: 2, lora_alpha: 2, target_modules: [query, value]}}
-work: {{batch_size: 16, local_steps: 2, optimizer: {{name: sgd, lr: 1.0}}}}
-ledger: {folder}/state/ledger.jsonl
-budget: {{target_epsilon: 8.0, target_delta: 1.0e-5, max_participations: {participations}}}
-max_grad_norm: 1.0
-min_noise_multiplier: 0.3
-reply_quantum_s: 0
-"""
+from tests.deploy.node_text import node_text
 
 
 def node_config(folder: Path, model: Path, train: Path, participations: int = 2) -> NodeConfig:
     """Written to node.yaml in `folder`, where its ledger will lie too; replies leave at once."""
     path = folder / "node.yaml"
-    path.write_text(NODE.format(train=train, model=model, folder=folder, participations=participations))
+    text = node_text(folder, model, train, records=360, participations=participations)
+    path.write_text(f"{text}reply_quantum_s: 0\n")
     return load_node(path)
 
 

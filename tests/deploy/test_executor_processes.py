@@ -11,7 +11,8 @@ import yaml
 
 from fedlora.privacy.ledger import read_ledger
 from tests.deploy.federation import hostile_app, node_command
-from tests.deploy.nodes import NODE, node_config
+from tests.deploy.node_text import node_text
+from tests.deploy.nodes import node_config
 from tests.deploy.processes import PROJECT, Processes, free_port, healthy, node_yaml, until
 
 
@@ -95,7 +96,7 @@ def test_it_loads_its_model_while_the_supernode_has_no_secret_yet_and_stops_when
 
 def test_a_model_that_is_not_there_ends_it_at_once(processes, tmp_path, topic_files):
     node = tmp_path / "node.yaml"
-    node.write_text(NODE.format(train=topic_files[0], model="no/such", folder=tmp_path, participations=2))
+    node.write_text(node_text(tmp_path, "no/such", topic_files[0], records=360))
     processes.start("executor", *node_command(node, free_port()))
     assert processes.started["executor"].wait(60) == 2
     said = (tmp_path / "executor.log").read_text()

@@ -19,7 +19,8 @@ from fedlora.federation.store import Store
 from fedlora.transport.flower_client import Hello
 from fedlora.transport.wire import DIGEST_BYTES, MAGIC, decode_reply, encode_request
 from fedlora.values import FRAME, ClientUpdate, Delta, RefusalReason, TrainRequest, Witness
-from tests.deploy.nodes import NODE, debits, reason
+from tests.deploy.node_text import node_text
+from tests.deploy.nodes import debits, reason
 
 
 @pytest.mark.fault("F24")
@@ -211,7 +212,7 @@ def test_labels_are_numbered_as_declared_also_where_the_node_lacks_a_class(confi
 
 def test_a_classifier_without_classes_is_refused(tmp_path, tiny_encoder, topic_files):
     path = tmp_path / "node.yaml"
-    text = NODE.format(train=topic_files[0], model=tiny_encoder, folder=tmp_path, participations=2)
+    text = node_text(tmp_path, tiny_encoder, topic_files[0], records=360)
     path.write_text(text.replace("classes: [weather, music, kitchen]\n", ""))
     with pytest.raises(ConfigError, match="classes"):
         load_node(path)

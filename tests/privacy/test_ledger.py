@@ -250,6 +250,8 @@ def test_a_killed_process_leaves_a_ledger_that_holds_all_it_was_told(tmp_path):
 
         child = _forked(work)
         os.close(write)
+        if attempt % 2:  # on a busy machine a child that is killed by the clock alone may never have begun
+            told += len(os.read(read, 1))
         time.sleep(0.002 + 0.03 * draw.random())
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
