@@ -33,6 +33,7 @@ def open_wandb(run_dir: Path, config: dict[str, Any], have: Tracked) -> Opened:
         id=have.run,
         name=run_dir.name,
         resume="allow",
+        reinit="create_new",  # a run that the process has open besides is not ours to write to, or to finish
         dir=str(run_dir),
         config=config,
         settings=settings,

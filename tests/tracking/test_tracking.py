@@ -277,3 +277,22 @@ def test_the_packages_own_reader_finds_each_round_of_an_interrupted_run_once(
         assert [step for step, _ in found[key]] == [0, 1, 2, 3], key
         values = [value for _, value in found[key]]
         assert values == pytest.approx([figures(line)[key] for line in lines], rel=1e-6), key
+
+
+def test_a_run_of_wandbs_that_the_process_has_open_besides_is_left_alone(tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+    from fedlora.tracking.wandb import open_wandb
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    users = wandb.init(project="mine", dir=str(tmp_path))
+    tracker, _ = open_wandb(tmp_path, {}, Tracked(run="of-ours", told=-1))
+    tracker.round(0, {"test/loss": 1.0})
+    tracker.close(finished=True)
+    users.log({"own": 2.0})
+    users.finish()
+    keys = {}
+    for path in tmp_path.glob("wandb/offline-run-*/run-*.wandb"):
+        items = [item for record in ended(path) for item in record.history.item]
+        keys[path.stem.removeprefix("run-")] = {item.key or ".".join(item.nested_key) for item in items}
+    assert "own" in keys[users.id] and "test/loss" not in keys[users.id]
+    assert "test/loss" in keys["of-ours"] and "own" not in keys["of-ours"]
