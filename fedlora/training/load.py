@@ -25,6 +25,7 @@ from fedlora.training.public import make_identity_pooler
 from fedlora.training.same_input import same_inputs
 from fedlora.training.singular_values import train_singular_values
 from fedlora.training.targets import is_within, targets
+from fedlora.training.tasks import objective_of
 from fedlora.values import Site
 
 
@@ -107,8 +108,8 @@ def load_model(
         left=left,
         trained=trained,
         causal=task_cfg.causal,
-        beta=task_cfg.beta if isinstance(task_cfg, schema.Dpo) else None,
         pad_token=model.config.pad_token_id,
+        objective=objective_of(task_cfg),
     )
 
 

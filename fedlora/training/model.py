@@ -9,6 +9,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from fedlora.errors import ShapeError
+from fedlora.training.objective import Objective
 from fedlora.values import Adapters, Delta, Side, Site
 
 REST = "lora_rest"
@@ -30,7 +31,7 @@ class AdaptedModel:
     trained: all that rounds train, by name: `<site>.lora_B`, `<site>.lora_A` where A is trained too, the head's own
         names. What requires a gradient: all of it, or since `trained_on`, what that said.
     causal: a language model, not a classifier. pad_token: what fills short rows up; masked, so never learned.
-    beta: of preference optimisation, whose records are pairs; None: another task.
+    objective: what it is trained for.
     """
 
     peft_model: PeftModel
@@ -41,7 +42,7 @@ class AdaptedModel:
     trained: Mapping[str, nn.Parameter]
     causal: bool
     pad_token: int
-    beta: float | None = None
+    objective: Objective
 
     @property
     def device(self) -> torch.device:
