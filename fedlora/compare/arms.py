@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from fedlora.config.asking import expected_cohort
-from fedlora.config.schema import Classification, IndependentCohort, RunConfig
+from fedlora.config.schema import IndependentCohort, RunConfig
 from fedlora.errors import ConfigError
 
 
@@ -300,7 +300,7 @@ def _fitted(arm: Arm, config: RunConfig) -> Arm:
     """The arm without what a config of this kind does not have, a clipping norm or a head; its words as numbers."""
     lacks = [
         *(["privacy."] if config.privacy == "none" else []),
-        *(["task.head"] if not isinstance(config.task, Classification) else []),
+        *(["task.head"] if config.task.causal else []),
     ]
     quarter, often = str(max(1, config.federation.rounds // 4)), str(_participations(config))
     kept = tuple(

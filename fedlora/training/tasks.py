@@ -13,7 +13,7 @@ from torch import Tensor
 from fedlora.config import schema
 from fedlora.data.records import Examples
 from fedlora.errors import DataError
-from fedlora.training.batches import ALONE, TOKEN_BUDGET, collate, micro_batches
+from fedlora.training.batches import ALONE, TOKEN_BUDGET, micro_batches
 from fedlora.training.classification import Labels
 from fedlora.training.model import AdaptedModel
 from fedlora.training.objective import Metric, Objective
@@ -33,7 +33,7 @@ class Score:
 def objective_of(task_cfg: schema.Task) -> Objective:
     """What the model is trained for; nobody asks for the kind of a task again."""
     match task_cfg:
-        case schema.Classification():
+        case schema.Classification() | schema.ImageClassification():
             return Labels()
         case schema.CausalLm():
             return NextTokens()
@@ -55,7 +55,7 @@ def losses(
     tokens, so that neither padding nor a neighbour's length weighs in. A record that learns no token has loss 0,
     and no gradient. A pair of completions has one loss, `preference_losses`, and two rows in the model.
     """
-    groups = micro_batches(examples, indices, token_budget)
+    groups = micro_batches(examples, indices, token_budget, adapted.intake)
     return [partial(_record_losses, adapted, examples, group) for group in groups]
 
 
@@ -74,7 +74,7 @@ def evaluate(adapted: AdaptedModel, examples: Examples, token_budget: int = 2 * 
     objective = adapted.objective
     if len(examples) == 0 or (examples.labels is None and objective.needs_labels):
         raise DataError(f"{len(examples)} test records, and no label to score them by; mend data.test")
-    groups = micro_batches(examples, np.arange(len(examples)), token_budget)
+    groups = micro_batches(examples, np.arange(len(examples)), token_budget, adapted.intake)
     scores = [objective.scores(adapted, _batch(adapted, examples, group)) for group in groups]
     loss, good, weight = torch.tensor(scores, dtype=torch.float64).sum(dim=0)
     return Score(
@@ -94,4 +94,4 @@ def record_accuracies(adapted: AdaptedModel, examples: Examples) -> Tensor:
 
 
 def _batch(adapted: AdaptedModel, examples: Examples, group: NDArray[np.int64]) -> dict[str, Tensor]:
-    return collate(examples.select(group), adapted.pad_token, adapted.device)
+    return adapted.intake.collate(examples.select(group), adapted.device)

@@ -372,10 +372,10 @@ def test_how_many_share_a_pass_is_the_configs_to_say(tiny_config):
         config = tiny_config(
             federation__batch_size=batch, data__max_length=length, runtime__clients_together="auto"
         )
-        return clients_together(config, numbers)
+        return clients_together(config, numbers, length)
 
-    assert clients_together(tiny_config(), 10_000) == 1
-    assert clients_together(tiny_config(runtime__clients_together=5), 10**12) == 5
+    assert clients_together(tiny_config(), 10_000, 32) == 1
+    assert clients_together(tiny_config(runtime__clients_together=5), 10**12, 32) == 5
     assert [auto(1, 32), auto(2, 64), auto(8, 64), auto(64, 64)] == [64, 16, 4, 1]
     assert auto(1, 32, 2**25 // 3) == 3
     assert auto(1, 32, 10**12) == 1
