@@ -61,15 +61,25 @@ def examples_of(count, seed=0, side=16):
     )
 
 
-@pytest.mark.parametrize("kind", KINDS)
+SHORTEST = {
+    "image_processor_type": "BitImageProcessor", "size": {"shortest_edge": 18}, "do_center_crop": True,
+    "crop_size": {"height": 16, "width": 16}, "resample": 3,
+    "image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.3, 0.4],
+}  # fmt: skip
+"""As DINOv2's: the shape is kept, and the longer side cut."""
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "shortest"])
 @pytest.mark.parametrize("shape", [(20, 20), (17, 33), (40, 19)])
-def test_a_model_is_given_what_its_own_image_processor_makes(places, kind, shape):
+def test_a_model_is_given_what_its_own_image_processor_makes(places, tmp_path, kind, shape):
+    (tmp_path / RECIPE).write_text(json.dumps(SHORTEST))
+    place = places.get(kind, tmp_path)
     draw = np.random.Generator(np.random.Philox(4))
     pixels = np.tile(picture("disc", draw), (2, 2, 1))[: shape[0], : shape[1]]
-    recipe = load_recipe(places[kind])
+    recipe = load_recipe(place)
     row = decoded(Picture(content=encoded(pixels), where="t"), recipe.frame)
     ours = pixel_values(torch.tensor(row)[None], recipe)
-    processor = AutoImageProcessor.from_pretrained(places[kind])
+    processor = AutoImageProcessor.from_pretrained(place)
     theirs = processor(Image.fromarray(pixels), return_tensors="pt")["pixel_values"]
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
 
