@@ -22,9 +22,10 @@ from fedlora.privacy.sampling import poisson, poisson_draw
 from fedlora.privacy.step import private_gradient
 from fedlora.seeds import seed_for
 from fedlora.training.client import Node, calibrated, train
-from fedlora.training.load import load_model, load_tokenizer
+from fedlora.training.load import load_model
 from fedlora.training.model import AdaptedModel
 from fedlora.training.tasks import losses
+from fedlora.training.tokens import load_tokenizer
 from fedlora.values import Adapters, ClientUpdate, Factors, LocalWork, Mechanism, Sampling, TrainRequest
 
 Flat = NDArray[np.float32]

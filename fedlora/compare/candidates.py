@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from fedlora.compare.arms import AS_IT_STANDS, METHODS, PUBLISHED, VARIANTS, Arm, as_value
 from fedlora.config.asking import expected_cohort
-from fedlora.config.schema import Classification, IndependentCohort, RunConfig
+from fedlora.config.schema import IndependentCohort, RunConfig
 from fedlora.errors import ConfigError
 
 _TUNED = ("federation.optimizer", "privacy.max_grad_norm", "privacy=")
@@ -151,7 +151,7 @@ def _fitted(arm: Arm, config: RunConfig) -> Arm:
     """The arm without what a config of this kind does not have, a clipping norm or a head; its words as numbers."""
     lacks = [
         *(["privacy."] if config.privacy == "none" else []),
-        *(["task.head"] if not isinstance(config.task, Classification) else []),
+        *(["task.head"] if config.task.causal else []),
     ]
     quarter, often = str(max(1, config.federation.rounds // 4)), str(_participations(config))
     kept = tuple(

@@ -7,10 +7,10 @@ from typing import Annotated, Literal, TypeAlias
 from pydantic import Field
 
 from fedlora.config.section import Section
-from fedlora.config.task import CausalLm, Classification, Dpo
+from fedlora.config.task import CausalLm, Dpo, Task
 
-Form: TypeAlias = Literal["text", "completion", "messages", "preference"]
-"""What a record is: a text or a pair of texts; a prompt and its completion; a conversation; a prompt and two
+Form: TypeAlias = Literal["text", "image", "completion", "messages", "preference"]
+"""What a record is: a text or a pair of texts; an image; a prompt and its completion; a conversation; a prompt and two
 completions."""
 
 
@@ -19,6 +19,9 @@ class RecordColumns(Section):
 
     text: str | Annotated[list[str], Field(min_length=2, max_length=2)] | None = None
     """The text column, or a list of two for pairs."""
+    image: str | None = None
+    """The column of images, for image-classification: paths from the file's own folder (csv, tsv, jsonl), or of parquet
+    and huggingface the bytes of image files, alone or as {bytes, path}; needs the extra `fedlora[images]`."""
     prompt: str | None = None
     """The column of prompts, for causal-lm with `completion` and for dpo."""
     completion: str | None = None
@@ -36,6 +39,7 @@ class RecordColumns(Section):
 
 NAMES: dict[Form, tuple[str, ...]] = {
     "text": ("text",),
+    "image": ("image",),
     "completion": ("prompt", "completion"),
     "messages": ("messages",),
     "preference": ("prompt", "chosen", "rejected"),
@@ -44,6 +48,7 @@ NAMES: dict[Form, tuple[str, ...]] = {
 
 FORMS: dict[str, tuple[Form, ...]] = {
     "sequence-classification": ("text",),
+    "image-classification": ("image",),
     "causal-lm": ("text", "completion", "messages"),
     "dpo": ("preference",),
 }
@@ -65,11 +70,12 @@ def read_columns(columns: RecordColumns) -> tuple[str, ...]:
     return tuple(name for value in values for name in ([value] if isinstance(value, str) else value or ()))
 
 
-def column_conflicts(data: object, task: Classification | CausalLm | Dpo) -> Iterator[str]:
+def column_conflicts(data: object, task: Task) -> Iterator[str]:
     """What is wrong between a source and a task, a run's or a node's, as `key: what; what to write instead`."""
     columns = data if isinstance(data, RecordColumns) else None
     yield from _of_sources(columns, task)
-    if isinstance(task, Classification):
+    yield from _of_length(getattr(data, "max_length", None), task)
+    if not isinstance(task, CausalLm | Dpo):
         return
     form = "text" if columns is None else form_of(columns)
     yield from _of_template(task.template, form)
@@ -77,7 +83,7 @@ def column_conflicts(data: object, task: Classification | CausalLm | Dpo) -> Ite
         yield from _of_supervision(task, form)
 
 
-def _of_sources(columns: RecordColumns | None, task: Classification | CausalLm | Dpo) -> Iterator[str]:
+def _of_sources(columns: RecordColumns | None, task: Task) -> Iterator[str]:
     forms = FORMS[task.kind]
     if columns is None:
         if "text" not in forms:
@@ -91,6 +97,14 @@ def _of_sources(columns: RecordColumns | None, task: Classification | CausalLm |
         return
     found = [name for name in dict.fromkeys(chain(*NAMES.values())) if name in written]
     yield f"data.{found[0]}: {', '.join(found)} together, but {task.kind} reads {_told(forms)}; write one of these"
+
+
+def _of_length(max_length: int | None, task: Task) -> Iterator[str]:
+    if "image" in FORMS[task.kind]:
+        if max_length is not None:
+            yield f"data.max_length: {max_length}, but an image has the size that its model reads; leave the key out"
+    elif max_length is None:
+        yield "data.max_length: missing; write how many tokens are kept of each record, such as 64"
 
 
 def _of_template(template: str | None, form: Form) -> Iterator[str]:

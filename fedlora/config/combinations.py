@@ -24,6 +24,7 @@ def conflicts(config: "RunConfig") -> list[str]:
         *lora_conflicts(config.lora),
         *_runtime(config),
         *_kernels(config),
+        *_images(config),
         *model_conflicts(config.model),
         *_world(config),
     ]
@@ -45,8 +46,8 @@ def require_servable(config: "RunConfig") -> None:
 def _labels(config: "RunConfig") -> Iterator[str]:
     if config.data.source == "docstrings" or config.data.label is not None:
         return
-    if config.task.kind == "sequence-classification":
-        yield "data.label: missing, but task.kind is sequence-classification; name the label column"
+    if not config.task.causal:
+        yield f"data.label: missing, but task.kind is {config.task.kind}; name the label column"
     if config.data.partition.kind in ("dirichlet", "pathological", "shards"):
         kind = config.data.partition.kind
         yield f"data.partition.kind: {kind} deals out labels, but data.label is null; write iid or column"
@@ -181,6 +182,13 @@ def _kernels(config: "RunConfig") -> Iterator[str]:
     if config.model.gradient_checkpointing and config.runtime.cache_prefix is True:
         yield (
             "model.gradient_checkpointing: cannot be combined with runtime.cache_prefix; write false for one of them"
+        )
+
+
+def _images(config: "RunConfig") -> Iterator[str]:
+    if config.task.kind == "image-classification" and config.runtime.cache_prefix is True:
+        yield (
+            "runtime.cache_prefix: true, but states are kept a token of text, and images have none; write false"
         )
 
 

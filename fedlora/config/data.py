@@ -71,8 +71,8 @@ Partition = Annotated[
 
 
 class _Data(Section):
-    max_length: Annotated[int, Field(ge=2)]
-    """Tokens kept of each record; of a pair of completions, of each of both."""
+    max_length: Annotated[int, Field(ge=2)] | None = None
+    """Tokens kept of each record; of a pair of completions, of each of both. null for images, and only there."""
     max_test_examples: Annotated[int, Field(ge=1)] | None = None
     """Score on the first so many test records of a seeded shuffle; null: all."""
     partition: Partition

@@ -23,6 +23,7 @@ _ELSEWHERE = {"export_every", "output", "runtime"}
 _SINCE: dict[tuple[str, ...], Any] = {
     ("data", "chosen"): None,
     ("data", "completion"): None,
+    ("data", "image"): None,
     ("data", "max_train_examples"): None,
     ("data", "messages"): None,
     ("data", "prompt"): None,

@@ -22,8 +22,8 @@ class NodeFiles(RecordColumns):
     source: Literal["files"]
     train: str
     """Path of a tsv, csv, jsonl or parquet file on this node, also gzipped."""
-    max_length: Annotated[int, Field(ge=2)]
-    """Tokens kept of each record; of a pair of completions, of each of both."""
+    max_length: Annotated[int, Field(ge=2)] | None = None
+    """Tokens kept of each record; of a pair of completions, of each of both. null for images, and only there."""
 
 
 class NodeDocstrings(Docstrings):
@@ -125,14 +125,11 @@ class NodeConfig(Section):
 
     @model_validator(mode="after")
     def _fits_together(self) -> "NodeConfig":
-        if self.task.kind == "sequence-classification" and len(self.classes) < 2:
-            raise ValueError(
-                f"classes: {len(self.classes)} named, but task.kind is sequence-classification; list them all"
-            )
-        if self.task.kind == "sequence-classification" and getattr(self.data, "label", "") is None:
-            raise ValueError(
-                "data.label: missing, but task.kind is sequence-classification; name the label's column"
-            )
+        classifies, kind = not self.task.causal, self.task.kind
+        if classifies and len(self.classes) < 2:
+            raise ValueError(f"classes: {len(self.classes)} named, but task.kind is {kind}; list them all")
+        if classifies and getattr(self.data, "label", "") is None:
+            raise ValueError(f"data.label: missing, but task.kind is {kind}; name the label's column")
         of_work = optimizer_conflicts(self.work.optimizer, self.lora, "work.optimizer")
         own = {} if self.rank is None else {self.client: self.rank}
         of_rank = rank_conflicts(own, self.lora, self.work.optimizer, "rank") if own else ()

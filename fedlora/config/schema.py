@@ -13,7 +13,13 @@ from fedlora.config.data import Data
 from fedlora.config.method import Method
 from fedlora.config.section import Section
 from fedlora.config.server import Server, ServerSgd
-from fedlora.config.task import CausalLm, Classification, Dpo, Task  # noqa: F401  # read from here, too
+from fedlora.config.task import (  # noqa: F401  # read from here, too
+    CausalLm,
+    Classification,
+    Dpo,
+    ImageClassification,
+    Task,
+)
 from fedlora.config.world import World
 
 Probability = Annotated[float, Field(gt=0, le=1)]

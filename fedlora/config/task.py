@@ -21,6 +21,15 @@ class Classification(Section):
     """Whether the model predicts next tokens."""
 
 
+class ImageClassification(Section):
+    """One label for one image, by any image classifier of transformers whose layers are linear: ViT, DeiT, DINOv2."""
+
+    kind: Literal["image-classification"]
+    head: Literal["trained", "frozen"] = "trained"
+    """trained: the classifier starts at zero and is clipped, noised and sent with B; frozen: random."""
+    causal: ClassVar[bool] = False
+
+
 class CausalLm(Section):
     """Next-token prediction; the loss is the mean over the trained tokens of one record, so records stay apart.
 
@@ -60,4 +69,4 @@ class Dpo(Section):
     causal: ClassVar[bool] = True
 
 
-Task = Annotated[Classification | CausalLm | Dpo, Field(discriminator="kind")]
+Task = Annotated[Classification | ImageClassification | CausalLm | Dpo, Field(discriminator="kind")]

@@ -81,6 +81,23 @@ def corpus_from(train: Table, test: Table, columns: Columns, *, causal: bool) ->
     )
 
 
+def labelled_records(table: Table, columns: Columns, classes: tuple[str, ...]) -> Records:
+    """The records of one table, labels as indices into `classes`, which everybody shares.
+
+    Raises:
+        DataError: as `corpus_from`; or labels that are not among the classes.
+    """
+    assert columns.label is not None
+    _require_no_text(columns)
+    names = _label_names(table, columns.label)
+    if unknown := set(names) - set(classes):
+        raise DataError(
+            f"{table.origin}: {len(unknown)} labels are not among classes {list(classes)}; add them on every node"
+        )
+    texts = texts_of(table, columns.text, columns.form, causal=False)
+    return Records(texts=texts, labels=_indices(names, classes))
+
+
 def _label_names(table: Table, name: str) -> list[str]:
     return [_label_name(table, name, row) for row in range(len(table.lines))]
 

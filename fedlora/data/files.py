@@ -41,7 +41,8 @@ def load_table(path: str, wanted: list[str]) -> Table:
         ) from None
     except (EOFError, OSError, zlib.error) as error:
         raise DataError(f"{path}: cannot be read: {error}; is it whole, and readable for you?") from None
-    return Table(origin=path, columns=dict(zip(wanted, columns, strict=True)), lines=lines)
+    named = dict(zip(wanted, columns, strict=True))
+    return Table(origin=path, columns=named, lines=lines, directory=file.parent)
 
 
 def column_names(path: str) -> list[str]:
@@ -183,4 +184,5 @@ def _parquet(file: Path, path: str, wanted: list[str]) -> Table:
         origin=path,
         columns={name: table.column(name).to_pylist() for name in wanted},
         lines=range(1, table.num_rows + 1),
+        directory=file.parent,
     )

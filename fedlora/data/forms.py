@@ -1,11 +1,13 @@
-"""From the rows of a table to what records say: a text, a pair, a prompt with what should follow, a conversation."""
+"""From the rows of a table to what records say or show: a text, a pair, a prompt with what should follow, a
+conversation, an image.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from fedlora.config.columns import Form
 from fedlora.data.table import Table, quoted
-from fedlora.data.texts import ROLES, Conversation, Instruction, Preference, Text, Turn
+from fedlora.data.texts import ROLES, Conversation, Instruction, Picture, Preference, Text, Turn
 from fedlora.errors import DataError
 
 
@@ -23,6 +25,7 @@ def texts_of(table: Table, names: tuple[str, ...], form: Form, *, causal: bool) 
     """
     make: dict[Form, Callable[[Sequence[_Cell]], Text]] = {
         "text": _joined if causal else _plain,
+        "image": _picture,
         "completion": _instruction,
         "messages": _conversation,
         "preference": _preference,
@@ -59,6 +62,26 @@ class _Cell:
 def _plain(cells: Sequence[_Cell]) -> Text:
     first, *rest = (cell.text() for cell in cells)
     return (first, rest[0]) if rest else first
+
+
+def _picture(cells: Sequence[_Cell]) -> Text:
+    (cell,) = cells
+    value, where = cell.value, f"{cell.table.where(cell.row)}: what column {cell.name!r} holds or names"
+    if isinstance(value, dict):  # as the Image feature of Hugging Face datasets writes it
+        value = value.get("bytes") or value.get("path")
+    if isinstance(value, bytes):
+        return Picture(content=value, where=where)
+    if not isinstance(value, str) or not value:
+        raise cell.bad(
+            f"holds {_kind(value)}, need the path or the bytes of an image file; mend or drop the row"
+        )
+    path = cell.table.directory / value
+    if not path.is_file():
+        raise cell.bad(
+            f"names {quoted(value)}, but no such file lies in {str(cell.table.directory)!r}; paths begin where the "
+            "table lies"
+        )
+    return Picture(content=path, where=where)
 
 
 def _joined(cells: Sequence[_Cell]) -> Text:

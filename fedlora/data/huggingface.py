@@ -23,7 +23,7 @@ def load_split(data: HuggingFace, split: str, wanted: list[str], most: int | Non
     Raises:
         DataError: the `datasets` library, the data set, the split or a column is not there, or a stream broke.
     """
-    dataset = _dataset(data, split)
+    dataset = _encoded_images(_dataset(data, split), wanted)
     origin = f"{data.path}{'' if data.name is None else '/' + data.name} ({split})"
     if data.streaming:
         columns = _streamed(dataset, origin, wanted, most)
@@ -71,6 +71,15 @@ def _dataset(data: HuggingFace, split: str) -> Any:
             f"data set {data.path!r} (name {data.name!r}, split {split!r}) could not be loaded: {error}; "
             "check data.path, data.name and the split, or download it once while the hub is within reach"
         ) from error
+
+
+def _encoded_images(dataset: Any, wanted: list[str]) -> Any:
+    """Columns of images as {bytes, path}: whoever reads them knows the size that is wanted."""
+    for name in wanted:
+        feature: Any = (dataset.features or {}).get(name)
+        if type(feature).__name__ == "Image":
+            dataset = dataset.cast_column(name, type(feature)(decode=False))
+    return dataset
 
 
 def _named(values: list[object], feature: Any) -> list[object]:

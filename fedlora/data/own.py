@@ -1,16 +1,13 @@
 """A data owner's own records, as node.yaml names them."""
 
-import numpy as np
-
 from fedlora.config.columns import form_of, read_columns
 from fedlora.config.node import NodeConfig, NodeDocstrings, NodeFiles
 from fedlora.config.task import Task
 from fedlora.data import load_corpus
-from fedlora.data.corpus import Columns, corpus_from
+from fedlora.data.corpus import Columns, corpus_from, labelled_records
 from fedlora.data.files import load_table
 from fedlora.data.partition import partition
 from fedlora.data.records import Records
-from fedlora.data.table import Table
 from fedlora.errors import ConfigError, DataError
 
 
@@ -40,18 +37,4 @@ def _file_records(data: NodeFiles, task: Task, classes: list[str]) -> Records:
     table = load_table(data.train, columns.names())
     if causal:
         return corpus_from(table, table, columns, causal=True).train
-    # A row for each class in front, so that a node which lacks one numbers them as all do; cut off below.
-    known = Table(
-        origin=table.origin,
-        columns={name: [*classes, *column] for name, column in table.columns.items()},
-        lines=[*[0] * len(classes), *table.lines],
-    )
-    corpus = corpus_from(known, known, columns, causal=False)
-    if unknown := sorted(set(corpus.classes) - set(classes)):
-        raise DataError(
-            f"{data.train}: {len(unknown)} labels are not among classes {classes}; add them on every node"
-        )
-    records = corpus.train.select(np.arange(len(classes), len(corpus.train)))
-    assert records.labels is not None
-    number = np.array([classes.index(name) for name in corpus.classes], dtype=np.int64)
-    return Records(texts=records.texts, labels=number[records.labels])
+    return labelled_records(table, columns, tuple(classes))

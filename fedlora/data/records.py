@@ -2,9 +2,9 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -71,11 +71,16 @@ class States:
         return self.rows[_gathered(self.starts, offsets)]
 
 
+_Taking: TypeAlias = Callable[[NDArray[Any]], NDArray[Any]]
+"""From an array of all records' tokens to that of some."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Examples:
     """Tokenised records in a few flat arrays, so that shipping them to a worker costs no list a record.
 
-    input_ids: (tokens,) of all records, one after the other.
+    input_ids: (tokens,) of all records, one after the other. Of an image these are its bytes, uint8; how many tokens a
+        model makes of them is its intake's to know.
     offsets: (n + 1,); record i is input_ids[offsets[i] : offsets[i + 1]].
     labels: (n,) class indices, where the source has any.
     token_type_ids: (tokens,), only for pairs and only where the tokenizer makes them.
@@ -86,7 +91,7 @@ class Examples:
         is one sequence.
     """
 
-    input_ids: NDArray[np.int32]
+    input_ids: NDArray[np.int32 | np.uint8]
     offsets: NDArray[np.int64]
     labels: NDArray[np.int64] | None = None
     token_type_ids: NDArray[np.int8] | None = None
@@ -162,17 +167,28 @@ class Examples:
         indices = np.asarray(indices, dtype=np.int64)
         lengths = self.lengths[indices]
         offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-        tokens = _gathered(self.offsets[indices], offsets)
+        taken = self._of_equal_length(indices) or self._of_any_length(indices, offsets)
         states = self.states
         return Examples(
-            input_ids=self.input_ids[tokens],
+            input_ids=taken(self.input_ids),
             offsets=offsets,
             labels=None if self.labels is None else self.labels[indices],
-            token_type_ids=None if self.token_type_ids is None else self.token_type_ids[tokens],
+            token_type_ids=None if self.token_type_ids is None else taken(self.token_type_ids),
             states=None if states is None else replace(states, starts=states.starts[indices]),
-            trained=None if self.trained is None else self.trained[tokens],
+            trained=None if self.trained is None else taken(self.trained),
             firsts=None if self.firsts is None else self.firsts[indices],
         )
+
+    def _of_any_length(self, indices: NDArray[np.int64], offsets: NDArray[np.int64]) -> _Taking:
+        tokens = _gathered(self.offsets[indices], offsets)
+        return lambda array: array[tokens]
+
+    def _of_equal_length(self, indices: NDArray[np.int64]) -> _Taking | None:
+        """By rows, where all are of one length: an index a number would weigh eight times an image's bytes."""
+        lengths = self.lengths
+        if len(lengths) == 0 or lengths[0] == 0 or not np.all(lengths == lengths[0]):
+            return None
+        return lambda array: array.reshape(len(lengths), -1)[indices].reshape(-1)
 
 
 def _gathered(starts: NDArray[np.int64], offsets: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -4,6 +4,7 @@ import difflib
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from fedlora.errors import DataError
 
@@ -17,11 +18,12 @@ NAME_LIKE = re.compile(r"[\w.-]{1,30}")
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Table:
     """Columns of equal length. origin: what an error calls the source; lines: where each row stands in it,
-    from 1."""
+    from 1. directory: where relative paths in it begin."""
 
     origin: str
     columns: dict[str, list[object]]
     lines: Sequence[int]
+    directory: Path = Path()
 
     def where(self, row: int) -> str:
         """`origin:line` of a row."""

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fedlora.config.task import Classification, Task
+from fedlora.config.task import CausalLm, Dpo, Task
 from fedlora.data.completions import tokenise_completions
 from fedlora.data.records import Examples, Records
 from fedlora.data.texts import Conversation, Instruction, Preference
@@ -31,7 +31,7 @@ def tokenise(
         max_length: tokens of a sequence at most.
         task: None only for texts and pairs.
     """
-    if task is not None and not isinstance(task, Classification) and _have_completions(records):
+    if isinstance(task, CausalLm | Dpo) and _have_completions(records):
         return tokenise_completions(records, tokenizer, max_length, task)
     pairs = len(records) > 0 and isinstance(records.texts[0], tuple)
     ids: list[np.ndarray] = [np.zeros(0, dtype=np.int32)]

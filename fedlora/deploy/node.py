@@ -17,7 +17,6 @@ from fedlora.code_digest import code_digest
 from fedlora.config.node import NodeConfig
 from fedlora.data.own import own_records
 from fedlora.data.records import Examples, Records, fingerprint
-from fedlora.data.tokenise import tokenise
 from fedlora.errors import DataError, LedgerError, PrivacyError, ShapeError, without_records
 from fedlora.kernels.table import ops_for
 from fedlora.privacy.accountants import agreed_epsilon
@@ -31,7 +30,8 @@ from fedlora.privacy.outbox import Kept, Outbox
 from fedlora.privacy.sampling import poisson
 from fedlora.training.checkpoints import base_digest
 from fedlora.training.client import Node, calibrated, participation, request_digest, train
-from fedlora.training.load import load_model, load_tokenizer
+from fedlora.training.examples import examples_of
+from fedlora.training.load import load_model
 from fedlora.training.model import AdaptedModel
 from fedlora.transport.wire import decode_request, encode_reply
 from fedlora.values import ClientUpdate, Mechanism, Refusal, RefusalReason, Sampling, TrainRequest, Witness
@@ -233,7 +233,8 @@ class DeployedNode:
     @cached_property
     def _examples(self) -> Examples:
         config = self.config
-        return tokenise(self._records, load_tokenizer(config.model.name), config.data.max_length, config.task)
+        name, max_length = config.model.name, config.data.max_length
+        return examples_of(self._records, name=name, max_length=max_length, task_cfg=config.task)
 
     @cached_property
     def _node(self) -> Node:

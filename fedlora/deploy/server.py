@@ -21,7 +21,6 @@ from fedlora.config.load import config_digest, dump_config, require_same
 from fedlora.config.node import CLIENT_NAME
 from fedlora.config.schema import RunConfig
 from fedlora.data import load_corpus
-from fedlora.data.tokenise import tokenise
 from fedlora.deploy.journal import Journal, Reported
 from fedlora.deploy.soundness import Soundness
 from fedlora.disk import write_durably
@@ -46,8 +45,9 @@ from fedlora.runs.rundir import (
 )
 from fedlora.runs.summary import run_summary, write_summary
 from fedlora.tracking.telling import require_trackers, tracked
+from fedlora.training.examples import examples_of
 from fedlora.training.guards import clip_note, clipped, require_gradients
-from fedlora.training.load import load_model, load_tokenizer
+from fedlora.training.load import load_model
 from fedlora.training.tasks import evaluate
 from fedlora.transport import QUOTED
 from fedlora.transport.flower_client import Hello
@@ -156,7 +156,8 @@ class _Centre:
 def _centre(config: RunConfig) -> _Centre:
     """The public test data and the model that is scored on them."""
     corpus = load_corpus(config.data, config.task, config.seed)
-    test = tokenise(corpus.test, load_tokenizer(config.model.name), config.data.max_length, config.task)
+    name, max_length = config.model.name, config.data.max_length
+    test = examples_of(corpus.test, name=name, max_length=max_length, task_cfg=config.task)
     model = load_model(config.model, config.task, config.lora, corpus.classes, config.seed)
 
     def score(adapters: Adapters) -> dict[str, Any]:

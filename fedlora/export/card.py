@@ -9,6 +9,9 @@ from fedlora.export.report_clients import CLIENT_HEADS, MOST_ROWS, client_rows, 
 from fedlora.export.statement import METHODS, Statement, began_text, privacy_statement
 from fedlora.export.words import number, score
 
+PIPELINES = {"sequence-classification": "text-classification", "image-classification": "image-classification"}
+"""What model hubs call a task; the others generate text."""
+
 
 def model_card(config: RunConfig, summary: Mapping[str, Any], *, merged: bool = False) -> str:
     """Markdown: front matter that model hubs read, the privacy statement, how to load the files beside it.
@@ -40,7 +43,7 @@ def data_source(config: RunConfig) -> str:
 
 
 def _front_matter(config: RunConfig, merged: bool) -> str:
-    pipeline = "text-classification" if config.task.kind == "sequence-classification" else "text-generation"
+    pipeline = PIPELINES.get(config.task.kind, "text-generation")
     tags = "\n".join(f"- {tag}" for tag in ("fedlora", "lora", "federated-learning", "differential-privacy"))
     base = "" if _is_path(config.model.name) else f"base_model: {config.model.name}\n"
     tags = tags if config.privacy != "none" else tags.replace("\n- differential-privacy", "")
@@ -61,7 +64,9 @@ def _title(config: RunConfig, statement: Statement) -> str:
 
 def _usage(config: RunConfig, merged: bool) -> str:
     """Python that loads what lies beside the card and, for a classifier, uses it."""
-    classifies = config.task.kind == "sequence-classification"
+    if config.task.kind == "image-classification":
+        return _usage_on_images(config, merged)
+    classifies = not config.task.causal
     auto = "AutoModelForSequenceClassification" if classifies else "AutoModelForCausalLM"
     here, name = 'here = "."  # the directory of this card', repr(config.model.name)
     if merged:
@@ -86,6 +91,34 @@ def _usage(config: RunConfig, merged: bool) -> str:
     note = "transformers reports the classifier as missing from the base model: the adapter brings it.\n"
     shown = "\n".join(lines)
     return f"## Use\n\n```python\n{shown}\n```\n" + (f"\n{note}" if classifies and not merged else "")
+
+
+def _usage_on_images(config: RunConfig, merged: bool) -> str:
+    """The same of a model that looks at images."""
+    imports = "AutoImageProcessor, AutoModelForImageClassification"
+    lines = [
+        "from PIL import Image",
+        f"from transformers import {imports}",
+        "",
+        'here = "."  # the directory of this card',
+    ]
+    if merged:
+        lines += ["name = here", "model = AutoModelForImageClassification.from_pretrained(here).eval()"]
+    else:
+        lines = ["import json", "from pathlib import Path", "", "from peft import PeftModel", *lines]
+        lines += [
+            f"name = {config.model.name!r}",
+            'classes = json.loads(Path(here, "classes.json").read_text())',
+        ]
+        lines += ["base = AutoModelForImageClassification.from_pretrained("]
+        lines += ["    name, num_labels=len(classes), ignore_mismatched_sizes=True", ")"]
+        lines += ["model = PeftModel.from_pretrained(base, here).eval()"]
+    lines += ["processor = AutoImageProcessor.from_pretrained(name)", ""]
+    lines += ['pixels = processor(Image.open("image.png").convert("RGB"), return_tensors="pt")']
+    lines += ["best = model(**pixels).logits.argmax().item()"]
+    lines += [f"print({'model.config.id2label[best]' if merged else 'classes[best]'})"]
+    shown = "\n".join(lines)
+    return f"## Use\n\n```python\n{shown}\n```\n"
 
 
 def _training(config: RunConfig, summary: Mapping[str, Any]) -> str:

@@ -13,7 +13,6 @@ from peft import PeftModel, set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from fedlora.algebra.factors import folded, padded
 from fedlora.config import schema
@@ -21,14 +20,11 @@ from fedlora.config.schema import RunConfig
 from fedlora.disk import fsync
 from fedlora.errors import ConfigError, FedLoraError
 from fedlora.export.card import model_card
-from fedlora.training.checkpoints import DTYPES, load_base, quiet
+from fedlora.training.checkpoints import DTYPES, auto_class, load_base, quiet
 from fedlora.training.from_adapter import peft_scale
-from fedlora.training.load import load_model, load_tokenizer
-from fedlora.training.model import ADAPTER, AdaptedModel
+from fedlora.training.load import load_model
+from fedlora.training.model import ADAPTER, AdaptedModel, transformer_of
 from fedlora.values import Adapters
-
-PROBE = (4, 24)
-"""Records and tokens of the batch on which logits are compared."""
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-5, torch.bfloat16: 0.05}
 """Largest difference of logits, relative to the largest. bfloat16 has 8 bits; PEFT loads the head in it."""
@@ -76,7 +72,7 @@ def write_adapter(
     lora_cfg = peft_lora(
         config.lora, (max(ranks), None) if same else (config.lora.r, config.lora.rank_pattern)
     )
-    if config.task.kind == "sequence-classification":  # whose head or pooler may have come with it
+    if not config.task.causal:  # a classifier, whose head or pooler may have come with it
         lora_cfg = lora_cfg.model_copy(update={"from_adapter": config.lora.from_adapter})
     given = config.model_copy(update={"model": base_cfg, "lora": lora_cfg})
     model = load_model(given.model, given.task, given.lora, classes, given.seed, any_rank=True)
@@ -195,13 +191,14 @@ def _write(
     aside: Path, model: AdaptedModel, config: RunConfig, classes: tuple[str, ...], merge: bool
 ) -> None:
     """All files but the card, compared."""
-    wanted = _logits(model.peft_model, model.pad_token)
+    inputs = model.intake.made_up(transformer_of(model.peft_model))
+    wanted = _logits(model.peft_model, inputs)
     limits = MERGED_TOLERANCE if merge else TOLERANCE
     if merge:
         with quiet():
             merged = model.peft_model.merge_and_unload()
             merged.save_pretrained(str(aside), safe_serialization=True)
-        load_tokenizer(config.model.name).save_pretrained(str(aside))
+        model.intake.save(aside)
         again = _merged_again(aside, config)
     else:
         # The name that others know the base by, not where it lies on this machine.
@@ -211,7 +208,7 @@ def _write(
         again = _adapter_again(aside, config, classes)
     if classes:
         (aside / "classes.json").write_text(json.dumps(classes) + "\n", encoding="utf-8")
-    _require_equal(wanted, _logits(again, model.pad_token), limits[DTYPES[config.model.dtype]])
+    _require_equal(wanted, _logits(again, inputs), limits[DTYPES[config.model.dtype]])
 
 
 def _adapter_again(directory: Path, config: RunConfig, classes: tuple[str, ...]) -> nn.Module:
@@ -222,23 +219,15 @@ def _adapter_again(directory: Path, config: RunConfig, classes: tuple[str, ...])
 
 
 def _merged_again(directory: Path, config: RunConfig) -> nn.Module:
-    classifies = config.task.kind == "sequence-classification"
-    kind: Callable[..., nn.Module] = (
-        AutoModelForSequenceClassification if classifies else AutoModelForCausalLM
-    ).from_pretrained
+    load: Callable[..., nn.Module] = auto_class(config.task).from_pretrained
     with quiet():
-        return kind(str(directory), dtype=DTYPES[config.model.dtype], local_files_only=True)
+        return load(str(directory), dtype=DTYPES[config.model.dtype], local_files_only=True)
 
 
 @torch.no_grad()
-def _logits(model: Any, pad_token: int) -> Tensor:
-    """Logits of a fixed batch of token numbers, float64."""
-    model.eval()
-    model.config.pad_token_id = pad_token
-    words = model.get_input_embeddings().num_embeddings
-    tokens = torch.randint(0, words, PROBE, generator=torch.Generator().manual_seed(0))
-    # One token a record may be the padding; the mask says that all are meant.
-    return model(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits.double()
+def _logits(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+    """Logits of a fixed batch, float64."""
+    return model.eval()(**inputs).logits.double()
 
 
 def _require_equal(wanted: Tensor, got: Tensor, tolerance: float) -> None:

@@ -14,7 +14,8 @@ from fedlora.data.completions import prompts
 from fedlora.disk import write_durably
 from fedlora.training.adapter import without_adapters
 from fedlora.training.generation import continued
-from fedlora.training.load import load_model, load_tokenizer
+from fedlora.training.load import load_model
+from fedlora.training.tokens import load_tokenizer
 from fedlora.values import Adapters
 
 
@@ -35,6 +36,7 @@ def write_samples(target: Path, config: RunConfig, adapters: Adapters) -> None:
     task = config.task
     assert isinstance(task, CausalLm)
     tokenizer: Any = load_tokenizer(config.model.name)
+    assert config.data.max_length is not None, "config/columns.py asks for it"
     test = load_corpus(config.data, task, config.seed).test
     asked = test.select(np.arange(min(task.samples, len(test))))
     model = load_model(config.model, task, config.lora, (), config.seed)

@@ -14,8 +14,7 @@ from fedlora.methods.subspace import Public, Subspace
 from fedlora.runs.rundir import BEGAN_FROM, began_from
 from fedlora.training.checkpoints import base_digest
 from fedlora.training.from_adapter import adapter_digest, read_adapter
-from fedlora.training.load import load_tokenizer
-from fedlora.training.model import AdaptedModel
+from fedlora.training.model import AdaptedModel, transformer_of
 from fedlora.training.public import input_directions, mean_inputs, weight_directions
 from fedlora.values import Origin, ServerState, Site
 
@@ -66,11 +65,11 @@ def public_facts(config: RunConfig, model: AdaptedModel, subspace: Subspace) -> 
     weights = weight_directions(layers, r) if "principal" in (subspace.init, subspace.left) else {}
     means, inputs = {}, {}
     if subspace.init in ("centred", "activations"):
-        tokenizer = load_tokenizer(config.model.name)
+        public = model.intake.public(transformer_of(model.peft_model))
         if subspace.init == "centred":
-            means = mean_inputs(model.peft_model, layers, tokenizer)
+            means = mean_inputs(model.peft_model, layers, public)
         else:
-            inputs = input_directions(model.peft_model, layers, tokenizer, r)
+            inputs = input_directions(model.peft_model, layers, public, r)
     ranks = {site: rank_of(config.lora, site) for site in layers}
     return {
         site: Public(

@@ -199,7 +199,8 @@ def runs_alone(config: RunConfig, model: AdaptedModel) -> bool:
 def shared_passes(config: RunConfig, model: AdaptedModel) -> int:
     """How many clients share a forward pass: as the config says, and 1 where they cannot, which the log explains."""
     trained = model.trained
-    asked = clients_together(config, sum(parameter.numel() for parameter in trained.values()))
+    tokens = model.intake.most_tokens(config.data.max_length)
+    asked = clients_together(config, sum(parameter.numel() for parameter in trained.values()), tokens)
     if asked == 1 or config.runtime.kind == "flower":
         return 1
     why = "records that must run alone" if runs_alone(config, model) else None

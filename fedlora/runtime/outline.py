@@ -7,7 +7,7 @@ the run itself calibrates each client finely, by two accountants. Time is multip
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
@@ -82,12 +82,12 @@ def outline(config: RunConfig) -> Preview:
         ConfigError, DataError, PrivacyError: the data cannot be read or dealt out, a target names no layer of the
             model, delta is too large, or no noise meets the budget. A run may still refuse what only a model shows.
     """
-    sizes = _sizes(config)
+    place = local(config.model.name)
+    seen = None if place is None else look(place)
+    sizes = _sizes(config, seen)
     notes = (
         [] if sizes.exact else ["docstrings are not read for this: records are the most that there can be"]
     )
-    place = local(config.model.name)
-    seen = None if place is None else look(place)
     if seen is None:
         notes.append(f"{config.model.name} is not on this machine, so numbers, bytes and time are not told")
     processes = model_holders(config.runtime, os.cpu_count() or 1)
@@ -105,26 +105,33 @@ def outline(config: RunConfig) -> Preview:
     )
 
 
-def _sizes(config: RunConfig) -> _Sizes:
+def _sizes(config: RunConfig, seen: Look | None) -> _Sizes:
     if isinstance(config.data, Docstrings):
         packages = config.data.packages or DEFAULT_PACKAGES
         clients = getattr(config.data.partition, "clients", 1)
         each = len(packages) * config.data.max_per_class // clients
         test = config.data.max_test_examples or len(packages) * config.data.max_per_class // 5
         counts = dict.fromkeys(client_names(clients), each)
-        tokens = float(config.data.max_length)
+        tokens = float(config.data.max_length or 0)
         return _Sizes(clients=counts, test=test, classes=len(packages), tokens=tokens, exact=False)
     corpus = load_corpus(config.data, config.task, config.seed)
     parts = partition(corpus.train, config.data.partition, config.seed)
-    some = corpus.train.texts[:: max(1, len(corpus.train.texts) // 200)]
-    letters = sum(map(_letters, some)) / max(len(some), 1)
     return _Sizes(
         clients={client: len(parts[client]) for client in sorted(parts)},
         test=len(corpus.test),
         classes=len(corpus.classes),
-        tokens=min(float(config.data.max_length), 2 + letters / BYTES_A_TOKEN),
+        tokens=_tokens(config, corpus.train.texts, seen),
         exact=True,
     )
+
+
+def _tokens(config: RunConfig, texts: Sequence[object], seen: Look | None) -> float:
+    """Of a record on average."""
+    if config.data.max_length is None:  # an image: its patches, and one for the class
+        return 1.0 + ((seen and seen.patches) or 0)
+    some = texts[:: max(1, len(texts) // 200)]
+    letters = sum(map(_letters, some)) / max(len(some), 1)
+    return min(float(config.data.max_length), 2 + letters / BYTES_A_TOKEN)
 
 
 def _letters(text: object) -> int:
@@ -164,7 +171,7 @@ def _numbers(config: RunConfig, seen: Look, sizes: _Sizes) -> tuple[int, int, in
         trained += own
         received += a + b + (own if lora.trains in ("core", "singular-values") else 0)
     head = 0
-    if config.task.kind == "sequence-classification" and seen.hidden is not None:
+    if not config.task.causal and seen.hidden is not None:
         head = sizes.classes * (seen.hidden + 1)
     sent = trained + (head if getattr(config.task, "head", "") == "trained" else 0)
     return sent, sent, received + head

@@ -15,7 +15,6 @@ from fedlora.data import load_corpus
 from fedlora.data.holdings import Holdings, dealt
 from fedlora.data.partition import partition
 from fedlora.data.records import Examples
-from fedlora.data.tokenise import tokenise
 from fedlora.federation.events import Listener, Stage
 from fedlora.federation.plan import require_plannable
 from fedlora.methods import Method, build
@@ -30,8 +29,9 @@ from fedlora.runtime.world.world import build as build_world
 from fedlora.tracking.telling import require_trackers
 from fedlora.training.checkpoints import base_digest
 from fedlora.training.client import calibrated
+from fedlora.training.examples import examples_of
 from fedlora.training.first_token import narrow_last_layer
-from fedlora.training.load import load_model, load_tokenizer
+from fedlora.training.load import load_model
 from fedlora.training.model import AdaptedModel
 from fedlora.training.prefix import frozen_prefix
 from fedlora.training.states import shared_states
@@ -148,13 +148,14 @@ def prepare(config: RunConfig, listener: Listener, shared: Shared | None = None)
 
 def gather_clients(config: RunConfig, listener: Listener) -> Clients:
     """Reads, tokenises and deals out the records; calibrates each client's noise."""
-    tokenizer = load_tokenizer(config.model.name)
     listener(Stage(name=f"reading {config.data.source}"))
     corpus = load_corpus(config.data, config.task, config.seed)
     parts = partition(corpus.train, config.data.partition, config.seed)
     listener(Stage(name=f"tokenising {len(corpus.train.texts):,} records for {len(parts)} clients"))
-    train = tokenise(corpus.train, tokenizer, config.data.max_length, config.task)
-    test = tokenise(corpus.test, tokenizer, config.data.max_length, config.task)
+    read = partial(
+        examples_of, name=config.model.name, max_length=config.data.max_length, task_cfg=config.task
+    )
+    train, test = read(corpus.train), read(corpus.test)
     examples, numbers = Holdings.of(train, parts), dealt(parts)
     members = tuple(
         Member(client=client, examples=int(records))

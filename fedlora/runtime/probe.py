@@ -2,6 +2,7 @@
 
 import socket
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from fedlora.privacy.step import private_gradient
 from fedlora.runtime.host import Host, HostSetup, runs_alone
 from fedlora.runtime.seats import GpuNode, Peak
 from fedlora.training.batches import ALONE, TOKEN_BUDGET
+from fedlora.training.intake import Intake
 from fedlora.training.model import AdaptedModel
 from fedlora.training.tasks import losses
 
@@ -72,7 +74,7 @@ def largest_step(host: Host) -> None:
     """A forward and backward pass as a client makes it, of the largest micro-batch, of records that nobody owns."""
     config = host.setup.config
     alone = runs_alone(config, host.model)
-    records = largest_batch(config, alone)
+    records = largest_batch(config, host.model.intake, alone)
     terms = next(iter(host.setup.terms.values()))
     private_gradient(
         host.engine,
@@ -87,16 +89,14 @@ def largest_step(host: Host) -> None:
     )
 
 
-def largest_batch(config: RunConfig, alone: bool) -> Examples:
-    """As many records of max_length tokens, a pair of twice as many, as a micro-batch holds at most."""
+def largest_batch(config: RunConfig, intake: Intake, alone: bool) -> Examples:
+    """As many records of the largest size, a pair twice as large, as a micro-batch holds at most."""
     pairs = config.task.kind == "dpo"
-    length = config.data.max_length * (2 if pairs else 1)
+    length = intake.most_tokens(config.data.max_length) * (2 if pairs else 1)
     count = 1 if alone else max(1, TOKEN_BUDGET // length)
-    labelled = config.task.kind == "sequence-classification"
-    return Examples(
-        input_ids=np.zeros(count * length, dtype=np.int32),
-        offsets=np.arange(count + 1, dtype=np.int64) * length,
-        labels=np.zeros(count, dtype=np.int64) if labelled else None,
+    return replace(
+        intake.blank(count, length),
+        labels=None if config.task.causal else np.zeros(count, dtype=np.int64),
         firsts=np.full(count, length // 2, dtype=np.int64) if pairs else None,
     )
 

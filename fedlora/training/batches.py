@@ -1,6 +1,5 @@
 """Records side by side in one pass of a model."""
 
-import inspect
 from collections.abc import Mapping
 
 import numpy as np
@@ -9,6 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedlora.data.records import Examples
+from fedlora.training.intake import Intake
 from fedlora.training.model import AdaptedModel, transformer_of
 from fedlora.training.prefix import resumed
 
@@ -20,14 +20,18 @@ ALONE = 1
 
 
 def micro_batches(
-    examples: Examples, indices: NDArray[np.int64] | Tensor, token_budget: int = TOKEN_BUDGET
+    examples: Examples,
+    indices: NDArray[np.int64] | Tensor,
+    token_budget: int = TOKEN_BUDGET,
+    intake: Intake | None = None,
 ) -> list[NDArray[np.int64]]:
     """The indices in groups of like length, shortest first, of at most `token_budget` tokens when padded.
 
-    A record longer than that is a group of its own.
+    A record longer than that is a group of its own. intake: counts a record's tokens; None: they are all numbers that
+    it has.
     """
     wanted = np.asarray(indices, dtype=np.int64)
-    lengths = examples.footprints[wanted]
+    lengths = (examples.footprints if intake is None else intake.footprints(examples))[wanted]
     order = np.lexsort((wanted, lengths))
     groups: list[NDArray[np.int64]] = []
     start = 0
@@ -60,20 +64,16 @@ def collate(examples: Examples, pad_token: int, device: torch.device) -> dict[st
     return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
-def model_inputs(adapted: AdaptedModel, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What of a collated batch the model is called with: tokens, mask, and token types if it knows any."""
-    names = {"input_ids", "attention_mask"}
-    base = transformer_of(adapted.peft_model)
-    if "token_type_ids" in inspect.signature(base.forward).parameters:
-        names.add("token_type_ids")
-    return {name: batch[name] for name in names & batch.keys()}
-
-
 def logits_of(adapted: AdaptedModel, batch: Mapping[str, Tensor]) -> Tensor:
     """(n, classes), or (rows, tokens, vocabulary); float32 or wider."""
     with resumed(adapted, batch.get("states")):
         logits = adapted.peft_model(**model_inputs(adapted, batch)).logits
     return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def model_inputs(adapted: AdaptedModel, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What the model is called with on a batch of its intake's."""
+    return adapted.intake.inputs(transformer_of(adapted.peft_model), batch)
 
 
 def states_of(rows: NDArray[np.floating] | NDArray[np.uint16]) -> Tensor:

@@ -7,14 +7,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, assert_never
 
 import huggingface_hub
 import torch
 import transformers
 from huggingface_hub import constants
 from huggingface_hub.errors import HfHubHTTPError
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+)
 
 from fedlora.config import schema
 from fedlora.data.hub import hub_within_reach
@@ -149,14 +154,14 @@ def load_base(
 ) -> tuple[PreTrainedModel, tuple[str, ...]]:
     """The pretrained model for the task, and the names of those of its parameters that the checkpoint lacks.
 
-    It is in evaluation mode (no dropout), and its config names a token to pad with. What is lacking was drawn
-    from torch's global generator; the caller guards it. Only safetensors weights are read.
+    It is in evaluation mode (no dropout), and that of a language model names a token to pad with in its config. What is
+    lacking was drawn from torch's global generator; the caller guards it. Only safetensors weights are read.
 
     Raises:
-        ModelError: not there, not loadable for this task, lacking weights, or minding padding.
+        ModelError: not there, not loadable for this task, or lacking weights.
     """
     causal = task_cfg.causal
-    model, new = _loaded(model_cfg, task_cfg.kind, None if causal else classes)
+    model, new = _loaded(model_cfg, task_cfg, None if causal else classes)
     required = [key for key in new if causal or _must_be_pretrained(model, key)]
     if required:
         raise ModelError(
@@ -164,20 +169,32 @@ def load_base(
             f"{type(model).__name__}, the first {required[0]!r}; name a checkpoint that was pretrained for "
             f"task.kind {task_cfg.kind}"
         )
-    _set_pad_token(model)
-    _require_isolation(model_cfg.name, model.eval())
-    return model, new
+    if not isinstance(task_cfg, schema.ImageClassification):
+        _set_pad_token(model)
+    return model.eval(), new
+
+
+def auto_class(task_cfg: schema.Task) -> Any:
+    """Which of transformers' classes loads models of this task."""
+    match task_cfg:
+        case schema.Classification():
+            return AutoModelForSequenceClassification
+        case schema.ImageClassification():
+            return AutoModelForImageClassification
+        case schema.CausalLm() | schema.Dpo():
+            return AutoModelForCausalLM
+        case _:
+            assert_never(task_cfg)
 
 
 def _loaded(
-    model_cfg: schema.Model, task: str, classes: tuple[str, ...] | None
+    model_cfg: schema.Model, task_cfg: schema.Task, classes: tuple[str, ...] | None
 ) -> tuple[PreTrainedModel, tuple[str, ...]]:
     path = locate(model_cfg.name)
-    kind: Any = AutoModelForCausalLM if classes is None else AutoModelForSequenceClassification
     extra = {} if classes is None else _label_arguments(model_cfg.name, classes)
     try:
         with quiet():
-            model, loaded = kind.from_pretrained(
+            model, loaded = auto_class(task_cfg).from_pretrained(
                 str(path),
                 dtype=DTYPES[model_cfg.dtype],
                 local_files_only=True,
@@ -188,7 +205,7 @@ def _loaded(
             )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         raise ModelError(
-            f"model.name {model_cfg.name!r} at {str(path)!r} does not load for task.kind {task}: {error}; "
+            f"model.name {model_cfg.name!r} at {str(path)!r} does not load for task.kind {task_cfg.kind}: {error}; "
             f"it needs an architecture that transformers knows for this task, and safetensors weights"
         ) from error
     new = {*loaded["missing_keys"], *(key for key, *_ in loaded["mismatched_keys"])}
@@ -214,32 +231,10 @@ def _must_be_pretrained(model: PreTrainedModel, parameter: str) -> bool:
 def _set_pad_token(model: PreTrainedModel) -> None:
     """Set even where the checkpoint names none: decoders find a record's last token by it. Always masked."""
     tokens = (getattr(model.config, name, None) for name in ("pad_token_id", "eos_token_id"))
-    size = _vocabulary(model)
+    size = vocabulary(model)
     model.config.pad_token_id = next((t for t in tokens if isinstance(t, int) and 0 <= t < size), 0)
 
 
-def _vocabulary(model: PreTrainedModel) -> int:
+def vocabulary(model: PreTrainedModel) -> int:
+    """How many tokens a language model knows."""
     return model.get_input_embeddings().get_parameter("weight").shape[0]
-
-
-@torch.no_grad()
-def _require_isolation(name: str, model: PreTrainedModel) -> None:
-    """Refuses a model whose output for a record moves with the padding beside it.
-
-    Padding is as long as the longest neighbour, and the bound on one record's influence, hence epsilon, holds
-    only if no record can see another.
-    """
-    pad = model.config.pad_token_id
-    tokens = torch.arange(6) % (_vocabulary(model) - 1)
-    alone = (tokens + (tokens >= pad))[None]  # six tokens, none of them the padding's
-    padded = torch.nn.functional.pad(alone, (0, 5), value=pad)
-    expected = model(input_ids=alone, attention_mask=torch.ones_like(alone)).logits
-    found = model(input_ids=padded, attention_mask=(torch.arange(11) < 6).long()[None]).logits
-    found = found[:, :6] if found.ndim == 3 else found
-    change = float((found - expected).norm() / expected.norm().clamp(min=1e-12))
-    # a few roundings of the model's dtype, against changes of order 1 where padding is seen
-    if change > (0.05 if model.dtype == torch.bfloat16 else 1e-4):
-        raise ModelError(
-            f"model.name {name!r}: {type(model).__name__} gives a record other logits when it is padded "
-            f"(relative change {change:.2g}), so records would not stay apart; take one that masks padding"
-        )

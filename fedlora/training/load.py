@@ -8,7 +8,7 @@ from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fedlora.config import schema
@@ -18,30 +18,25 @@ from fedlora.kernels.packed import available, pack_frozen
 from fedlora.kernels.quantised import Quantization, quantise_frozen
 from fedlora.seeds import seed_for
 from fedlora.training.adapter import scale_low, train_core
-from fedlora.training.checkpoints import load_base, locate, quiet
+from fedlora.training.checkpoints import load_base, quiet
+from fedlora.training.examples import intake_of
 from fedlora.training.from_adapter import read_adapter, require_sites, take_saved
 from fedlora.training.model import ADAPTER, LORA_A, LORA_B, AdaptedModel, transformer_of
 from fedlora.training.public import make_identity_pooler
 from fedlora.training.same_input import same_inputs
 from fedlora.training.singular_values import train_singular_values
 from fedlora.training.targets import is_within, targets
+from fedlora.training.tasks import objective_of
+from fedlora.training.tokens import load_tokenizer
 from fedlora.values import Site
 
-
-def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """The tokenizer that belongs to the model of this name.
-
-    Raises:
-        ModelError: the model is not there, or comes without a tokenizer.
-    """
-    path = locate(name)
-    try:
-        with quiet():
-            return AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ModelError(
-            f"model.name {name!r}: no tokenizer loads from {str(path)!r}: {error}; put its files there"
-        ) from error
+PEFT_TASKS = {
+    "sequence-classification": TaskType.SEQ_CLS,
+    "image-classification": None,
+    "causal-lm": TaskType.CAUSAL_LM,
+    "dpo": TaskType.CAUSAL_LM,
+}
+"""PEFT's names; where it has none, its model passes on whatever it is called with."""
 
 
 def load_model(
@@ -65,23 +60,24 @@ def load_model(
         ConfigError: `lora.from_adapter` names no adapter, or one that these layers, ranks or classes cannot hold.
     """
     given = None if lora_cfg.from_adapter is None else read_adapter(lora_cfg.from_adapter)
-    trained_head = isinstance(task_cfg, schema.Classification) and task_cfg.head == "trained"
+    trained_head = getattr(task_cfg, "head", None) == "trained"
     with torch.random.fork_rng(devices=[]):  # transformers and PEFT draw new layers from the global generator
         torch.manual_seed(seed_for(seed, "head"))
         model, new = load_base(model_cfg, task_cfg, classes)
+        intake = intake_of(model_cfg.name, task_cfg, model)
         if isinstance(task_cfg, schema.Classification) and task_cfg.pooler == "identity":
             new = (*new, *make_identity_pooler(model, load_tokenizer(model_cfg.name)))
         head = {} if task_cfg.causal else _head_layers(model, len(classes))
         _draw_head(model, head, new, seed, zero_output=trained_head)
         saved = _saved_modules(model, head, new)
-        peft_model = _injected(model, lora_cfg, saved, task_cfg.causal)
+        peft_model = _injected(model, lora_cfg, saved, task_cfg)
     layers = _lora_layers(peft_model)
     _require_linear(layers, None if any_rank else lora_cfg)
     if given is not None:
         shapes = {s: (len(_weight(m.lora_B)), _weight(m.lora_A).shape[1]) for s, m in layers.items()}
         require_sites(given, shapes, {site: rank_of(lora_cfg, site) for site in layers})
     peft_model.eval()
-    together = same_inputs(peft_model, layers)
+    together = same_inputs(peft_model, layers, intake.made_up(model))
     instead = {"core": train_core, "singular-values": train_singular_values}.get(lora_cfg.trains)
     left = {} if instead is None else {site: instead(layer) for site, layer in layers.items()}
     model.config.use_cache = False  # nothing is generated while training
@@ -107,8 +103,8 @@ def load_model(
         left=left,
         trained=trained,
         causal=task_cfg.causal,
-        beta=task_cfg.beta if isinstance(task_cfg, schema.Dpo) else None,
-        pad_token=model.config.pad_token_id,
+        objective=objective_of(task_cfg),
+        intake=intake,
     )
 
 
@@ -200,7 +196,9 @@ def _saved_modules(model: PreTrainedModel, head: Mapping[str, nn.Linear], new: t
     return sorted(saved | {owner for owner in owners if owner.split(".")[0] not in saved})
 
 
-def _injected(model: PreTrainedModel, lora_cfg: schema.Lora, saved: list[str], causal: bool) -> PeftModel:
+def _injected(
+    model: PreTrainedModel, lora_cfg: schema.Lora, saved: list[str], task_cfg: schema.Task
+) -> PeftModel:
     names = targets(model, lora_cfg, saved)
     listed = lora_cfg.target_modules != "all-linear"
     ranks, scale = lora_cfg.rank_pattern or {}, lora_cfg.lora_alpha / lora_cfg.r
@@ -215,7 +213,7 @@ def _injected(model: PreTrainedModel, lora_cfg: schema.Lora, saved: list[str], c
         rank_pattern=dict(ranks),
         alpha_pattern={pattern: scale * r for pattern, r in ranks.items()},
         modules_to_save=saved or None,
-        task_type=TaskType.CAUSAL_LM if causal else TaskType.SEQ_CLS,
+        task_type=PEFT_TASKS[task_cfg.kind],
     )
     try:
         with quiet():

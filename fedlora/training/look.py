@@ -7,6 +7,7 @@ import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from fedlora.errors import ModelError
 
@@ -33,13 +34,27 @@ TRANSPOSED = ("GPT2", "OpenAIGPT")
 """How architectures are called whose layers are transformers' Conv1D, with weights (in, out)."""
 
 
+RENAMED = {
+    "attention.attention.query.": "attention.q_proj.",
+    "attention.attention.key.": "attention.k_proj.",
+    "attention.attention.value.": "attention.v_proj.",
+    "attention.output.dense.": "attention.o_proj.",
+    "intermediate.dense.": "mlp.fc1.",
+    "output.dense.": "mlp.fc2.",
+}
+"""What files of image models call their layers, and what transformers calls them once loaded; the first that fits."""
+
+VISION = ("ViT", "DeiT", "Dinov2")
+"""How architectures are called of which that is so."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Look:
     """What a model's directory says of it.
 
     causal: it predicts the next token. pooled: made for sentence embeddings, so its pooler was never trained.
     hidden: width of what its last layer leaves, where the config says so.
-    shapes: of each tensor by name.
+    shapes: of each tensor by name, layers as the loaded model calls them. patches: of an image model's image.
     """
 
     architecture: str
@@ -47,6 +62,7 @@ class Look:
     pooled: bool
     hidden: int | None
     shapes: Mapping[str, tuple[int, ...]]
+    patches: int | None = None
 
     @property
     def numbers(self) -> int:
@@ -101,7 +117,9 @@ def look(directory: Path) -> Look:
     try:
         config = json.loads(config_file.read_text(encoding="utf-8"))
         architectures = config.get("architectures") or [config["model_type"]]
-        shapes = {name: shape for file in _files(directory) for name, shape in _shapes(file).items()}
+        found = {name: shape for file in _files(directory) for name, shape in _shapes(file).items()}
+        shapes = {_as_loaded(name, str(architectures[0])): shape for name, shape in found.items()}
+        patches = _patches(config)
     except (ValueError, KeyError, TypeError, AttributeError, OSError, struct.error) as error:
         raise ModelError(
             f"{directory}: no model that can be read ({type(error).__name__}: {error}); write it again"
@@ -114,7 +132,26 @@ def look(directory: Path) -> Look:
         ),
         pooled=(directory / "modules.json").exists(),
         shapes=shapes,
+        patches=patches,
     )
+
+
+def _as_loaded(name: str, architecture: str) -> str:
+    for theirs, ours in RENAMED.items() if architecture.startswith(VISION) else ():
+        if theirs in name:
+            return name.replace(theirs, ours)
+    return name
+
+
+def _patches(config: Mapping[str, Any]) -> int | None:
+    """Of an image, by the size of both; None of a model without images."""
+    image, patch = config.get("image_size"), config.get("patch_size")
+    if image is None or patch is None:
+        return None
+    sides = [
+        [int(side) for side in size] if isinstance(size, list) else [int(size)] * 2 for size in (image, patch)
+    ]
+    return math.prod(whole // part for whole, part in zip(*sides, strict=True))
 
 
 def cached(name: str) -> Path | None:

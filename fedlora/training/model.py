@@ -9,6 +9,8 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from fedlora.errors import ShapeError
+from fedlora.training.intake import Intake
+from fedlora.training.objective import Objective
 from fedlora.values import Adapters, Delta, Side, Site
 
 REST = "lora_rest"
@@ -29,8 +31,7 @@ class AdaptedModel:
     left: the frozen left frame (d_out, r) of every site whose core is trained.
     trained: all that rounds train, by name: `<site>.lora_B`, `<site>.lora_A` where A is trained too, the head's own
         names. What requires a gradient: all of it, or since `trained_on`, what that said.
-    causal: a language model, not a classifier. pad_token: what fills short rows up; masked, so never learned.
-    beta: of preference optimisation, whose records are pairs; None: another task.
+    causal: a language model, not a classifier. objective: what it is trained for. intake: how it takes in records.
     """
 
     peft_model: PeftModel
@@ -40,8 +41,8 @@ class AdaptedModel:
     left: Mapping[Site, Tensor]
     trained: Mapping[str, nn.Parameter]
     causal: bool
-    pad_token: int
-    beta: float | None = None
+    objective: Objective
+    intake: Intake
 
     @property
     def device(self) -> torch.device:

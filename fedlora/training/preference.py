@@ -5,6 +5,8 @@ has to join the gradients of both rows first: `sequences_per_record` of the priv
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -13,6 +15,7 @@ from torch.nn.functional import logsigmoid
 from fedlora.training.adapter import without_adapters
 from fedlora.training.batches import logits_of
 from fedlora.training.model import AdaptedModel
+from fedlora.training.objective import Metric
 from fedlora.training.supervised import token_losses
 
 
@@ -53,3 +56,28 @@ def preference_scores(
 def _log_probabilities(adapted: AdaptedModel, batch: Mapping[str, Tensor]) -> Tensor:
     """(rows,) of each row's completion, given what stands before it."""
     return -token_losses(logits_of(adapted, batch), batch).sum(dim=1)
+
+
+@dataclass(frozen=True, slots=True)
+class Preferences:
+    """The objective of pairs of completions. beta: how hard the model is held to its reference."""
+
+    beta: float
+    metric: ClassVar[Metric] = "accuracy"
+    needs_labels: ClassVar[bool] = False
+
+    def losses(self, adapted: AdaptedModel, batch: Mapping[str, Tensor]) -> Tensor:
+        """(n,) `preference_losses`."""
+        return preference_losses(adapted, batch, self.beta)
+
+    def shares(self, adapted: AdaptedModel, batch: Mapping[str, Tensor]) -> Tensor:
+        """(n,) `shares_preferred`."""
+        return shares_preferred(margins(adapted, batch))
+
+    def scores(self, adapted: AdaptedModel, batch: Mapping[str, Tensor]) -> tuple[float, float, float]:
+        """`preference_scores`."""
+        return preference_scores(adapted, batch, self.beta)
+
+    def value(self, good: Tensor, weight: Tensor) -> float:
+        """The share of pairs whose first completion is preferred."""
+        return float(good / weight)

@@ -18,9 +18,6 @@ from fedlora.training.model import AdaptedModel, transformer_of
 
 log = logging.getLogger(__name__)
 
-LENGTHS = (7, 5, 2)
-"""Tokens of the probe's records: unequal, so that some are padded; more tokens than records, so that axes differ."""
-
 TOLERANCE_EPS = 4
 """The probe's two passes run the same kernels on the same shapes and give padding no weight: but last bits differ."""
 
@@ -57,7 +54,7 @@ def frozen_prefix(adapted: AdaptedModel) -> Prefix | None:
     the logits are those of a whole pass. The parameters are put back.
     """
     prefix = lowest_adapted(adapted)
-    if prefix is None:
+    if prefix is None or not adapted.intake.keeps_states:
         return None
     with kept(adapted):
         reason = _objection(adapted, prefix)
@@ -168,17 +165,9 @@ def _objection(adapted: AdaptedModel, prefix: Prefix) -> str:
 
 
 def made_up(adapted: AdaptedModel) -> dict[str, Tensor]:
-    """Records of unequal length over the vocabulary, padded on the right, with both token types if there are two."""
-    device = adapted.device
-    base = transformer_of(adapted.peft_model)
-    vocabulary = base.get_input_embeddings().get_parameter("weight").shape[0]
-    mask = torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS)[:, None]
-    tokens = (torch.arange(mask.numel()) * 7 + 3).view(mask.shape) % (vocabulary - 1)
-    tokens = tokens + (tokens >= adapted.pad_token)  # none of them the padding's
-    inputs = {"input_ids": tokens.masked_fill(~mask, adapted.pad_token), "attention_mask": mask.long()}
-    if (getattr(base.config, "type_vocab_size", None) or 0) > 1:
-        inputs["token_type_ids"] = (torch.arange(max(LENGTHS)) % 2 * mask).long()
-    return {name: tensor.to(device) for name, tensor in inputs.items()}
+    """The intake's made-up records, where the model is."""
+    inputs = adapted.intake.made_up(transformer_of(adapted.peft_model))
+    return {name: tensor.to(adapted.device) for name, tensor in inputs.items()}
 
 
 @contextmanager

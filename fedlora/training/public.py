@@ -1,4 +1,5 @@
-"""What can be learnt about a pretrained model from public text alone: rows of words drawn from its own vocabulary.
+"""What can be learnt about a pretrained model from public records alone: rows of words drawn from its own vocabulary,
+or for an image model soft blots of colour (`pixels.py`).
 
 Hidden states of a transformer share one large component whatever the text. It says nothing about a record, but it
 dominates gradients, and clipping would spend its bound on it. Two places can be rid of it for free, since random
@@ -61,25 +62,25 @@ def make_identity_pooler(model: PreTrainedModel, tokenizer: PreTrainedTokenizerB
 
 
 def mean_inputs(
-    model: nn.Module, layers: Mapping[str, nn.Module], tokenizer: PreTrainedTokenizerBase
+    model: nn.Module, layers: Mapping[str, nn.Module], public: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """The mean input (d_in,) of each of `layers` over all tokens of the public rows, float64."""
-    return _of_inputs(model, layers, tokenizer, lambda inputs: inputs.mean(dim=0))
+    """The mean input (d_in,) of each of `layers` over all tokens of the public inputs, float64."""
+    return _of_inputs(model, layers, public, lambda inputs: inputs.mean(dim=0))
 
 
 def input_directions(
-    model: nn.Module, layers: Mapping[str, nn.Module], tokenizer: PreTrainedTokenizerBase, r: int
+    model: nn.Module, layers: Mapping[str, nn.Module], public: Mapping[str, Tensor], r: int
 ) -> dict[str, Tensor]:
-    """Orthonormal rows (r, d_in) along which the inputs of each of `layers` vary most over the public rows.
+    """Orthonormal rows (r, d_in) along which the inputs of each of `layers` vary most over the public inputs.
 
-    Float64, the strongest first: EVA (arXiv 2410.07170), less the mean, on public text only.
+    Float64, the strongest first: EVA (arXiv 2410.07170), less the mean, on public records only.
     """
 
     def strongest(inputs: Tensor) -> Tensor:
         centred = inputs - inputs.mean(dim=0)
         return _leading(torch.linalg.eigh(centred.T @ centred).eigenvectors.flip(1).T, r)
 
-    return _of_inputs(model, layers, tokenizer, strongest)
+    return _of_inputs(model, layers, public, strongest)
 
 
 def weight_directions(layers: Mapping[str, nn.Module], r: int) -> dict[str, tuple[Tensor, Tensor]]:
@@ -115,10 +116,10 @@ def _leading(rows: Tensor, r: int) -> Tensor:
 def _of_inputs(
     model: nn.Module,
     layers: Mapping[str, nn.Module],
-    tokenizer: PreTrainedTokenizerBase,
+    public: Mapping[str, Tensor],
     function: Callable[[Tensor], Tensor],
 ) -> dict[str, Tensor]:
-    """What `function` makes of each layer's inputs (tokens, d_in), float64, over the public rows."""
+    """What `function` makes of each layer's inputs (tokens, d_in), float64, over the public inputs."""
     found: dict[str, Tensor] = {}
 
     def keeping(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
@@ -129,7 +130,7 @@ def _of_inputs(
 
     handles = [layer.register_forward_pre_hook(keeping(name)) for name, layer in layers.items()]
     try:
-        model(input_ids=public_rows(tokenizer))
+        model(**public)
     finally:
         for handle in handles:
             handle.remove()

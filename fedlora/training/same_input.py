@@ -120,12 +120,15 @@ def _lie_in(matrix: Tensor, weights: Sequence[Tensor]) -> bool:
 
 
 @torch.no_grad()
-def same_inputs(model: nn.Module, layers: Mapping[Site, LoraLayer]) -> dict[Site, SameInput]:
-    """A `SameInput` for each of `layers` that `model` gives a tensor which others are given too, as two tokens show.
+def same_inputs(
+    model: nn.Module, layers: Mapping[Site, LoraLayer], inputs: Mapping[str, Tensor]
+) -> dict[Site, SameInput]:
+    """A `SameInput` for each of `layers` that `model` gives a tensor which others are given too, as one pass shows.
 
     Args:
-        model: takes `input_ids` and `attention_mask` (1, 2).
+        model: takes `inputs`.
         layers: of this model.
+        inputs: of any records.
     """
     given: dict[Site, list[Tensor]] = {}
 
@@ -135,14 +138,13 @@ def same_inputs(model: nn.Module, layers: Mapping[Site, LoraLayer]) -> dict[Site
     modules = {site: module for site, module in layers.items() if isinstance(module, nn.Module)}
     handles = [module.register_forward_pre_hook(watching(site)) for site, module in modules.items()]
     try:
-        tokens = torch.ones(1, 2, dtype=torch.long)
-        model(input_ids=tokens, attention_mask=tokens)
+        model(**inputs)
     finally:
         for handle in handles:
             handle.remove()
     groups: dict[tuple[int, ...], list[Site]] = {}
-    for site, inputs in given.items():  # which keeps them all, so that no two have one id
-        groups.setdefault(tuple(map(id, inputs)), []).append(site)
+    for site, tensors in given.items():  # which keeps them all, so that no two have one id
+        groups.setdefault(tuple(map(id, tensors)), []).append(site)
     return {
         site: together
         for group in groups.values()

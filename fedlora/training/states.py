@@ -23,7 +23,7 @@ from fedlora.data.tokenise import fingerprint
 from fedlora.disk import fsync, make_directory, waiting_for
 from fedlora.errors import ConfigError
 from fedlora.kernels.packed import PackedLinear
-from fedlora.training.batches import ALONE, TOKEN_BUDGET, collate, micro_batches, model_inputs
+from fedlora.training.batches import ALONE, TOKEN_BUDGET, micro_batches, model_inputs
 from fedlora.training.model import AdaptedModel, transformer_of
 from fedlora.training.prefix import Prefix, entering
 
@@ -189,7 +189,7 @@ def _states(
 ) -> list[Tensor]:
     """(tokens of the record, width) of each record of the group; of a pair, those of both sequences."""
     records = examples.select(group)
-    batch = collate(records, adapted.pad_token, adapted.device)
+    batch = adapted.intake.collate(records, adapted.device)
     rows = entering(adapted, prefix, model_inputs(adapted, batch)).cpu()
     each = records.sequences_per_record
     kept = [states[:length] for states, length in zip(rows, records.sequence_lengths, strict=True)]

@@ -1,10 +1,16 @@
 """Next tokens: which of them a record is to learn, what they cost, and how many are right."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
+
+from fedlora.training.batches import logits_of
+from fedlora.training.model import AdaptedModel
+from fedlora.training.objective import Metric
 
 IGNORED = -100
 """The target that cross entropy counts as nothing."""
@@ -40,3 +46,27 @@ def shares_right(logits: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
     wanted = learned(batch)
     right = (logits.argmax(dim=-1)[:, :-1] == batch["input_ids"][:, 1:]) & wanted
     return (right.sum(dim=1) / wanted.sum(dim=1).clamp(min=1)).to(torch.float64)
+
+
+@dataclass(frozen=True, slots=True)
+class NextTokens:
+    """The objective of a causal LM, of whole texts or of completions alone."""
+
+    metric: ClassVar[Metric] = "perplexity"
+    needs_labels: ClassVar[bool] = False
+
+    def losses(self, adapted: AdaptedModel, batch: Mapping[str, Tensor]) -> Tensor:
+        """(n,) `mean_losses`."""
+        return mean_losses(logits_of(adapted, batch), batch)
+
+    def shares(self, adapted: AdaptedModel, batch: Mapping[str, Tensor]) -> Tensor:
+        """(n,) `shares_right`."""
+        return shares_right(logits_of(adapted, batch), batch)
+
+    def scores(self, adapted: AdaptedModel, batch: Mapping[str, Tensor]) -> tuple[float, float, float]:
+        """`supervised_scores`."""
+        return supervised_scores(logits_of(adapted, batch), batch)
+
+    def value(self, good: Tensor, weight: Tensor) -> float:
+        """The perplexity over all learned tokens; 1 where there is none."""
+        return float(torch.exp(good / weight.clamp(min=1)))

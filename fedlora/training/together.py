@@ -38,7 +38,7 @@ from fedlora.training.tasks import losses
 from fedlora.values import Adapters, Delta, Refusal, Reply, TrainRequest
 
 
-def clients_together(config: RunConfig, trained_numbers: int) -> int:
+def clients_together(config: RunConfig, trained_numbers: int, tokens: int) -> int:
     """How many clients share a forward pass: as the config says; for `auto`, as many as fill a micro-batch.
 
     Clients whose own draws fill one gain nothing. The machine has no say, so the same config gives the same run
@@ -47,12 +47,13 @@ def clients_together(config: RunConfig, trained_numbers: int) -> int:
     Args:
         config: of the run.
         trained_numbers: of one client's B and head.
+        tokens: of a record at most, as the model's layers see it.
     """
     asked = config.runtime.clients_together
     if asked != "auto":
         return asked
-    tokens = config.federation.batch_size * config.data.max_length
-    return max(1, min(TOKEN_BUDGET // tokens, MOST_NUMBERS // trained_numbers))
+    drawn = config.federation.batch_size * tokens
+    return max(1, min(TOKEN_BUDGET // drawn, MOST_NUMBERS // trained_numbers))
 
 
 def _difference(nodes: Sequence[Node]) -> str | None:
@@ -152,7 +153,7 @@ def _packed(
     owners = torch.repeat_interleave(torch.arange(len(draws)), torch.tensor([len(draw) for draw in draws]))
     device = adapted.device
     most = max(1, MOST_NUMBERS // sum(parameter.numel() for parameter in adapted.trained.values()))
-    for group in packed_groups(pack.lengths, overhead=overhead, most_records=most):
+    for group in packed_groups(adapted.intake.footprints(pack), overhead=overhead, most_records=most):
         # The losses come in the group's own order: it is sorted already.
         (run,) = losses(adapted, pack, group)
         yield owners[group].to(device), run

@@ -16,7 +16,7 @@ from fedlora.privacy.noise import OS_ENTROPY
 from fedlora.runtime.host import Host
 from fedlora.runtime.prepare import prepare
 from fedlora.runtime.simulate import simulate
-from fedlora.training.load import load_tokenizer
+from fedlora.training.tokens import load_tokenizer
 from tests.deploy.federation import Federation
 from tests.deploy.seeded import SEEDED_NODE, deal_out, simulated
 

@@ -25,6 +25,7 @@ from fedlora.runtime.seats import (
 )
 from fedlora.runtime.simulate import simulate
 from fedlora.training.tasks import TOKEN_BUDGET
+from fedlora.training.tokens import TokenIntake
 
 GB = 10**9
 
@@ -114,9 +115,9 @@ def test_cards_of_a_kind_that_ray_does_not_know_are_a_kind_of_their_own():
 def test_the_probe_works_the_largest_micro_batch_and_spends_nothing(tiny_config, tmp_path):
     config = tiny_config()
     host = Host(prepare(config, lambda event: None).save_for_hosts(tmp_path))
-    batch = largest_batch(config, alone=False)
+    batch = largest_batch(config, host.model.intake, alone=False)
     assert np.diff(batch.offsets).tolist() == [16] * (TOKEN_BUDGET // 16)
-    assert len(largest_batch(config, alone=True)) == 1
+    assert len(largest_batch(config, host.model.intake, alone=True)) == 1
     before = {name: parameter.detach().clone() for name, parameter in host.model.trained.items()}
     largest_step(host)
     assert all(before[name].equal(parameter) for name, parameter in host.model.trained.items())
@@ -174,7 +175,8 @@ def test_the_largest_batch_of_pairs_holds_no_more_padded_tokens_and_two_rows_a_r
         task={"kind": "dpo"}, data__partition={"kind": "iid", "clients": 3},
         **{f"data__{name}": value for name, value in columns.items()},
     )  # fmt: skip
-    batch = largest_batch(config, alone=False)
+    intake = TokenIntake(name="any", pad_token=0)
+    batch = largest_batch(config, intake, alone=False)
     assert batch.sequences_per_record == 2 and set(batch.sequence_lengths) == {16}
     assert batch.footprints.sum() == TOKEN_BUDGET
-    assert len(largest_batch(config, alone=True)) == 1
+    assert len(largest_batch(config, intake, alone=True)) == 1

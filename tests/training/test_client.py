@@ -15,7 +15,7 @@ from fedlora.privacy.budget import Budget
 from fedlora.privacy.direct_engine import DirectEngine
 from fedlora.privacy.ledger import open_ledger
 from fedlora.privacy.noise import SeededNoise
-from fedlora.training import tasks
+from fedlora.training import classification, tasks
 from fedlora.training.client import Node, request_digest, train
 from fedlora.training.load import load_model
 from fedlora.values import (
@@ -283,9 +283,9 @@ def test_records_run_alone_where_kernels_could_couple_neighbours(scene, alone):
 
 def test_an_accuracy_is_that_of_each_record_alone(scene, monkeypatch):
     sizes = []
-    real = tasks.logits_of
+    real = classification.logits_of
     monkeypatch.setattr(
-        tasks,
+        classification,
         "logits_of",
         lambda adapted, batch: sizes.append(len(batch["input_ids"])) or real(adapted, batch),
     )

@@ -13,7 +13,8 @@ from fedlora.config.schema import CausalLm, Classification, Lora, Model
 from fedlora.errors import ModelError, ShapeError
 from fedlora.kernels.packed import PackedLinear, available
 from fedlora.training.checkpoints import MINILM, locate
-from fedlora.training.load import load_model, load_tokenizer
+from fedlora.training.load import load_model
+from fedlora.training.tokens import load_tokenizer
 from fedlora.values import Adapters, Factors
 
 CLASSES = ("a", "b", "c")
@@ -105,7 +106,7 @@ def test_an_exported_adapter_reloads_to_the_same_logits(tiny, tmp_path, name, he
         place = tiny["llama"]
     else:
         adapted, kind = load(tiny[name], ENCODERS[name], head=head), AutoModelForSequenceClassification
-        place, extra = tiny[name], {"num_labels": 3, "pad_token_id": adapted.pad_token}
+        place, extra = tiny[name], {"num_labels": 3, "pad_token_id": adapted.intake.pad_token}
     adapted.load(adapters_for(adapted))
     adapted.peft_model.save_pretrained(tmp_path)
     reloaded = PeftModel.from_pretrained(kind.from_pretrained(place, **extra), str(tmp_path)).eval()

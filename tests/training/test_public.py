@@ -6,8 +6,9 @@ import torch
 from fedlora.config.schema import CausalLm, Classification, Lora, Model
 from fedlora.errors import ModelError
 from fedlora.methods.subspace import Public, Subspace
-from fedlora.training.load import load_model, load_tokenizer
+from fedlora.training.load import load_model
 from fedlora.training.public import input_directions, mean_inputs, public_rows, weight_directions
+from fedlora.training.tokens import load_tokenizer
 
 LORA = Lora(r=2, lora_alpha=2, target_modules=["query", "value"])
 
@@ -53,7 +54,7 @@ def test_a_model_without_a_pooler_is_refused(tmp_path, tiny_encoder):
 
 def test_centred_rows_of_a_are_orthonormal_and_blind_to_the_mean_input(tiny_encoder):
     model = classifier(tiny_encoder)
-    means = mean_inputs(model.peft_model, model.layers(), load_tokenizer(str(tiny_encoder)))
+    means = mean_inputs(model.peft_model, model.layers(), model.intake.public(None))
     assert set(means) == set(model.sites)
     subspace = Subspace(init="centred", refactor_every=1)
     for site, mean in means.items():
@@ -70,7 +71,7 @@ def test_mean_inputs_are_what_the_layers_see(tiny_encoder):
         states = model.peft_model.base_model.model.bert(
             input_ids=public_rows(tokenizer), output_hidden_states=True
         ).hidden_states
-    means = mean_inputs(model.peft_model, model.layers(), tokenizer)
+    means = mean_inputs(model.peft_model, model.layers(), {"input_ids": public_rows(tokenizer)})
     site = "bert.encoder.layer.1.attention.self.query"
     assert torch.allclose(means[site], states[1].double().flatten(0, 1).mean(0), atol=1e-6)
 
@@ -81,7 +82,7 @@ def test_input_directions_hold_most_of_what_inputs_vary_by(tiny_encoder):
         states = model.peft_model.base_model.model.bert(
             input_ids=public_rows(tokenizer), output_hidden_states=True
         ).hidden_states
-    found = input_directions(model.peft_model, model.layers(), tokenizer, 3)
+    found = input_directions(model.peft_model, model.layers(), {"input_ids": public_rows(tokenizer)}, 3)
     for layer in (0, 1):
         rows = found[f"bert.encoder.layer.{layer}.attention.self.query"]
         inputs = states[layer].double().flatten(0, 1)
@@ -118,6 +119,6 @@ def test_a_causal_model_has_public_rows_too(tmp_path, tiny_encoder):
     tokenizer.save_pretrained(tmp_path)
     lora = Lora(r=2, lora_alpha=2, target_modules=["q_proj"])
     model = load_model(Model(name=str(tmp_path)), CausalLm(kind="causal-lm"), lora, (), seed=1)
-    (mean,) = mean_inputs(model.peft_model, model.layers(), tokenizer).values()
+    (mean,) = mean_inputs(model.peft_model, model.layers(), {"input_ids": public_rows(tokenizer)}).values()
     assert mean.shape == (16,)
     assert mean.isfinite().all()

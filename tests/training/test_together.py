@@ -20,7 +20,7 @@ from fedlora.privacy.gaussian import MARGIN
 from fedlora.privacy.ledger import open_ledger
 from fedlora.privacy.noise import OsEntropyNoise, SeededNoise
 from fedlora.privacy.opacus_engine import OpacusEngine
-from fedlora.training import tasks
+from fedlora.training import classification
 from fedlora.training.client import Node, train
 from fedlora.training.load import load_model
 from fedlora.training.model import LORA_A, LORA_B
@@ -257,7 +257,7 @@ def test_the_model_has_its_own_layers_back_whatever_happens(scene, monkeypatch, 
     model = one.nodes[0].model.peft_model
     before = {path: (type(module), id(module)) for path, module in model.named_modules()}
     if breaks:
-        monkeypatch.setattr(tasks, "cross_entropy", lambda *_, **__: 1 / 0)
+        monkeypatch.setattr(classification, "cross_entropy", lambda *_, **__: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             one.together()
     else:
@@ -338,14 +338,14 @@ def test_nothing_is_back_propagated_below_the_lowest_adapted_layer(scene, arm, m
 
         return layers[number].register_forward_hook(keep)
 
-    real = tasks.cross_entropy
+    real = classification.cross_entropy
 
     def watched(*arguments, **named):
         losses = real(*arguments, **named)
         leaves.update(id(leaf) for leaf in _leaves(losses.grad_fn))
         return losses
 
-    monkeypatch.setattr(tasks, "cross_entropy", watched)
+    monkeypatch.setattr(classification, "cross_entropy", watched)
     handles = [watch(0), watch(1)]
     getattr(one, arm)()
     for handle in handles:
@@ -372,10 +372,10 @@ def test_how_many_share_a_pass_is_the_configs_to_say(tiny_config):
         config = tiny_config(
             federation__batch_size=batch, data__max_length=length, runtime__clients_together="auto"
         )
-        return clients_together(config, numbers)
+        return clients_together(config, numbers, length)
 
-    assert clients_together(tiny_config(), 10_000) == 1
-    assert clients_together(tiny_config(runtime__clients_together=5), 10**12) == 5
+    assert clients_together(tiny_config(), 10_000, 32) == 1
+    assert clients_together(tiny_config(runtime__clients_together=5), 10**12, 32) == 5
     assert [auto(1, 32), auto(2, 64), auto(8, 64), auto(64, 64)] == [64, 16, 4, 1]
     assert auto(1, 32, 2**25 // 3) == 3
     assert auto(1, 32, 10**12) == 1
