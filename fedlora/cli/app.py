@@ -40,22 +40,24 @@ app = typer.Typer(
     help="Federated LoRA fine-tuning under record-level differential privacy.",
     no_args_is_help=True,
     add_completion=False,
+    suggest_commands=False,  # click does already
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+# As `--help` lists them: in the order in which they are needed.
+init.add_to(app)
 run.add_to(app)
 read.add_to(app)
-audit.add_to(app)
+export.add_to(app)
 compare.add_to(app)
 sweep.add_to(app)
-provision.add_to(app)
+forget.add_to(app)
+audit.add_to(app)
 doctor.add_to(app)
+provision.add_to(app)
 node.add_to(app)
 serve.add_to(app)
-init.add_to(app)
-export.add_to(app)
-forget.add_to(app)
 completion.add_to(app)
 
 _QUIET = {

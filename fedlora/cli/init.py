@@ -28,7 +28,9 @@ def init(
     model: Annotated[
         str | None,
         typer.Option(
-            "--model", metavar="DIR|ID", help="With --data: your model. A causal one learns the text."
+            "--model",
+            metavar="DIR|ID",
+            help="With --data: your model. A causal one learns the text, or completions of prompts.",
         ),
     ] = None,
     text: Annotated[
@@ -89,6 +91,8 @@ def _own_files(
     from fedlora.training.look import look
 
     name = model or "sentence-transformers/all-MiniLM-L6-v2"
+    if not Path(name).is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise ConfigError(f"--model {name!r}: no such directory; mend the path, or name a model of the hub")
     seen = look(Path(name)) if Path(name).is_dir() else None
     found = look_through(str(own), text=text, label=label, causal=seen is not None and seen.causal)
     config = Own(

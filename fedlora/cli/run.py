@@ -171,9 +171,16 @@ def _to_the_end(run_dir: Path, work: "Callable[[Listener], Path]", form: Format)
     show(summary, f"{heading}\n{summary_text(summary, run_dir)}", form)
 
 
+def _about(seconds: float) -> str:
+    """An estimate leaves out what every run costs besides: the start, and writing."""
+    from fedlora.export.words import duration
+
+    return "under a minute" if seconds < 45 else f"about {duration(seconds)}"
+
+
 def preview_text(found: "Preview") -> str:
     """The preview as people read it."""
-    from fedlora.export.words import bytes_text, duration, epsilon, number
+    from fedlora.export.words import bytes_text, epsilon, number
 
     rows = [
         (c.client, f"{c.records:,}", number(c.sample_rate), number(c.noise_multiplier), epsilon(c.epsilon))
@@ -187,7 +194,7 @@ def preview_text(found: "Preview") -> str:
         ),
         ("steps", f"{found.steps_per_participation} in each round that a client answers"),
         ("memory", f"about {bytes_text(found.memory_bytes)}"),
-        ("time", f"about {duration(found.training_seconds)} at this machine's present load"),
+        ("time", f"{_about(found.training_seconds)} at this machine's present load"),
     ]
     if not found.trained_parameters:
         facts = [fact for fact in facts if fact[0] == "steps"]

@@ -100,8 +100,12 @@ def _mend_leaf(value: Any, annotation: Any) -> str:
 
 
 def _mend_key(key: str, names: list[str], siblings: dict[str, Any]) -> str:
-    near = difflib.get_close_matches(key, [name for name in names if name not in siblings], n=1, cutoff=0.5)
-    return f"write {near[0]}" if near else f"remove it; keys here are {', '.join(names)}"
+    missing = [name for name in names if name not in siblings]
+    if near := difflib.get_close_matches(key, missing, n=1, cutoff=0.5):
+        return f"write {near[0]}"
+    if near := difflib.get_close_matches(key, names, n=1, cutoff=0.6):
+        return f"write {near[0]}, which is there besides, or remove it"
+    return f"remove it; keys here are {', '.join(names)}"
 
 
 def _nearest_of(value: Any, words: list[str]) -> str:

@@ -36,9 +36,7 @@ def load_table(path: str, wanted: list[str]) -> Table:
         with _opened(file) as stream:
             lines, columns = _columns(_rows(stream, path, _format(file), wanted), len(wanted))
     except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8"
-        ) from None
+        raise _not_utf8(path, error) from None
     except (EOFError, OSError, zlib.error) as error:
         raise DataError(f"{path}: cannot be read: {error}; is it whole, and readable for you?") from None
     named = dict(zip(wanted, columns, strict=True))
@@ -67,7 +65,9 @@ def column_names(path: str) -> list[str]:
                 first = json.loads(next((line for line in stream if line.strip()), "{}"))
                 return list(first) if isinstance(first, dict) else []
             return list(next(_fields(stream, path, ending), (0, []))[1])
-    except (UnicodeDecodeError, ValueError, EOFError, OSError, zlib.error) as error:
+    except UnicodeDecodeError as error:
+        raise _not_utf8(path, error) from None
+    except (ValueError, EOFError, OSError, zlib.error) as error:
         raise DataError(f"{path}: cannot be read: {error}; save it as UTF-8 text") from None
 
 
@@ -137,15 +137,21 @@ def _fields(stream: TextIO, path: str, ending: str) -> Iterator[tuple[int, list[
         ) from None
 
 
+def _not_utf8(path: str, error: UnicodeDecodeError) -> DataError:
+    """Without the text around the byte: it may be a record."""
+    return DataError(
+        f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8, in Excel: CSV UTF-8"
+    )
+
+
 def _header_rows(lines: Iterator[tuple[int, list[str]]], path: str, wanted: list[str]) -> Iterator[Row]:
     _, header = next(lines, (0, []))
     require_columns(path, wanted, header)
     places = [header.index(name) for name in wanted]
     for line, fields in lines:
         if len(fields) != len(header):
-            raise DataError(
-                f"{path}:{line}: {len(fields)} fields, but the header has {len(header)}; mend the line"
-            )
+            count = "1 field" if len(fields) == 1 else f"{len(fields)} fields"
+            raise DataError(f"{path}:{line}: {count}, but the header has {len(header)}; mend the line")
         yield line, [fields[place] for place in places]
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from fedlora.data.files import column_names, load_table
-from fedlora.data.table import nearest, shown
+from fedlora.data.table import SEMICOLONS, by_semicolons, nearest, shown
 from fedlora.errors import DataError
 
 TEST_SHARE = 0.1
@@ -43,14 +43,18 @@ def look_through(path: str, *, text: str | None, label: str | None, causal: bool
         DataError: it cannot be read, is too short, or no column looks like what is wanted.
     """
     names = column_names(path)
+    if by_semicolons(names):
+        raise DataError(f"{path}: {SEMICOLONS}")
     for wanted in (text, label):
         if wanted is not None and wanted not in names:
             raise DataError(f"{path}: no column {wanted!r}; it has {shown(names)}{nearest(wanted, names)}")
-    columns = {name: _words(column) for name, column in load_table(path, names).columns.items()}
+    table = load_table(path, names)
+    columns = {name: _words(column) for name, column in table.columns.items()}
     count = len(next(iter(columns.values()), ()))
     if count < FEWEST_ROWS:
+        rows = f"{count or 'no'} row{'' if count == 1 else 's'}"
         raise DataError(
-            f"{path}: {count} rows; a private run needs hundreds for each owner, this at least {FEWEST_ROWS}"
+            f"{path}: {rows}; a private run needs hundreds for each owner, this at least {FEWEST_ROWS}"
         )
     kept = _completions(names) if causal and text is None else {}
     if not kept:
@@ -58,7 +62,18 @@ def look_through(path: str, *, text: str | None, label: str | None, causal: bool
     if not causal:
         others = {name: own for name, own in columns.items() if name != kept["text"]}
         kept["label"] = label or _label(path, others, count)
+        unlabelled = next((row for row, word in enumerate(columns[kept["label"]]) if not word), None)
+        if unlabelled is not None:
+            raise DataError(
+                f"{table.where(unlabelled)}: {kept['label']!r} is empty; write its label, or leave the row out"
+            )
     train, test = _split(list(zip(*(columns[name] for name in kept.values()), strict=True)), "label" in kept)
+    if len(train) < FEWEST_ROWS:
+        main = next(iter(kept.values()))
+        raise DataError(
+            f"{path}: {len(set(columns[main]))} different values of {main!r} in {count} rows leave {len(train)} to "
+            "train on; name the column that holds the text: --text COLUMN"
+        )
     return SplitFile(columns=kept, train=train, test=test)
 
 

@@ -11,6 +11,8 @@ from fedlora.errors import DataError
 LONGEST_QUOTED = 30
 """Characters of a value that a message quotes."""
 
+SEMICOLONS = "its columns are separated by semicolons; save it with commas"
+
 NAME_LIKE = re.compile(r"[\w.-]{1,30}")
 """A column's name as people write them; a text, which stands there where the header line is missing, has blanks."""
 
@@ -43,7 +45,14 @@ def require_columns(origin: str, wanted: Iterable[str], found: Iterable[str]) ->
             # Not quoted: a file without a header line has a record there.
             others = len(names) - len(told)
             hint = f" and {others} that look like no names; is the header line missing?" if others else ""
+            if by_semicolons(names):
+                hint = f"; {SEMICOLONS}"
             raise DataError(f"{origin}: no column {name!r}; it has {shown(told)}{hint}{nearest(name, told)}")
+
+
+def by_semicolons(names: Sequence[str]) -> bool:
+    """Whether what was read as one column's name is several, as spreadsheets write them in much of Europe."""
+    return len(names) == 1 and names[0].count(";") > 0
 
 
 def shown(names: Sequence[str], most: int = 20) -> str:

@@ -34,7 +34,7 @@ def epsilon_by_client(summary: Mapping[str, Any], target: float | None) -> str:
         "Spent by a client on each of its records, over all it released. Each participation is paid for before it "
         "begins, so also one that left no reply."
     )
-    return f"<h2>epsilon by client</h2>\n<p>{text} {note}</p>\n{chart}\n{table(CLIENT_HEADS, rows)}"
+    return f"<h2>Epsilon by client</h2>\n<p>{text} {note}</p>\n{chart}\n{table(CLIENT_HEADS, rows)}"
 
 
 def dearest(summary: Mapping[str, Any], most: int) -> list[str]:

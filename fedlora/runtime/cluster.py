@@ -87,6 +87,8 @@ def _connect(runtime: Runtime, namespace: str) -> None:
 def _here(runtime: Runtime) -> dict[str, Any]:
     cores = worker_count(runtime, os.cpu_count() or 1) * runtime.threads
     quiet = {"include_dashboard": False, "log_to_driver": False, "logging_level": logging.ERROR}
+    # As nice as the run itself: at Ray's own 15 workers hardly move where a machine is busy.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     # Without an address Ray would join any cluster that runs on this machine, and refuse our num_cpus.
     return {
         "address": "local",

@@ -126,8 +126,9 @@ class Crew:
         self._say = say
         self._room_s = room_s
         self._vitals = vitals
+        threads = setup.config.runtime.threads
         card = " and a part of a GPU" if setup.config.runtime.device == "cuda" else ""
-        self._wanted = f"{setup.config.runtime.threads} free cores{card}"
+        self._wanted = f"{threads} free core{'' if threads == 1 else 's'}{card}"
         self._actor: Any = ray.remote(HostActor)
         self._said = False
         self.workers = [self._worker(seat) for seat in seats]
@@ -242,11 +243,12 @@ class Crew:
             self._said = True
             here = len(self.workers) - len(homeless)
             then = f"going on with {here}" if here else "waiting for the first"
-            self._say(f"{late} of {len(self.workers)} Ray workers found no room yet; {then}")
+            self._say(f"{late} of {len(self.workers)} Ray workers have not begun yet; {then}")
         if len(homeless) == len(self.workers) and min(homeless) > self._room_s:
             raise IncompleteError(
-                f"no node of the Ray cluster had {self._wanted} for a worker in {self._room_s:.0f} s "
-                "(runtime.threads; `ray status` shows who has them); every finished round is kept, "
+                f"no worker began in {self._room_s:.0f} s: no node of the Ray cluster had {self._wanted} "
+                "(runtime.threads; `ray status` shows who has them), or its cores are too busy (runtime.kind: local "
+                "needs no workers); every finished round is kept, "
                 f"go on with: fedlora resume {self._run_dir}"
             )
 

@@ -125,7 +125,17 @@ def test_every_label_is_in_the_test_part_whose_labels_are_the_classes(tmp_path):
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("a,b\n1,2\n", "1 rows; a private run needs hundreds"),
+        ("a,b\n1,2\n", "1 row; a private run needs hundreds"),
+        ("a,b\n", "no rows; a private run needs hundreds"),
+        ("text;label\n" + "one;a\n" * 40, "its columns are separated by semicolons; save it with commas"),
+        (
+            "text,label\n" + "".join(f"word {n},{'' if n == 7 else n % 2}\n" for n in range(40)),
+            ":9: 'label' is empty",
+        ),
+        (
+            "text,label\n" + "the same,1\nand this,0\n" * 40,
+            "2 different values of 'text' in 80 rows leave 0 to train",
+        ),
         ("a,b\n" + "".join(f"{n},{n}x\n" for n in range(40)), "no column looks like a label ('a'); name it"),
     ],
 )
@@ -143,6 +153,7 @@ def test_options_that_name_no_column_or_no_file_are_refused(reviews, tmp_path, c
         (["--label", "topic"], "none are named; write --data FILE"),
         (["--data", str(reviews), "--node"], "leave --data out"),
         (["--data", str(tmp_path / "no.csv")], "no such file"),
+        (["--data", str(reviews), "--model", str(tmp_path / "no")], "no such directory; mend the path"),
     ):
         assert main(["init", str(tmp_path / "new"), *words]) == 2
         assert says in capsys.readouterr().err and not (tmp_path / "new").exists()

@@ -216,6 +216,10 @@ def test_files_that_cannot_be_read_are_told(tmp_path):
         ("privacy.target_epsilon", "not `key=value`"),
         ("=3", "not `key=value`"),
         ("privacy.engin=opacus", "unknown key; write engine"),
+        (
+            "privcy.target_epsilon=1",
+            "privcy: unknown key; write privacy, which is there besides, or remove it",
+        ),
         ("privacy.target_epsilon=[", "not readable as YAML"),
         ("seed.deep=3", "seed is 1, not a section"),
         ("lora.r=eight", "lora.r: 'eight' does not fit"),

@@ -170,12 +170,13 @@ def test_a_message_quotes_three_labels_at_most_each_cut(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("t.tsv", b"text\tlabel\none\ta\ntwo\n", "t.tsv:3: 1 fields, but the header has 2"),
+        ("t.tsv", b"text\tlabel\none\ta\ntwo\n", "t.tsv:3: 1 field, but the header has 2"),
         ("t.tsv", b"text\tlabel\none\ta\ntwo\t\n", "t.tsv:3: column 'label' holds ''"),
         ("t.tsv", b"text\tlabel\none\ta\ntwo\ta\n", "one label only, 'a'"),
         ("t.tsv", b"text\tlabel\n", "no records"),
         ("t.tsv", b"", "no column 'text'; it has none"),
         ("t.tsv", b"text\tlabel\n\xff\ta\n", "not UTF-8"),
+        ("t.csv", b"text;label\none;a\n", "its columns are separated by semicolons; save it with commas"),
         ("t.csv", b'text,label\n"open,a\ntwo,b\n', "not csv"),
         ("t.jsonl", b'{"text": "one", "label": 1}\n{"text"\n', "t.jsonl:2: not JSON"),
         ("t.jsonl", b'{"text": "one", "label": 1}\n[1]\n', "t.jsonl:2: holds list"),

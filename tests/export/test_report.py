@@ -87,7 +87,7 @@ def test_what_a_client_did_is_told_apart(rounds):
 
 def test_a_run_without_privacy_says_so_and_shows_no_epsilon(not_private, rounds, tiny_config):
     page = Page(report_html(not_private, rounds, tiny_config(privacy="none")))
-    assert "NOT PRIVATE" in page.text and "epsilon by client" not in page.text
+    assert "NOT PRIVATE" in page.text and "Epsilon by client" not in page.text
 
 
 def test_noise_from_the_operating_system_is_no_simulation(summary, rounds):

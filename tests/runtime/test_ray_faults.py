@@ -82,6 +82,13 @@ def test_a_client_that_kills_its_worker_each_time_is_refused_alone(tiny_config, 
     assert len(killed) == ATTEMPTS
 
 
+def test_workers_of_an_own_cluster_are_as_nice_as_the_run(tiny_config, tmp_path, monkeypatch):
+    monkeypatch.delenv("RAY_worker_niceness", raising=False)
+    runtime = tiny_config(runtime__kind="ray", runtime__workers=1).runtime
+    with connected(runtime, "run", tmp_path):
+        assert ray.get(ray.remote(lambda: os.nice(0)).remote()) == os.nice(0)
+
+
 def test_a_run_without_room_for_a_worker_ends_and_says_what_is_missing(tiny_config, tmp_path):
     setup = prepare(tiny_config(privacy="none"), silent).save_for_hosts(tmp_path)
     runtime = setup.config.runtime.model_copy(update={"kind": "ray", "workers": 1})
@@ -90,7 +97,7 @@ def test_a_run_without_room_for_a_worker_ends_and_says_what_is_missing(tiny_conf
         ray.get(taken.is_set.remote())
         crew = Crew(setup, [Seat(cpus=1)], silent, vitals, room_s=1.0)
         ends = time.monotonic() + 60
-        with pytest.raises(IncompleteError, match=f"1 free cores .* fedlora resume {tmp_path}"):
+        with pytest.raises(IncompleteError, match=f"had 1 free core .* fedlora resume {tmp_path}"):
             while time.monotonic() < ends:
                 crew.wait(0.2)
         crew.close()
