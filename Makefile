@@ -6,7 +6,7 @@ export OMP_NUM_THREADS ?= 1
 
 .PHONY: quickstart test slow faults compose-test docs lint install clean
 
-quickstart: install   ## fine-tune a real model on eight simulated clients at epsilon 8
+quickstart: $(VENV)/.quickstart   ## fine-tune a real model on eight simulated clients at epsilon 8
 	$(BIN)/fedlora simulate configs/quickstart.yaml
 
 test: install         ## the test suite, in two processes: many tests wait for others
@@ -35,8 +35,15 @@ lint: install         ## format, lint, types, import contracts
 install: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml
+	@echo "installing fedlora and what its tests need into $(VENV): some minutes"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --editable '.[quickstart,dev]'
+	touch $@ $(VENV)/.quickstart
+
+$(VENV)/.quickstart: pyproject.toml
+	@echo "installing fedlora into $(VENV): some minutes"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable '.[quickstart]'
 	touch $@
 
 clean:
