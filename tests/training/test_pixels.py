@@ -1,13 +1,22 @@
 """Image classifiers: what they are given, what is clipped of an image, and which of them are refused."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torch.nn.functional import cross_entropy
-from transformers import AutoImageProcessor, LevitConfig, LevitForImageClassification
+from transformers import (
+    AutoImageProcessor,
+    Dinov2Config,
+    Dinov2ForImageClassification,
+    LevitConfig,
+    LevitForImageClassification,
+    SwinConfig,
+    SwinForImageClassification,
+)
 
 from fedlora.config import schema
 from fedlora.config.ranks import rank_of
@@ -192,6 +201,31 @@ def test_batch_normalisation_is_refused(tmp_path):
     LevitForImageClassification(config).save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="is a batch normalisation, through which records see each other"):
         loaded(tmp_path)
+
+
+def test_windows_folded_into_the_batch_are_refused_before_anything_is_paid(places, tmp_path):
+    """Each image stays alone in Swin, so only the layers' inputs show that rows are windows."""
+    config = SwinConfig(image_size=16, patch_size=2, window_size=4, embed_dim=16, depths=[2, 2], num_heads=[2, 2],
+                        num_labels=3)  # fmt: skip
+    SwinForImageClassification(config).save_pretrained(tmp_path)
+    shutil.copy(places["vit"] / RECIPE, tmp_path)
+    with pytest.raises(ModelError, match=r"_proj.lora_B.default' is given \d+ rows of 3 records, as an image's windows"):
+        loaded(tmp_path)
+
+
+def test_the_head_of_dinov2_reads_the_class_token_and_the_mean_patch(places, tmp_path):
+    config = Dinov2Config(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=4
+    )
+    Dinov2ForImageClassification(config).save_pretrained(tmp_path)
+    shutil.copy(places["vit"] / RECIPE, tmp_path)
+    adapted, examples = loaded(tmp_path), examples_of(4)
+    assert adapted.head()["classifier.weight"].shape == (3, 64)
+    found = DirectEngine().clipped_sum(
+        adapted.peft_model, adapted.trained, losses(adapted, examples, np.arange(4)), 0.05
+    )
+    for name, value in one_by_one(adapted, tmp_path, examples, 0.05).items():
+        assert float((found[name] - value).norm()) <= 1e-9 * float(value.norm()), name
 
 
 def test_a_model_that_compares_images_is_refused(places, monkeypatch):
