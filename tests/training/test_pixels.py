@@ -76,12 +76,14 @@ SHORTEST = {
     "image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.3, 0.4],
 }  # fmt: skip
 """As DINOv2's: the shape is kept, and the longer side cut."""
+OLD_CLIP = {**SHORTEST, "image_processor_type": "CLIPImageProcessor", "size": 18, "crop_size": 16}
+"""As older files have it: the number is the shorter side's, where ViT's and DeiT's is a square's."""
 
 
-@pytest.mark.parametrize("kind", [*KINDS, "shortest"])
+@pytest.mark.parametrize("kind", [*KINDS, "shortest", "old"])
 @pytest.mark.parametrize("shape", [(20, 20), (17, 33), (40, 19)])
 def test_a_model_is_given_what_its_own_image_processor_makes(places, tmp_path, kind, shape):
-    (tmp_path / RECIPE).write_text(json.dumps(SHORTEST))
+    (tmp_path / RECIPE).write_text(json.dumps(OLD_CLIP if kind == "old" else SHORTEST))
     place = places.get(kind, tmp_path)
     draw = np.random.Generator(np.random.Philox(4))
     pixels = np.tile(picture("disc", draw), (2, 2, 1))[: shape[0], : shape[1]]
@@ -241,6 +243,21 @@ def test_a_model_that_compares_images_is_refused(places, monkeypatch):
         loaded(places["vit"])
 
 
+def test_logits_that_are_no_numbers_prove_nothing(places, monkeypatch):
+    from transformers import ViTForImageClassification
+
+    real = ViTForImageClassification.forward
+
+    def spoiled(self, pixel_values, **rest):
+        found = real(self, pixel_values, **rest)
+        found.logits[len(pixel_values) // 3 - 1] = float("nan")  # of the first of three, and the last of one
+        return found
+
+    monkeypatch.setattr(ViTForImageClassification, "forward", spoiled)
+    with pytest.raises(ModelError, match="gives an image other logits beside others"):
+        loaded(places["vit"])
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -251,6 +268,13 @@ def test_a_model_that_compares_images_is_refused(places, monkeypatch):
         ({"image_mean": [0.5]}, "three channels"),
         ({"image_std": [0.5, 0.0, 0.5]}, "three channels"),
         ({"size": "large"}, "three channels"),
+        ({"image_mean": [0.5, float("nan"), 0.5]}, "three channels"),
+        ({"image_std": [0.5, float("inf"), 0.5]}, "three channels"),
+        ({"rescale_factor": 0}, "rescale_factor 0.0"),
+        ({"resample": 17}, "resample 17, no filter of Pillow's"),
+        ({"crop_pct": 0.875}, "ViTImageProcessor has crop_pct, which is not done here"),
+        ({"do_flip_channel_order": True}, "has do_flip_channel_order, which is not done here"),
+        ({"image_processor_type": None, "feature_extractor_type": "ConvNextFeatureExtractor"}, "has a step of its own"),
     ],
 )  # fmt: skip
 def test_an_image_processor_that_is_not_the_models_is_refused(tmp_path, words, message):
