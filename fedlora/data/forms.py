@@ -4,6 +4,7 @@ conversation, an image.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from fedlora.config.columns import Form
 from fedlora.data.table import Table, quoted
@@ -76,12 +77,19 @@ def _picture(cells: Sequence[_Cell]) -> Text:
             f"holds {_kind(value)}, need the path or the bytes of an image file; mend or drop the row"
         )
     path = cell.table.directory / value
-    if not path.is_file():
+    if not _is_file(path):
         raise cell.bad(
             f"names {quoted(value)}, but no such file lies in {str(cell.table.directory)!r}; paths begin where the "
             "table lies"
         )
     return Picture(content=path, where=where)
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name too long for one, such as a text's, which the error would quote whole
+        return False
 
 
 def _joined(cells: Sequence[_Cell]) -> Text:

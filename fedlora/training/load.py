@@ -23,6 +23,7 @@ from fedlora.training.examples import intake_of
 from fedlora.training.from_adapter import read_adapter, require_sites, take_saved
 from fedlora.training.model import ADAPTER, LORA_A, LORA_B, AdaptedModel, transformer_of
 from fedlora.training.public import make_identity_pooler
+from fedlora.training.rows_seen import require_row_a_record
 from fedlora.training.same_input import same_inputs
 from fedlora.training.singular_values import train_singular_values
 from fedlora.training.targets import is_within, targets
@@ -55,8 +56,8 @@ def load_model(
     that exceeds a side of a site, as an export may need it; nothing can be trained with it.
 
     Raises:
-        ModelError: the model is not there, or has no such modules, or `lora.r` exceeds one of them, or this machine
-            lacks the kernels.
+        ModelError: the model is not there, or has no such modules, or `lora.r` exceeds one of them, or one is not given
+            a row a record, or this machine lacks the kernels.
         ConfigError: `lora.from_adapter` names no adapter, or one that these layers, ranks or classes cannot hold.
     """
     given = None if lora_cfg.from_adapter is None else read_adapter(lora_cfg.from_adapter)
@@ -77,7 +78,8 @@ def load_model(
         shapes = {s: (len(_weight(m.lora_B)), _weight(m.lora_A).shape[1]) for s, m in layers.items()}
         require_sites(given, shapes, {site: rank_of(lora_cfg, site) for site in layers})
     peft_model.eval()
-    together = same_inputs(peft_model, layers, intake.made_up(model))
+    inputs = intake.made_up(model)
+    together = same_inputs(peft_model, layers, inputs)
     instead = {"core": train_core, "singular-values": train_singular_values}.get(lora_cfg.trains)
     left = {} if instead is None else {site: instead(layer) for site, layer in layers.items()}
     model.config.use_cache = False  # nothing is generated while training
@@ -93,6 +95,7 @@ def load_model(
     for site, layer in layers.items():
         scale_low(layer, together.get(site))
     peft_model.eval()  # whatever was put in since
+    require_row_a_record(peft_model, trained, inputs)
     if model_cfg.gradient_checkpointing:
         _recompute_layers(peft_model)
     return AdaptedModel(

@@ -1,13 +1,15 @@
 """Images from tables to rows of bytes, and what is said of one that cannot be read."""
 
 import importlib
+import subprocess
+from dataclasses import replace
 from io import BytesIO
 from typing import ClassVar
 
 import numpy as np
 import pyarrow
 import pytest
-from PIL import Image
+from PIL import EpsImagePlugin, Image, ImageOps
 from pyarrow import parquet
 
 from fedlora.config.data import Files, Iid
@@ -105,6 +107,80 @@ def test_whatever_a_file_holds_has_three_channels(mode):
     Image.new("L", (20, 20), 255).convert("RGB").convert(mode).save(out, "TIFF")
     found = decoded(Picture(content=out.getvalue(), where="t"), SQUARE)
     assert found.shape == (3, 16, 16) and (found == 255).all()
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_an_image_stands_upright_however_the_camera_was_held(orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    with Image.fromarray(picture("disc", np.random.Generator(np.random.Philox(1)))[:, :14]) as image:
+        out = BytesIO()
+        image.save(out, "PNG", exif=exif)
+        found = decoded(Picture(content=out.getvalue(), where="t"), replace(SQUARE, resize=None))
+        image.getexif()[0x0112] = orientation
+        wanted = ImageOps.exif_transpose(image)
+    with Image.fromarray(found.transpose(1, 2, 0)) as upright:
+        inside = (
+            upright.crop((1, 0, 15, 16)) if wanted.height > wanted.width else upright.crop((0, 1, 16, 15))
+        )
+    left, top = (wanted.width - inside.width) // 2, (wanted.height - inside.height) // 2
+    cut = wanted.crop((left, top, left + inside.width, top + inside.height))
+    assert np.array_equal(np.asarray(inside), np.asarray(cut))
+
+
+def test_grey_of_sixteen_bits_is_refused_where_it_would_turn_white():
+    wide = (np.arange(400, dtype=np.uint16) * 160).reshape(20, 20)
+    for kind in ("PNG", "TIFF"):
+        with pytest.raises(
+            DataError, match=r"t:1 is an image of more than 8 bits a channel \(Pillow's mode I;16"
+        ):
+            decoded(Picture(content=encoded(wide, kind), where="t:1"), SQUARE)
+    with pytest.raises(DataError, match="mode F"):
+        decoded(Picture(content=encoded(wide.astype(np.float32), "TIFF"), where="t:1"), SQUARE)
+
+
+def test_no_other_program_reads_an_image(monkeypatch):
+    def started(*arguments, **options):
+        raise AssertionError(f"{arguments} was run")
+
+    for name in ("Popen", "run", "check_call", "check_output", "call"):
+        monkeypatch.setattr(subprocess, name, started)
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", "gs")  # as where Ghostscript is installed
+    script = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 20 20\n%%EndComments\nshowpage\n%%EOF\n"
+    with pytest.raises(DataError, match=r"no image that can be read \(UnidentifiedImageError\)"):
+        decoded(Picture(content=script, where="t:1"), SQUARE)
+
+
+def test_a_small_file_that_would_fill_the_memory_is_refused():
+    def blank(width, height):
+        out = BytesIO()
+        Image.new("1", (width, height)).save(out, "PNG")
+        assert len(out.getvalue()) < 50_000
+        return Picture(content=out.getvalue(), where="t:1")
+
+    with pytest.raises(DataError, match="t:1 is an image so long and narrow"):
+        decoded(blank(1, 10_000), replace(SQUARE, resize=100))
+    with pytest.raises(DataError, match="DecompressionBombWarning"):
+        decoded(blank(10_000, 9_000), SQUARE)
+
+
+def test_whatever_a_decoder_raises_is_the_same_message(monkeypatch):
+    def broken(*arguments, **options):
+        raise RuntimeError("words of a record")
+
+    monkeypatch.setattr(Image, "open", broken)
+    with pytest.raises(DataError, match=r"t:1 is no image that can be read \(RuntimeError\)") as caught:
+        decoded(Picture(content=b"", where="t:1"), SQUARE)
+    assert "words" not in str(caught.value) and caught.value.__suppress_context__
+
+
+def test_a_text_where_a_path_should_stand_is_not_quoted_whole():
+    table = Table(origin="t", columns={"picture": ["The patient says. " * 40]}, lines=[1])
+    with pytest.raises(
+        DataError, match=r"t:1: column 'picture' names 'The patient says. The patient …', but"
+    ) as caught:
+        corpus_from(table, table, Columns(text=("picture",), label=None, form="image"), causal=False)
+    assert str(caught.value).count("patient") == 2
 
 
 def test_the_rim_is_lost_or_filled():

@@ -1,13 +1,22 @@
 """Image classifiers: what they are given, what is clipped of an image, and which of them are refused."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torch.nn.functional import cross_entropy
-from transformers import AutoImageProcessor, LevitConfig, LevitForImageClassification
+from transformers import (
+    AutoImageProcessor,
+    Dinov2Config,
+    Dinov2ForImageClassification,
+    LevitConfig,
+    LevitForImageClassification,
+    SwinConfig,
+    SwinForImageClassification,
+)
 
 from fedlora.config import schema
 from fedlora.config.ranks import rank_of
@@ -67,12 +76,14 @@ SHORTEST = {
     "image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.3, 0.4],
 }  # fmt: skip
 """As DINOv2's: the shape is kept, and the longer side cut."""
+OLD_CLIP = {**SHORTEST, "image_processor_type": "CLIPImageProcessor", "size": 18, "crop_size": 16}
+"""As older files have it: the number is the shorter side's, where ViT's and DeiT's is a square's."""
 
 
-@pytest.mark.parametrize("kind", [*KINDS, "shortest"])
+@pytest.mark.parametrize("kind", [*KINDS, "shortest", "old"])
 @pytest.mark.parametrize("shape", [(20, 20), (17, 33), (40, 19)])
 def test_a_model_is_given_what_its_own_image_processor_makes(places, tmp_path, kind, shape):
-    (tmp_path / RECIPE).write_text(json.dumps(SHORTEST))
+    (tmp_path / RECIPE).write_text(json.dumps(OLD_CLIP if kind == "old" else SHORTEST))
     place = places.get(kind, tmp_path)
     draw = np.random.Generator(np.random.Philox(4))
     pixels = np.tile(picture("disc", draw), (2, 2, 1))[: shape[0], : shape[1]]
@@ -194,6 +205,31 @@ def test_batch_normalisation_is_refused(tmp_path):
         loaded(tmp_path)
 
 
+def test_windows_folded_into_the_batch_are_refused_before_anything_is_paid(places, tmp_path):
+    """Each image stays alone in Swin, so only the layers' inputs show that rows are windows."""
+    config = SwinConfig(image_size=16, patch_size=2, window_size=4, embed_dim=16, depths=[2, 2], num_heads=[2, 2],
+                        num_labels=3)  # fmt: skip
+    SwinForImageClassification(config).save_pretrained(tmp_path)
+    shutil.copy(places["vit"] / RECIPE, tmp_path)
+    with pytest.raises(ModelError, match=r"_proj.lora_B.default' is given \d+ rows of 3 records, as an image's windows"):
+        loaded(tmp_path)
+
+
+def test_the_head_of_dinov2_reads_the_class_token_and_the_mean_patch(places, tmp_path):
+    config = Dinov2Config(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=4
+    )
+    Dinov2ForImageClassification(config).save_pretrained(tmp_path)
+    shutil.copy(places["vit"] / RECIPE, tmp_path)
+    adapted, examples = loaded(tmp_path), examples_of(4)
+    assert adapted.head()["classifier.weight"].shape == (3, 64)
+    found = DirectEngine().clipped_sum(
+        adapted.peft_model, adapted.trained, losses(adapted, examples, np.arange(4)), 0.05
+    )
+    for name, value in one_by_one(adapted, tmp_path, examples, 0.05).items():
+        assert float((found[name] - value).norm()) <= 1e-9 * float(value.norm()), name
+
+
 def test_a_model_that_compares_images_is_refused(places, monkeypatch):
     from transformers import ViTForImageClassification
 
@@ -203,6 +239,21 @@ def test_a_model_that_compares_images_is_refused(places, monkeypatch):
         return real(self, pixel_values - pixel_values.mean(dim=0) / 9, **rest)
 
     monkeypatch.setattr(ViTForImageClassification, "forward", centred)
+    with pytest.raises(ModelError, match="gives an image other logits beside others"):
+        loaded(places["vit"])
+
+
+def test_logits_that_are_no_numbers_prove_nothing(places, monkeypatch):
+    from transformers import ViTForImageClassification
+
+    real = ViTForImageClassification.forward
+
+    def spoiled(self, pixel_values, **rest):
+        found = real(self, pixel_values, **rest)
+        found.logits[len(pixel_values) // 3 - 1] = float("nan")  # of the first of three, and the last of one
+        return found
+
+    monkeypatch.setattr(ViTForImageClassification, "forward", spoiled)
     with pytest.raises(ModelError, match="gives an image other logits beside others"):
         loaded(places["vit"])
 
@@ -217,6 +268,13 @@ def test_a_model_that_compares_images_is_refused(places, monkeypatch):
         ({"image_mean": [0.5]}, "three channels"),
         ({"image_std": [0.5, 0.0, 0.5]}, "three channels"),
         ({"size": "large"}, "three channels"),
+        ({"image_mean": [0.5, float("nan"), 0.5]}, "three channels"),
+        ({"image_std": [0.5, float("inf"), 0.5]}, "three channels"),
+        ({"rescale_factor": 0}, "rescale_factor 0.0"),
+        ({"resample": 17}, "resample 17, no filter of Pillow's"),
+        ({"crop_pct": 0.875}, "ViTImageProcessor has crop_pct, which is not done here"),
+        ({"do_flip_channel_order": True}, "has do_flip_channel_order, which is not done here"),
+        ({"image_processor_type": None, "feature_extractor_type": "ConvNextFeatureExtractor"}, "has a step of its own"),
     ],
 )  # fmt: skip
 def test_an_image_processor_that_is_not_the_models_is_refused(tmp_path, words, message):
