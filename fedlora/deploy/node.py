@@ -177,7 +177,10 @@ class DeployedNode:
 
     def _foreign(self, request: TrainRequest) -> str | None:
         """Why its code or its base model is not what this node accepts; None if they are."""
-        accepted, model = self.config.accept, base_digest(self.config.model, self.config.lora)
+        accepted, model = (
+            self.config.accept,
+            base_digest(self.config.model, self.config.lora, self.config.task),
+        )
         if request.base_model != model or model not in (accepted.base_model or [model]):
             return f"base model {request.base_model!r}, here {model}, accept.base_model {accepted.base_model}"
         for whose, code in (("this node's", code_digest()), ("the server's", request.code)):

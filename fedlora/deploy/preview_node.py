@@ -64,7 +64,7 @@ def preview_node(path: Path, overrides: Sequence[str] = ()) -> NodePreview:
     with at("budget", "target_epsilon"):
         sampling, mechanism = own_terms(config)
     with at("model", "name"):
-        base_model = base_digest(config.model, config.lora)
+        base_model = base_digest(config.model, config.lora, config.task)
     with at("data"):
         records = _count(config)
     with at("declared_records"):

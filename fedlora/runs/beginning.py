@@ -84,4 +84,4 @@ def public_facts(config: RunConfig, model: AdaptedModel, subspace: Subspace) -> 
 
 def origin(config: RunConfig, run: str) -> Origin:
     """What every request of this run says of where it comes from."""
-    return Origin(run=run, base_model=base_digest(config.model, config.lora), code=code_digest())
+    return Origin(run=run, base_model=base_digest(config.model, config.lora, config.task), code=code_digest())

@@ -25,6 +25,7 @@ from fedlora.config import schema
 from fedlora.data.hub import hub_within_reach
 from fedlora.errors import ModelError
 from fedlora.kernels.quantised import FORMATS
+from fedlora.training.frames import load_recipe
 from fedlora.training.from_adapter import adapter_digest
 from fedlora.training.look import MINILM, PACKAGED, cached, packaged
 
@@ -77,22 +78,27 @@ def architecture(name: str) -> str | None:
     return named[0] if named else None
 
 
-def base_digest(model_cfg: schema.Model, lora_cfg: schema.Lora | None = None) -> str:
-    """SHA-256 of what a run is trained on top of: `weights_digest`; or of that, how they are rounded, and the adapter
-    that the run began from.
+def base_digest(
+    model_cfg: schema.Model, lora_cfg: schema.Lora | None = None, task_cfg: schema.Task | None = None
+) -> str:
+    """SHA-256 of what a run is trained on top of: `weights_digest`; or of that, how they are rounded, the adapter that
+    the run began from, and what the image processor makes of an image.
 
     Args:
         model_cfg: of the base model.
-        lora_cfg: `from_adapter` is read; None: of the frozen weights alone.
+        lora_cfg: `from_adapter` is read; with task_cfg, too, None: of the frozen weights alone.
+        task_cfg: tells whether images are read.
 
     Raises:
-        ModelError: see `weights_digest`.
+        ModelError: see `weights_digest` and `load_recipe`.
         ConfigError: the adapter cannot be read.
     """
     words = [weights_digest(model_cfg.name)]
     words += [FORMATS[model_cfg.quantization]] if model_cfg.quantization != "none" else []
     if lora_cfg is not None and lora_cfg.from_adapter is not None:
         words += [f"from adapter {adapter_digest(lora_cfg.from_adapter)}"]
+    if isinstance(task_cfg, schema.ImageClassification):
+        words += [f"images by {load_recipe(locate(model_cfg.name))}"]
     return words[0] if len(words) == 1 else hashlib.sha256(" ".join(words).encode()).hexdigest()
 
 

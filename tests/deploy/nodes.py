@@ -12,7 +12,7 @@ from fedlora.deploy.node import DeployedNode
 from fedlora.federation.absorb import start
 from fedlora.methods import build
 from fedlora.privacy.ledger import read_ledger
-from fedlora.training.checkpoints import weights_digest
+from fedlora.training.checkpoints import base_digest
 from fedlora.training.load import load_model
 from fedlora.transport.wire import decode_reply
 from fedlora.values import LocalWork, Refusal, RefusalReason, TrainRequest
@@ -41,7 +41,7 @@ def first_request(config: NodeConfig) -> TrainRequest:
     )
     return TrainRequest(
         run="r",
-        base_model=weights_digest(config.model.name),
+        base_model=base_digest(config.model, config.lora, config.task),
         code=code_digest(),
         round=1,
         adapters=state.adapters,

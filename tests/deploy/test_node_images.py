@@ -1,13 +1,18 @@
 """A data owner's node trains on images as on texts; an image that it cannot read is told of and costs nothing."""
 
+import json
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 
 from fedlora.config.load import load_node
 from fedlora.data.own import own_records
 from fedlora.deploy.node import DeployedNode
 from fedlora.errors import ConfigError, DataError
+from fedlora.training.checkpoints import base_digest, weights_digest
 from fedlora.transport.wire import decode_reply, encode_request
-from fedlora.values import ClientUpdate
+from fedlora.values import ClientUpdate, RefusalReason
 from tests.deploy.nodes import debits, first_request
 from tests.pictures import save_model, save_pictures
 
@@ -69,3 +74,22 @@ def test_classes_and_the_label_are_asked_for(tmp_path):
         (tmp_path / "bad.yaml").write_text(text.replace(old, wrong))
         with pytest.raises(ConfigError, match=message):
             load_node(tmp_path / "bad.yaml")
+
+
+def test_another_image_processor_is_another_base_model(tmp_path):
+    """Server and node would turn the same image into other numbers: neither would learn what it thinks."""
+    config = node(tmp_path, count=3)
+    recipe = config.model.name + "/preprocessor_config.json"
+    words = json.loads(Path(recipe).read_text())
+    agreed = base_digest(config.model, config.lora, config.task)
+    assert agreed != base_digest(config.model, config.lora) == weights_digest(config.model.name)
+    Path(recipe).write_text(json.dumps({**words, "image_mean": [0.4, 0.5, 0.5]}))
+    assert base_digest(config.model, config.lora, config.task) not in (
+        agreed,
+        weights_digest(config.model.name),
+    )
+    request = replace(first_request(config), base_model=agreed)
+    assert (
+        decode_reply(DeployedNode(config).answer(encode_request(request))).reason is RefusalReason.BAD_REQUEST
+    )
+    assert debits(config) == 0

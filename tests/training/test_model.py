@@ -14,7 +14,7 @@ from fedlora.errors import ModelError, ShapeError
 from fedlora.kernels.packed import PackedLinear, available
 from fedlora.training.checkpoints import MINILM, locate
 from fedlora.training.load import load_model
-from fedlora.training.tokens import load_tokenizer
+from fedlora.training.tokens import load_tokenizer, token_intake
 from fedlora.values import Adapters, Factors
 
 CLASSES = ("a", "b", "c")
@@ -232,6 +232,14 @@ def test_a_model_unfit_for_the_task_is_refused(tiny):
 
 def test_a_model_that_minds_padding_is_refused_since_records_would_not_stay_apart(tiny):
     assert "when it is padded" in message(tiny["xlnet"], ["layer_1"])
+
+
+def test_a_model_that_puts_out_no_numbers_proves_nothing_about_padding(tiny):
+    model = AutoModelForSequenceClassification.from_pretrained(tiny["bert"])
+    with torch.no_grad():
+        model.bert.embeddings.LayerNorm.bias.fill_(torch.nan)
+    with pytest.raises(ModelError, match="relative change nan"):
+        token_intake("broken", model.eval())
 
 
 def test_the_hub_cache_is_read_without_any_network(tiny, tmp_path, monkeypatch):

@@ -211,7 +211,9 @@ def test_windows_folded_into_the_batch_are_refused_before_anything_is_paid(place
                         num_labels=3)  # fmt: skip
     SwinForImageClassification(config).save_pretrained(tmp_path)
     shutil.copy(places["vit"] / RECIPE, tmp_path)
-    with pytest.raises(ModelError, match=r"_proj.lora_B.default' is given \d+ rows of 3 records, as an image's windows"):
+    with pytest.raises(
+        ModelError, match=r"_proj.lora_B.default' is given \d+ rows of 3 records, as an image's windows"
+    ):
         loaded(tmp_path)
 
 
