@@ -23,6 +23,12 @@ ALLOWED = {
     ("training/prefix.py", "torch.randn"): "weights for a probe, from that generator, and put back after it",
     ("training/public.py", "torch.Generator"): "random words as public text, seeded by a constant",
     ("training/public.py", "torch.randint"): "random words as public text, from that generator",
+    (
+        "training/pixels.py",
+        "torch.Generator",
+    ): "made-up images as public ones and for probes, seeded by a constant",
+    ("training/pixels.py", "torch.rand"): "made-up images as public ones, from that generator",
+    ("training/pixels.py", "torch.randint"): "made-up images for probes, from that generator",
     ("data/docstrings.py", "numpy.random"): "which public docstrings a corpus holds",
     ("data/partition.py", "numpy.random"): "which simulated client a record goes to",
     ("data/__init__.py", "numpy.random"): "which test examples are scored",
