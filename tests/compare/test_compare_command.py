@@ -186,23 +186,37 @@ def test_arms_are_tuned_on_the_proxy_and_cells_have_what_was_chosen(
 ):
     proxy = tmp_path / "proxy.yaml"
     proxy.write_text(dump_config(tiny_config(**SMALL, data__train=str(topic_files[1]))))
-    given = ["--methods", "ffa,config", "--seeds", "1", "--trials", "9", "--proxy", str(proxy), "--control"]
-    # So low a rate that it learns nothing and some larger one does: else nobody would see whether the choice is used.
-    rate = ["--set", "federation.optimizer.lr=0.01", "--set", "federation.rounds=20"]
-    given += ["--set", "privacy=none", "--no-references", *rate, "--set", "federation.evaluate_every=20"]
+    given = [
+        "--methods",
+        "ffa-head,config",
+        "--seeds",
+        "1",
+        "--trials",
+        "9",
+        "--proxy",
+        str(proxy),
+        "--control",
+    ]
+    # So low a rate that two thirds are right, and of the largest nearly all: else nobody would see the choice used.
+    rate = ["--set", "federation.optimizer.lr=0.04", "--set", "privacy=none", "--no-references"]
+    steps = ["rounds=8", "evaluate_every=8", "local_steps=10", "cohort=3"]
+    given += [*rate, *(word for step in steps for word in ("--set", f"federation.{step}"))]
     to = tmp_path / "to"
     assert main(["compare", str(config_file), *given, "--to", str(to), "--format", "json"]) == 0
     out, err = capfd.readouterr()
     tuning = json.loads(out)["tuning"]
-    tried = tuning["arms"]["ffa"][0]["tried"]
-    assert [trial["lr"] for trial in tried][:3] == [0.01, 0.005, 0.02] and len(tried) == 9
+    tried = tuning["arms"]["ffa-head"][0]["tried"]
+    assert [trial["lr"] for trial in tried][:3] == [0.04, 0.02, 0.08] and len(tried) == 9
     best = max(tried, key=lambda trial: trial["score"])["lr"]
-    assert best > 0.01
-    assert tuning["arms"]["ffa"][0]["chosen"]["lr"] == best and list(tuning["arms"]) == ["ffa", "ffa-again"]
-    for name, rate in (("ffa", best), ("ffa-again", best), ("config", 0.01)):
+    assert best > 0.04
+    assert tuning["arms"]["ffa-head"][0]["chosen"]["lr"] == best and list(tuning["arms"]) == [
+        "ffa-head",
+        "ffa-head-again",
+    ]
+    for name, rate in (("ffa-head", best), ("ffa-head-again", best), ("config", 0.04)):
         assert run_config(to / "cells" / f"{name}-epsnone-seed7").federation.optimizer.lr == rate
     for number, trial in enumerate(tried, 1):
-        run = to / "trials" / f"ffa-trial{number}"
+        run = to / "trials" / f"ffa-head-trial{number}"
         assert run_config(run).data.train == str(topic_files[1])
         assert (finished_summary(run) or {})["score"] == trial["score"]
     assert "of 9 trials the best is lr" in err
