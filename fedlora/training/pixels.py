@@ -1,7 +1,7 @@
 """The intake of an image model: rows of bytes, as pixels around zero."""
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -17,6 +17,7 @@ from fedlora.data.images import CHANNELS
 from fedlora.data.records import Examples
 from fedlora.errors import ModelError
 from fedlora.training.frames import RECIPE, Recipe, load_recipe
+from fedlora.training.hearing import hear
 
 MADE_UP, PUBLIC = 3, 16
 """Images of a probe; and of what shows a model's layers their common input, thousands of patches at the usual size."""
@@ -122,21 +123,12 @@ def _require_no_batch_norm(name: str, model: nn.Module) -> None:
             )
 
 
-@torch.no_grad()
 def _tokens(model: nn.Module, pixels: Tensor) -> int:
     """Rows that the busiest linear layer multiplies for one image; of a ViT, its patches and one more."""
     seen = [1]
-
-    def counting(layer: nn.Linear) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        return lambda _, inputs: seen.append(inputs[0].numel() // layer.in_features)
-
-    layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    handles = [layer.register_forward_pre_hook(counting(layer)) for layer in layers]
-    try:
-        model(pixel_values=pixels[:1])
-    finally:
-        for handle in handles:
-            handle.remove()
+    layers = {module: module for module in model.modules() if isinstance(module, nn.Linear)}
+    image = {"pixel_values": pixels[:1]}
+    hear(model, layers, image, lambda layer, given: seen.append(given.numel() // layer.in_features))
     return max(seen)
 
 

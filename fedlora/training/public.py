@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fedlora.errors import ModelError
 from fedlora.kernels.quantised import QuantisedLinear
+from fedlora.training.hearing import hear
 
 ROWS, WORDS = 256, 12
 SEED = 0
@@ -112,7 +113,6 @@ def _leading(rows: Tensor, r: int) -> Tensor:
     return first * largest.sign()
 
 
-@torch.no_grad()
 def _of_inputs(
     model: nn.Module,
     layers: Mapping[str, nn.Module],
@@ -122,16 +122,8 @@ def _of_inputs(
     """What `function` makes of each layer's inputs (tokens, d_in), float64, over the public inputs."""
     found: dict[str, Tensor] = {}
 
-    def keeping(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def keep(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            found[name] = function(inputs[0].double().flatten(0, -2))
+    def keep(name: str, given: Tensor) -> None:
+        found[name] = function(given.double().flatten(0, -2))
 
-        return keep
-
-    handles = [layer.register_forward_pre_hook(keeping(name)) for name, layer in layers.items()]
-    try:
-        model(**public)
-    finally:
-        for handle in handles:
-            handle.remove()
+    hear(model, layers, public, keep)
     return found

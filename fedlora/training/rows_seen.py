@@ -1,14 +1,13 @@
 """Whether each trained layer can tell one record from the next, found out before a record is paid for."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
-import torch
 from torch import Tensor, nn
 
 from fedlora.errors import ModelError
+from fedlora.training.hearing import hear
 
 
-@torch.no_grad()
 def require_row_a_record(
     model: nn.Module, trained: Mapping[str, nn.Parameter], inputs: Mapping[str, Tensor]
 ) -> None:
@@ -26,22 +25,13 @@ def require_row_a_record(
     """
     records = len(next(iter(inputs.values())))
     rows: dict[str, int] = {}
-
-    def counting(path: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        return lambda _, given: rows.update({path: len(given[0])})
-
     wanted = set(map(id, trained.values()))
     layers = {
         path: module
         for path, module in model.named_modules()
         if any(id(parameter) in wanted for parameter in module.parameters(recurse=False))
     }
-    handles = [module.register_forward_pre_hook(counting(path)) for path, module in layers.items()]
-    try:
-        model(**inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
+    hear(model, layers, inputs, lambda path, given: rows.update({path: len(given)}))
     for path, found in rows.items():
         if found != records:
             raise ModelError(

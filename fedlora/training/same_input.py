@@ -3,7 +3,7 @@
 There is no kernel of our own here: one product of a library's, k r numbers wide, is as fast as the device allows.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from weakref import ReferenceType, ref
@@ -13,6 +13,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from fedlora.training.hearing import hear
 from fedlora.training.model import ADAPTER
 from fedlora.values import Site
 
@@ -119,7 +120,6 @@ def _lie_in(matrix: Tensor, weights: Sequence[Tensor]) -> bool:
     return True
 
 
-@torch.no_grad()
 def same_inputs(
     model: nn.Module, layers: Mapping[Site, LoraLayer], inputs: Mapping[str, Tensor]
 ) -> dict[Site, SameInput]:
@@ -131,17 +131,8 @@ def same_inputs(
         inputs: of any records.
     """
     given: dict[Site, list[Tensor]] = {}
-
-    def watching(site: Site) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        return lambda _, inputs: given.setdefault(site, []).append(inputs[0])
-
     modules = {site: module for site, module in layers.items() if isinstance(module, nn.Module)}
-    handles = [module.register_forward_pre_hook(watching(site)) for site, module in modules.items()]
-    try:
-        model(**inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
+    hear(model, modules, inputs, lambda site, tensor: given.setdefault(site, []).append(tensor))
     groups: dict[tuple[int, ...], list[Site]] = {}
     for site, tensors in given.items():  # which keeps them all, so that no two have one id
         groups.setdefault(tuple(map(id, tensors)), []).append(site)
