@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import typer
 
@@ -25,6 +25,43 @@ if TYPE_CHECKING:
 
 WORK = (sys.executable, "-m", "fedlora.cli.serve")
 
+_SuperLink: TypeAlias = Annotated[
+    str, typer.Option("--superlink", metavar="HOST:PORT", help="The SuperLink's control and runtime APIs.")
+]
+_RootCertificates: TypeAlias = Annotated[
+    Path | None,
+    typer.Option(
+        "--root-certificates",
+        metavar="FILE",
+        help="CA of the SuperLink, PEM. Without it the two speak plain HTTP.",
+    ),
+]
+_SecretFile: TypeAlias = Annotated[
+    Path | None,
+    typer.Option("--secret-file", metavar="FILE", help="The SuperLink's --superexec-auth-secret-file."),
+]
+_Nodes: TypeAlias = Annotated[
+    Path | None,
+    typer.Option(
+        "--nodes",
+        metavar="FILE",
+        help="nodes.json of fedlora provision: the keys that may join; read again when it changes.",
+    ),
+]
+_App: TypeAlias = Annotated[
+    Path, typer.Option("--app", metavar="DIR", help="Whose pyproject.toml names the Flower entry points.")
+]
+_MetricsPort: TypeAlias = Annotated[
+    int | None,
+    typer.Option(
+        "--metrics-port",
+        metavar="PORT",
+        help="Figures for Prometheus at 127.0.0.1:PORT/metrics while it runs. Off by default.",
+        min=0,
+        max=65535,
+    ),
+]
+
 
 def add_to(app: typer.Typer) -> None:
     """The app knows this command."""
@@ -33,43 +70,12 @@ def add_to(app: typer.Typer) -> None:
 
 def serve(
     path: ConfigArgument,
-    superlink: Annotated[
-        str,
-        typer.Option("--superlink", metavar="HOST:PORT", help="The SuperLink's control and runtime APIs."),
-    ],
-    root_certificates: Annotated[
-        Path | None,
-        typer.Option(
-            "--root-certificates",
-            metavar="FILE",
-            help="CA of the SuperLink, PEM. Without it the two speak plain HTTP.",
-        ),
-    ] = None,
-    secret_file: Annotated[
-        Path | None,
-        typer.Option("--secret-file", metavar="FILE", help="The SuperLink's --superexec-auth-secret-file."),
-    ] = None,
-    nodes: Annotated[
-        Path | None,
-        typer.Option(
-            "--nodes",
-            metavar="FILE",
-            help="nodes.json of fedlora provision: the keys that may join; read again when it changes.",
-        ),
-    ] = None,
-    app: Annotated[
-        Path, typer.Option("--app", metavar="DIR", help="Whose pyproject.toml names the Flower entry points.")
-    ] = Path(),
-    metrics_port: Annotated[
-        int | None,
-        typer.Option(
-            "--metrics-port",
-            metavar="PORT",
-            help="Figures for Prometheus at 127.0.0.1:PORT/metrics while it runs. Off by default.",
-            min=0,
-            max=65535,
-        ),
-    ] = None,
+    superlink: _SuperLink,
+    root_certificates: _RootCertificates = None,
+    secret_file: _SecretFile = None,
+    nodes: _Nodes = None,
+    app: _App = Path(),
+    metrics_port: _MetricsPort = None,
     overrides: SetOption = None,
 ) -> None:
     """Run a federation on a SuperLink that runs in --isolation process; stays until the run is finished.

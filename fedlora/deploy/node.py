@@ -30,7 +30,7 @@ from fedlora.privacy.outbox import Kept, Outbox
 from fedlora.privacy.sampling import poisson
 from fedlora.training.checkpoints import base_digest
 from fedlora.training.client import Node, calibrated, participation, request_digest, train
-from fedlora.training.examples import examples_of
+from fedlora.training.examples import reader_of
 from fedlora.training.load import load_model
 from fedlora.training.model import AdaptedModel
 from fedlora.transport.wire import decode_request, encode_reply
@@ -237,7 +237,7 @@ class DeployedNode:
     def _examples(self) -> Examples:
         config = self.config
         name, max_length = config.model.name, config.data.max_length
-        return examples_of(self._records, name=name, max_length=max_length, task_cfg=config.task)
+        return reader_of(name=name, max_length=max_length, task_cfg=config.task)(self._records)
 
     @cached_property
     def _node(self) -> Node:

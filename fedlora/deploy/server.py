@@ -45,7 +45,7 @@ from fedlora.runs.rundir import (
 )
 from fedlora.runs.summary import run_summary, write_summary
 from fedlora.tracking.telling import require_trackers, tracked
-from fedlora.training.examples import examples_of
+from fedlora.training.examples import reader_of
 from fedlora.training.guards import clip_note, clipped, require_gradients
 from fedlora.training.load import load_model
 from fedlora.training.tasks import evaluate
@@ -157,7 +157,7 @@ def _centre(config: RunConfig) -> _Centre:
     """The public test data and the model that is scored on them."""
     corpus = load_corpus(config.data, config.task, config.seed)
     name, max_length = config.model.name, config.data.max_length
-    test = examples_of(corpus.test, name=name, max_length=max_length, task_cfg=config.task)
+    test = reader_of(name=name, max_length=max_length, task_cfg=config.task)(corpus.test)
     model = load_model(config.model, config.task, config.lora, corpus.classes, config.seed)
 
     def score(adapters: Adapters) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from fedlora.runtime.world.world import build as build_world
 from fedlora.tracking.telling import require_trackers
 from fedlora.training.checkpoints import base_digest
 from fedlora.training.client import calibrated
-from fedlora.training.examples import examples_of
+from fedlora.training.examples import reader_of
 from fedlora.training.first_token import narrow_last_layer
 from fedlora.training.load import load_model
 from fedlora.training.model import AdaptedModel
@@ -152,9 +152,7 @@ def gather_clients(config: RunConfig, listener: Listener) -> Clients:
     corpus = load_corpus(config.data, config.task, config.seed)
     parts = partition(corpus.train, config.data.partition, config.seed)
     listener(Stage(name=f"tokenising {len(corpus.train.texts):,} records for {len(parts)} clients"))
-    read = partial(
-        examples_of, name=config.model.name, max_length=config.data.max_length, task_cfg=config.task
-    )
+    read = reader_of(name=config.model.name, max_length=config.data.max_length, task_cfg=config.task)
     train, test = read(corpus.train), read(corpus.test)
     examples, numbers = Holdings.of(train, parts), dealt(parts)
     members = tuple(

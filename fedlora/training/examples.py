@@ -1,5 +1,8 @@
 """From records to what a model of the task reads, and how it takes that in: tokens or pixels, chosen here."""
 
+from collections.abc import Callable
+from functools import partial
+
 from transformers import PreTrainedModel
 
 from fedlora.config import schema
@@ -13,23 +16,24 @@ from fedlora.training.pixels import pixel_intake
 from fedlora.training.tokens import load_tokenizer, token_intake
 
 
-def examples_of(records: Records, *, name: str, max_length: int | None, task_cfg: schema.Task) -> Examples:
-    """The records in their order, as the model of this name reads them.
+def reader_of(*, name: str, max_length: int | None, task_cfg: schema.Task) -> Callable[[Records], Examples]:
+    """What makes examples of records, in their order, as the model of this name reads them.
+
+    Its tokenizer or image processor is loaded here, once for however many sets of records.
 
     Args:
-        records: of the kind that the task reads.
-        name: of the model, whose tokenizer or image processor is used.
+        name: of the model.
         max_length: tokens kept of a text; None of images.
-        task_cfg: of the run or the node.
+        task_cfg: of the run or the node. Records are of the kind that it reads.
 
     Raises:
         ModelError: the model is not there, or lacks its tokenizer or image processor.
-        DataError: a record cannot be read.
+        DataError: a record cannot be read; raised by what is returned.
     """
     if isinstance(task_cfg, schema.ImageClassification):
-        return images_of(records, load_recipe(locate(name)).frame)
+        return partial(images_of, frame=load_recipe(locate(name)).frame)
     assert max_length is not None, "config/columns.py asks for it"
-    return tokenise(records, load_tokenizer(name), max_length, task_cfg)
+    return partial(tokenise, tokenizer=load_tokenizer(name), max_length=max_length, task=task_cfg)
 
 
 def intake_of(name: str, task_cfg: schema.Task, model: PreTrainedModel) -> Intake:
