@@ -150,6 +150,8 @@ def _facts(row: Mapping[str, Any]) -> list[tuple[str, str]]:
     lost, replies = row["lost_attempts"], row.get("replies")
     attempts = f", {lost} of them attempts that left no reply" if lost else ""
     kept = "" if replies is None else f"; {replies['kept']} kept, their bytes are those recorded"
+    if replies and replies["acknowledged"]:
+        kept += f"; the server has {replies['acknowledged']} more"
     if row["noise_source"] == SEEDED:
         kept = ": seeded noise repeats them, so none is kept"
     unsent = f", {replies['unsent']} of them not sent yet" if replies and replies["unsent"] else ""

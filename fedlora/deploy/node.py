@@ -92,7 +92,7 @@ class DeployedNode:
         if echo is not None:
             self._outbox.forget_acknowledged(run, round_, echo)
         kept = self._outbox.find(run, round_)
-        if kept is not None and not kept.frame:
+        if kept is not None and kept.acknowledged:
             log.error("round %d of run %.80r is refused: its reply was acknowledged", round_, run)
             return self._refusal(run, round_, RefusalReason.BAD_REQUEST)
         if kept is not None and kept.request_digest == digest and self._recorded(kept):

@@ -28,6 +28,11 @@ class Kept:
         """The digest of its bytes, as the ledger knows them."""
         return hashlib.sha256(self.frame).hexdigest()
 
+    @property
+    def acknowledged(self) -> bool:
+        """The server has it: its bytes are no longer here, and are never sent again."""
+        return not self.frame
+
 
 class Outbox:
     """Replies already made, one file each: a line of JSON, then the frame."""
@@ -67,7 +72,7 @@ class Outbox:
         """
         for path in self.directory.glob(f"{_of(run)}-*.reply"):
             kept = _read(path)
-            if kept.frame and kept.round < round_ and kept.paid.seq <= heard.seq:
+            if not kept.acknowledged and kept.round < round_ and kept.paid.seq <= heard.seq:
                 self.keep(replace(kept, frame=b""))
 
     def _path(self, run: str, round_: int) -> Path:

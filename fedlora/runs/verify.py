@@ -89,29 +89,37 @@ def _of_node(path: Path) -> dict[str, Any]:
 
 
 def _replies(ledger: Path, found: Contents, outbox: Outbox) -> dict[str, int]:
-    """How many replies are kept, each of which is what its debit's release says; and how many of them are unsent.
+    """How many replies are kept, each of which is what its debit's release says; how many of them are unsent; and of how
+    many the bytes are gone, since the server has them.
 
     Raises:
-        LedgerError: a reply was changed, or no debit paid for it.
+        LedgerError: a reply was changed, is gone without having been sent, or no debit paid for it.
     """
-    kept = [outbox.find(run, round_) for run, round_ in sorted({(d.run, d.round) for d in found.debits})]
+    asked = sorted({(debit.run, debit.round) for debit in found.debits})
+    replies = [reply for run, round_ in asked if (reply := outbox.find(run, round_)) is not None]
     unsent = 0
-    for reply in (reply for reply in kept if reply is not None):
+    for reply in replies:
         released = found.released(reply.paid.seq)
         require_reached(ledger, found, reply.paid)
-        unsent += released is None
-        if released not in (None, reply.payload):
+        which = f"{outbox.directory}: the reply of round {reply.round} of run {reply.run!r}"
+        if reply.acknowledged and released is None:
             raise LedgerError(
-                f"{outbox.directory}: the reply of round {reply.round} of run {reply.run!r} is {reply.payload}, "
-                f"debit {reply.paid.seq} released {released}; it was changed since: restore it, never send it"
+                f"{which} is empty, but debit {reply.paid.seq} released none; restore the reply"
             )
+        if not reply.acknowledged and released not in (None, reply.payload):
+            raise LedgerError(
+                f"{which} is {reply.payload}, debit {reply.paid.seq} released {released}; it was changed since: "
+                "restore it, never send it"
+            )
+        unsent += released is None
     count = len(list(outbox.directory.glob("*.reply")))
-    if count != sum(reply is not None for reply in kept):
+    if count != len(replies):
         raise LedgerError(
-            f"{outbox.directory}: {count} replies, of which {count - sum(r is not None for r in kept)} have no "
+            f"{outbox.directory}: {count} replies, of which {count - len(replies)} have no "
             f"debit in {ledger}; they were paid elsewhere: look for the ledger that has them"
         )
-    return {"kept": count, "unsent": unsent}
+    acknowledged = sum(reply.acknowledged for reply in replies)
+    return {"kept": count - acknowledged, "acknowledged": acknowledged, "unsent": unsent}
 
 
 def _row(path: Path, found: Contents, *, delta: float, accountant: str) -> dict[str, Any]:

@@ -121,7 +121,7 @@ def test_every_debit_release_and_lost_attempt_is_counted(ledger, capsys):
 
 def test_a_node_proves_its_replies_too(node, capsys):
     (row,) = proof(capsys, node)
-    assert row["replies"] == {"kept": 2, "unsent": 0}
+    assert row["replies"] == {"kept": 2, "acknowledged": 0, "unsent": 0}
     assert main(["budget", "verify", str(node)]) == 0
     assert "2 kept, their bytes are those recorded" in capsys.readouterr().out
 
@@ -130,7 +130,7 @@ def test_a_reply_that_was_kept_and_not_yet_recorded_is_unsent(node, ledger, caps
     lines = ledger.read_bytes().splitlines(keepends=True)
     ledger.write_bytes(b"".join(lines[:-1]))
     (row,) = proof(capsys, node)
-    assert row["replies"] == {"kept": 2, "unsent": 1}
+    assert row["replies"] == {"kept": 2, "acknowledged": 0, "unsent": 1}
 
 
 def test_changed_bytes_of_a_reply_are_refused(node, ledger, capsys):
@@ -138,6 +138,33 @@ def test_changed_bytes_of_a_reply_are_refused(node, ledger, capsys):
     first.write_bytes(first.read_bytes() + b"!")
     assert "it was changed since" in refusal(capsys, node)
     assert main(["budget", "verify", str(ledger)]) == 0  # the ledger alone still holds
+
+
+def acknowledge_the_first(ledger: Path) -> None:
+    """As a request of the next round does, whose server has heard of round 1."""
+    outbox = Outbox(Path(f"{ledger}.outbox"))
+    first = outbox.find("r", 1)
+    assert first is not None
+    outbox.forget_acknowledged("r", 2, first.paid)
+
+
+def test_a_node_whose_server_has_its_replies_proves_the_others(node, ledger, capsys):
+    acknowledge_the_first(ledger)
+    (row,) = proof(capsys, node)
+    assert row["replies"] == {"kept": 1, "acknowledged": 1, "unsent": 0}
+    assert main(["budget", "verify", str(node)]) == 0
+    assert "1 kept, their bytes are those recorded; the server has 1 more" in capsys.readouterr().out
+
+
+def test_a_reply_that_is_gone_and_was_never_sent_is_refused(node, ledger, capsys):
+    second = Outbox(Path(f"{ledger}.outbox")).find("r", 2)
+    assert second is not None
+    Outbox(Path(f"{ledger}.outbox")).keep(replace(second, frame=b""))
+    assert main(["budget", "verify", str(node)]) == 0  # it was sent, and the server may have said so
+    capsys.readouterr()
+    lines = ledger.read_bytes().splitlines(keepends=True)
+    ledger.write_bytes(b"".join(lines[:-1]))
+    assert "is empty, but debit" in refusal(capsys, node)
 
 
 def test_a_reply_that_no_debit_paid_for_is_refused(node, ledger, capsys):
