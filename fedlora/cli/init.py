@@ -104,9 +104,8 @@ def _own_files(
         targets=("query", "value") if seen is None else seen.attention(),
         identity=seen.pooled if seen is not None else name.startswith("sentence-transformers/"),
     )
-    header = tuple(found.columns.values())
     return {
-        config.train: csv_text(header, found.train),
-        config.test: csv_text(header, found.test),
+        config.train: csv_text(found.header, found.train),
+        config.test: csv_text(found.header, found.test),
         target: own_yaml(config),
     }

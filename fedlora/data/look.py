@@ -22,9 +22,14 @@ _LABEL_NAMES = ("label", "labels", "class", "category", "target", "sentiment", "
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SplitFile:
-    """The rows of a file in two parts. columns: what each row holds, by the keys of `data`."""
+    """The rows of a file in two parts.
+
+    columns: those that are learnt from, by the keys of `data`. header: what each row holds, these first, then the
+    file's others: one may say whose a record is, or be the second text of a pair.
+    """
 
     columns: Mapping[str, str]
+    header: Sequence[str]
     train: Sequence[tuple[str, ...]]
     test: Sequence[tuple[str, ...]]
 
@@ -67,14 +72,15 @@ def look_through(path: str, *, text: str | None, label: str | None, causal: bool
             raise DataError(
                 f"{table.where(unlabelled)}: {kept['label']!r} is empty; write its label, or leave the row out"
             )
-    train, test = _split(list(zip(*(columns[name] for name in kept.values()), strict=True)), "label" in kept)
+    header = [*kept.values(), *(name for name in names if name not in kept.values())]
+    train, test = _split(list(zip(*(columns[name] for name in header), strict=True)), "label" in kept)
     if len(train) < FEWEST_ROWS:
         main = next(iter(kept.values()))
         raise DataError(
             f"{path}: {len(set(columns[main]))} different values of {main!r} in {count} rows leave {len(train)} to "
             "train on; name the column that holds the text: --text COLUMN"
         )
-    return SplitFile(columns=kept, train=train, test=test)
+    return SplitFile(columns=kept, header=header, train=train, test=test)
 
 
 def csv_text(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -87,14 +93,17 @@ def csv_text(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def _split(
     rows: list[tuple[str, ...]], labelled: bool
 ) -> tuple[list[tuple[str, ...]], list[tuple[str, ...]]]:
-    """The texts with the least digests are for the test, and the least of each label: its labels are the classes."""
+    """The texts, first in their rows, with the least digests are for the test, and the least of each label, which is
+    second: its labels are the classes.
+    """
     digests = {row[0]: hashlib.sha256(row[0].encode()).digest() for row in rows}
     chosen = set(sorted(digests, key=digests.__getitem__)[: math.ceil(TEST_SHARE * len(digests))])
-    known = {row[1:] for row in rows if row[0] in chosen}
-    for row in sorted(rows, key=lambda row: digests[row[0]]) if labelled else ():
-        if row[1:] not in known:
-            chosen.add(row[0])
-            known.add(row[1:])
+    if labelled:
+        known = {row[1] for row in rows if row[0] in chosen}
+        for text, label, *_ in sorted(rows, key=lambda row: digests[row[0]]):
+            if label not in known:
+                chosen.add(text)
+                known.add(label)
     return [row for row in rows if row[0] not in chosen], [row for row in rows if row[0] in chosen]
 
 

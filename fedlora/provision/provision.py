@@ -116,7 +116,9 @@ def provision(
 
 
 def provision_node(directory: Path, name: str) -> tuple[str, ...]:
-    """NAME.key and NAME.pub lie in the directory, which may hold anything else. Returns the names of the files made.
+    """NAME.key and NAME.pub lie in the directory, which may hold anything else; an empty one is kept out of git.
+
+    Returns the names of the files made.
 
     Raises:
         ConfigError: the name is none, or files of that name lie there that are no such pair.
@@ -128,6 +130,8 @@ def provision_node(directory: Path, name: str) -> tuple[str, ...]:
                 f"{directory / name}.pub lies there without {name}.key; bring the key back, or remove {name}.pub for a"
                 " new pair (and register that one)"
             )
+        if not any(directory.iterdir()):
+            (directory / IGNORE).write_bytes(b"*\n")
         return complete_pair(directory, name)
 
 

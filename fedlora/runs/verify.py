@@ -89,8 +89,8 @@ def _of_node(path: Path) -> dict[str, Any]:
 
 
 def _replies(ledger: Path, found: Contents, outbox: Outbox) -> dict[str, int]:
-    """How many replies are kept, each of which is what its debit's release says; how many of them are unsent; and of how
-    many the bytes are gone, since the server has them.
+    """How many replies are kept, each of which is what its debit's release says; how many of them are unsent; and of
+    how many the bytes are gone, since the server has them.
 
     Raises:
         LedgerError: a reply was changed, is gone without having been sent, or no debit paid for it.

@@ -84,7 +84,7 @@ def test_prompts_and_answers_are_learned_as_such_by_a_causal_model(tiny_decoder,
     assert (data.prompt, data.completion, data.text) == ("Question", "answer", None)
     train, test = rows(my / "train.csv")[1:], rows(my / "test.csv")[1:]
     assert len(test) == 12 and len(train) == 108  # a tenth, though no two answers are the same
-    assert not {prompt for prompt, _ in train} & {prompt for prompt, _ in test}
+    assert not {prompt for prompt, *_ in train} & {prompt for prompt, *_ in test}
     few = ["--set", "federation.rounds=1", "--set", "data.max_length=16"]
     assert main(["simulate", str(my / "run.yaml"), *few]) == 0
     assert look_through(str(path), text="answer", label=None, causal=True).columns == {"text": "answer"}
@@ -97,14 +97,21 @@ def test_the_two_parts_hold_every_row_once_and_no_text_in_both(reviews, tmp_path
     assert main(["init", str(tmp_path / "a"), "--data", str(reviews)]) == 0
     assert main(["init", str(tmp_path / "b"), "--data", str(reviews)]) == 0
     train, test = rows(tmp_path / "a" / "train.csv"), rows(tmp_path / "a" / "test.csv")
-    assert train.pop(0) == test.pop(0) == ["body", "topic"]
-    given = [[row[1], row[2]] for row in rows(reviews)[1:]]
+    assert train.pop(0) == test.pop(0) == ["body", "topic", "id", "site"]
+    given = [[row[1], row[2], row[0], row[3]] for row in rows(reviews)[1:]]
     assert sorted(train + test) == sorted(given)
     assert not {row[0] for row in train} & {row[0] for row in test} and len(test) >= 0.1 * 361
     for name in ("train.csv", "test.csv"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
     assert "NOT protected" in (tmp_path / "a" / "run.yaml").read_text()
     assert f"NOT PROTECTED: {tmp_path / 'a' / 'test.csv'}" in capsys.readouterr().out
+
+
+def test_a_column_that_says_whose_a_record_is_makes_clients_of_its_values(reviews, tmp_path, capsys):
+    assert main(["init", str(tmp_path / "my"), "--data", str(reviews)]) == 0
+    by_site = ["--set", "data.partition={kind: column, column: site}"]
+    assert main(["check", str(tmp_path / "my" / "run.yaml"), *by_site]) == 0
+    assert "east" in capsys.readouterr().out
 
 
 def test_copies_of_the_records_can_be_read_by_their_owner_alone(reviews, tmp_path):

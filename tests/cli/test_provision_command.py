@@ -72,10 +72,17 @@ def test_renewal_shows_the_earlier_certificate_and_a_short_one_is_said_to_end_so
     assert "ends-soon: " in out and "--renew" in out
 
 
+def test_a_directory_that_holds_other_things_stays_in_git(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    assert run(tmp_path, "--node", "hospital-a")[0] == 0
+    assert not (tmp_path / ".gitignore").exists()
+
+
 def test_a_node_gets_its_pair_and_is_told_what_to_send(tmp_path):
     status, out, _ = run(tmp_path, "--node", "hospital-a")
     assert status == 0 and "send hospital-a.pub to the server's operator" in out and "SHA256:" in out
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["hospital-a.key", "hospital-a.pub"]
+    assert {path.name for path in tmp_path.iterdir()} == {".gitignore", "hospital-a.key", "hospital-a.pub"}
+    assert (tmp_path / ".gitignore").read_text() == "*\n"
     told = json.loads(run(tmp_path, "--node", "hospital-a", "--format", "json")[1])
     assert [row["state"] for row in told["files"]] == ["kept", "kept"]
     assert told["public_key"] in (tmp_path / "hospital-a.pub").read_text()
