@@ -232,8 +232,8 @@ def end_superlink(home: Path) -> None:
 
 
 def exports() -> dict[str, str]:
-    """What README.md has its reader export before `flwr run`."""
-    (line,) = re.findall(r"^export (FLWR_.*)$", (PROJECT / "README.md").read_text(), re.MULTILINE)
+    """What docs/scale.md has its reader export before `flwr run`."""
+    (line,) = re.findall(r"^export (FLWR_.*)$", (PROJECT / "docs" / "scale.md").read_text(), re.MULTILINE)
     return dict(word.split("=") for word in line.split())
 
 
