@@ -98,7 +98,11 @@ def test_what_a_node_leaves_behind_is_proved(node, capsys, tiny_config):
     assert isinstance(decode_reply(answer), ClientUpdate)
     assert main(["budget", "verify", str(node), "--format", "json"]) == 0
     (row,) = json.loads(capsys.readouterr().out)
-    assert (row["debits"], row["releases"], row["replies"]) == (1, 1, {"kept": 1, "acknowledged": 0, "unsent": 0})
+    assert (row["debits"], row["releases"], row["replies"]) == (
+        1,
+        1,
+        {"kept": 1, "acknowledged": 0, "unsent": 0},
+    )
     assert [mechanism["kind"] for mechanism in row["mechanisms"]] == ["training", "evaluation"]
     assert row["noise_source"] == OS_ENTROPY and row["accountants_agree"]
 
