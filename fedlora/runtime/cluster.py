@@ -21,6 +21,8 @@ from fedlora.runtime.vitals import Vitals
 
 REACH_S = 10.0
 """Seconds that a cluster's head may take to be reached; Ray itself tries for minutes."""
+STARTS = 3
+"""Times that Ray is started on this machine before it is said not to start."""
 HEADLESS_S = 600
 """Seconds that Ray tries to reach a head that is gone before it aborts this process; whoever waits for workers looks
 sooner, and ends the run with a message."""
@@ -68,20 +70,37 @@ def connected(runtime: Runtime, run: str, run_dir: Path, go_on: str | None = Non
 
 
 def _connect(runtime: Runtime, namespace: str) -> None:
-    address = runtime.address
+    if runtime.address is None:
+        _start(runtime, namespace)
+    else:
+        _join(runtime, runtime.address, namespace)
+
+
+def _start(runtime: Runtime, namespace: str) -> None:
+    # Now and then one of Ray's processes dies before it has written a line, and Ray notices half a minute later.
+    for attempt in range(1, STARTS + 1):
+        try:
+            ray.init(**_here(runtime), namespace=namespace)
+            return
+        except Exception as error:  # of no class of its own when the raylet is the one that died
+            if attempt == STARTS:
+                raise ConfigError(
+                    f"Ray does not start on this machine, tried {STARTS} times: {error}; "
+                    f"set runtime.kind to local, or look at its logs in /tmp/ray"
+                ) from error
+
+
+def _join(runtime: Runtime, address: str, namespace: str) -> None:
     try:
-        if address is not None and ":" in address:
+        if ":" in address:
             host, _, port = address.removeprefix("ray://").rpartition(":")
             socket.create_connection((host.strip("[]"), int(port)), REACH_S).close()
-        ray.init(**(_here(runtime) if address is None else _there(runtime)), namespace=namespace)
+        ray.init(**_there(address, _environment(runtime)), namespace=namespace)
     except (OSError, RuntimeError, ValueError) as error:
-        where = "on this machine" if address is None else f"at runtime.address {address!r}"
-        mend = (
-            "set runtime.kind to local"
-            if address is None
-            else "start one (ray start --head) or mend the address"
-        )
-        raise ConfigError(f"no Ray cluster {where}: {error}; {mend}") from error
+        raise ConfigError(
+            f"no Ray cluster at runtime.address {address!r}: {error}; "
+            f"start one (ray start --head) or mend the address"
+        ) from error
 
 
 def _here(runtime: Runtime) -> dict[str, Any]:
@@ -98,12 +117,12 @@ def _here(runtime: Runtime) -> dict[str, Any]:
     }
 
 
-def _there(runtime: Runtime) -> dict[str, Any]:
+def _there(address: str, variables: dict[str, str]) -> dict[str, Any]:
     # Every machine runs this fedlora, whichever it has; all else must be installed there.
     package = str(Path(fedlora.__file__).parent)
-    environment = {"env_vars": _environment(runtime), "py_modules": [package]}
+    environment = {"env_vars": variables, "py_modules": [package]}
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
-    return {"address": runtime.address, **quiet, "runtime_env": environment}
+    return {"address": address, **quiet, "runtime_env": environment}
 
 
 def _environment(runtime: Runtime) -> dict[str, str]:

@@ -1,0 +1,50 @@
+"""Ray on this machine: started again when one of its processes did not come up."""
+
+import pytest
+import ray
+
+from fedlora.config.schema import Runtime
+from fedlora.errors import ConfigError
+from fedlora.runtime import cluster
+from fedlora.runtime.cluster import connected
+
+TWO = Runtime(kind="ray", workers=2)
+
+
+class Failing:
+    """Ray's own start, after a number of failures with what Ray raises when a process of it has died."""
+
+    def __init__(self, failures: list[Exception]) -> None:
+        self.failures, self.asked, self._start = failures, 0, ray.init
+
+    def __call__(self, **settings: object) -> None:
+        self.asked += 1
+        if self.asked <= len(self.failures):
+            raise self.failures[self.asked - 1]
+        self._start(**settings)
+
+
+def test_ray_is_started_again_when_its_head_or_its_raylet_did_not_come_up(tmp_path, monkeypatch):
+    start = Failing([RuntimeError("Timed out waiting for file"), Exception("The current node timed out")])
+    monkeypatch.setattr(cluster.ray, "init", start)
+    with connected(TWO, "again", tmp_path):
+        assert ray.get(ray.remote(lambda: 7).remote()) == 7
+    assert start.asked == 3 and not ray.is_initialized()
+
+
+def test_ray_that_never_comes_up_is_one_message_that_says_what_to_do(tmp_path, monkeypatch):
+    start = Failing([RuntimeError("Timed out waiting for file")] * 99)
+    monkeypatch.setattr(cluster.ray, "init", start)
+    told = r"tried 3 times: Timed out .* set runtime\.kind to local"
+    with pytest.raises(ConfigError, match=told), connected(TWO, "never", tmp_path):
+        pass
+    assert start.asked == cluster.STARTS
+
+
+def test_ctrl_c_is_not_a_start_that_failed(tmp_path, monkeypatch):
+    def interrupted(**settings: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cluster.ray, "init", interrupted)
+    with pytest.raises(KeyboardInterrupt), connected(TWO, "interrupted", tmp_path):
+        pass
