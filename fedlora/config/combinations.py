@@ -16,6 +16,7 @@ def conflicts(config: "RunConfig") -> list[str]:
     return [
         *column_conflicts(config.data, config.task),
         *_labels(config),
+        *_public(config),
         *_streaming(config),
         *_cohort(config),
         *_method(config),
@@ -51,6 +52,19 @@ def _labels(config: "RunConfig") -> Iterator[str]:
     if config.data.partition.kind in ("dirichlet", "pathological", "shards"):
         kind = config.data.partition.kind
         yield f"data.partition.kind: {kind} deals out labels, but data.label is null; write iid or column"
+
+
+def _public(config: "RunConfig") -> Iterator[str]:
+    """Public labelled records are there exactly where a subspace is made of them."""
+    given = getattr(config.data, "public", None)
+    chosen = {"lora.init": config.lora.init, "method.left": getattr(config.method, "left", None)}
+    readers = [key for key, choice in chosen.items() if choice == "gradients"]
+    if readers and config.data.source == "docstrings":
+        yield f"{readers[0]}: gradients, but docstrings have no file of public records; write principal"
+    elif readers and given is None:
+        yield f"data.public: missing, but {readers[0]} is gradients; name a file of public labelled records"
+    elif given is not None and not readers:
+        yield f"data.public: {given}, which lora.init: gradients alone would read; write null, or that"
 
 
 def _streaming(config: "RunConfig") -> Iterator[str]:

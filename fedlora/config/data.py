@@ -78,7 +78,13 @@ class _Data(Section):
     partition: Partition
 
 
-class Files(RecordColumns, _Data):
+class _Columns(RecordColumns, _Data):
+    public: str | None = None
+    """A file of labelled records that are public, with the columns named here, for `lora.init: gradients`; no epsilon
+    covers them. In a deployment the server alone reads it. null: there is none."""
+
+
+class Files(_Columns):
     """Local tsv, csv, jsonl or parquet files, also gzipped."""
 
     source: Literal["files"]
@@ -88,7 +94,7 @@ class Files(RecordColumns, _Data):
     """Public test data: scored at the server."""
 
 
-class HuggingFace(RecordColumns, _Data):
+class HuggingFace(_Columns):
     """A data set of the hub, or its cached copy; needs the extra `fedlora[huggingface]`."""
 
     source: Literal["huggingface"]

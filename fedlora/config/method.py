@@ -65,8 +65,9 @@ class FedSb(Section):
 
     name: Literal["fedsb"]
     trains: ClassVar = "core"
-    left: Literal["orthonormal", "principal"] = "principal"
-    """The left frame: random orthonormal columns, or the frozen weight's first left singular vectors."""
+    left: Literal["orthonormal", "principal", "gradients"] = "principal"
+    """The left frame: random orthonormal columns, or the first left singular vectors of the frozen weight, or of its
+    gradient on the labelled records of `data.public`, as the authors have it."""
     stale: Stale = Stale(beta=0.0)
 
 

@@ -63,11 +63,14 @@ class Lora(Section):
     writes the `alpha_pattern` that gives it to PEFT. null: `r` everywhere."""
     layers_to_transform: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] | None = None
     """Only these; null: all. Fewer trained numbers carry less noise, layers below are not back-propagated."""
-    init: Literal["orthonormal", "centred", "kaiming", "principal", "activations"] = "orthonormal"
+    init: Literal["orthonormal", "centred", "kaiming", "principal", "activations", "gradients"] = (
+        "orthonormal"
+    )
     """The first A, always from what is public. orthonormal: random orthonormal rows; centred: the same, but orthogonal
     to the site's mean input over public text, a large component that carries nothing and dominates gradients; kaiming:
     uniform as PEFT draws it; principal: the frozen weight's first right singular vectors, PiSSA's subspace at unit
-    scale; activations: the directions in which inputs vary most over public text, as EVA."""
+    scale; activations: the directions in which inputs vary most over public text, as EVA; gradients: the first right
+    singular vectors of each weight's gradient on the labelled records of `data.public`, LoRA-SB's start."""
     trains: Literal["b", "core", "singular-values", "ab"] = "b"
     """What of an adapter is trained and sent: B, d_out x r numbers a site; or an r x r core between A and a frozen
     orthonormal left frame, B = left core (LoRA-XS, Fed-SB), which carries less noise and affords a larger r; or the

@@ -92,7 +92,8 @@ def labelled_records(table: Table, columns: Columns, classes: tuple[str, ...]) -
     names = _label_names(table, columns.label)
     if unknown := set(names) - set(classes):
         raise DataError(
-            f"{table.origin}: {len(unknown)} labels are not among classes {list(classes)}; add them on every node"
+            f"{table.origin}: {len(unknown)} labels are not among classes {list(classes)}; mend them, or add them on "
+            "every node"
         )
     texts = texts_of(table, columns.text, columns.form, causal=False)
     return Records(texts=texts, labels=_indices(names, classes))

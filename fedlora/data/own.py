@@ -1,7 +1,7 @@
-"""A data owner's own records, as node.yaml names them."""
+"""Records of one file by themselves: a data owner's own, as node.yaml names them, and public ones."""
 
-from fedlora.config.columns import form_of, read_columns
-from fedlora.config.node import NodeConfig, NodeDocstrings, NodeFiles
+from fedlora.config.columns import RecordColumns, form_of, read_columns
+from fedlora.config.node import NodeConfig, NodeDocstrings
 from fedlora.config.task import Task
 from fedlora.data import load_corpus
 from fedlora.data.corpus import Columns, corpus_from, labelled_records
@@ -27,14 +27,24 @@ def own_records(config: NodeConfig) -> Records:
         if config.data.part not in parts:
             raise ConfigError(f"data.part {config.data.part!r} is none of {sorted(parts)}; name one of them")
         return corpus.train.select(parts[config.data.part])
-    return _file_records(config.data, config.task, config.classes)
+    return file_records(config.data.train, config.data, config.task, tuple(config.classes))
 
 
-def _file_records(data: NodeFiles, task: Task, classes: list[str]) -> Records:
+def file_records(path: str, names: RecordColumns, task: Task, classes: tuple[str, ...]) -> Records:
+    """All records of one file.
+
+    Args:
+        path: of the file.
+        names: of its columns.
+        task: what records are for.
+        classes: into which labels are indices; a causal LM has none.
+
+    Raises:
+        DataError: they are not there, or not what the columns or the classes say.
+    """
     causal = task.causal
-    label = None if causal else data.label
-    columns = Columns(text=read_columns(data), label=label, form=form_of(data))
-    table = load_table(data.train, columns.names())
+    columns = Columns(text=read_columns(names), label=None if causal else names.label, form=form_of(names))
+    table = load_table(path, columns.names())
     if causal:
         return corpus_from(table, table, columns, causal=True).train
-    return labelled_records(table, columns, tuple(classes))
+    return labelled_records(table, columns, classes)

@@ -108,6 +108,7 @@ def _offline() -> Iterator[None]:
 
 def _run_data(config: RunConfig) -> Iterator[Line]:
     from fedlora.data import load_corpus
+    from fedlora.data.own import file_records
 
     data = config.data
     if isinstance(data, HuggingFace):
@@ -122,6 +123,9 @@ def _run_data(config: RunConfig) -> Iterator[Line]:
     else:
         corpus = load_corpus(data, config.task, config.seed)
         yield ok("data", f"{len(corpus.train):,} records to train on, {len(corpus.test):,} to score on")
+        if data.public is not None:
+            public = file_records(data.public, data, config.task, corpus.classes)
+            yield ok("public data", f"{len(public):,} records for the first subspace, covered by no epsilon")
 
 
 def _records(config: NodeConfig) -> Iterator[Line]:

@@ -15,8 +15,8 @@ from fedlora.errors import ShapeError
 from fedlora.seeds import seed_for
 from fedlora.values import Adapters, Factors, Side, Site
 
-Init = Literal["orthonormal", "centred", "kaiming", "principal", "activations"]
-Left = Literal["orthonormal", "principal"]
+Init = Literal["orthonormal", "centred", "kaiming", "principal", "activations", "gradients"]
+Left = Literal["orthonormal", "principal", "gradients"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,12 +26,15 @@ class Public:
     mean_input: (d_in,), of its input over public text.
     input_rows: (r, d_in) orthonormal rows along which that input varies most, the strongest first.
     weight_rows: (r, d_in), its weight's first right singular vectors. weight_columns: (r, d_out), its left ones.
+    gradient_rows, gradient_columns: likewise of that weight's gradient on public labelled records.
     """
 
     mean_input: Tensor | None = None
     input_rows: Tensor | None = None
     weight_rows: Tensor | None = None
     weight_columns: Tensor | None = None
+    gradient_rows: Tensor | None = None
+    gradient_columns: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,11 +95,7 @@ class Subspace:
         a = self._first_a(seed_for(seed, "first-a", site), (r, d_in), public)
         if self.left is None:
             return Factors(a=a.to(dtype), b=torch.zeros(d_out, r, dtype=dtype))
-        if self.left == "principal":
-            rows = _known(public.weight_columns, "the site's weight", (r, d_out))
-        else:
-            rows = orthonormalise(_normal(seed_for(seed, "left", site), (r, d_out))).q
-        left = rows.T.contiguous().to(dtype)
+        left = self._left(seed_for(seed, "left", site), (r, d_out), public).T.contiguous().to(dtype)
         core = torch.zeros(1 if self.diagonal else r, r, dtype=dtype)
         return Factors(a=a.to(dtype), b=core, left=left)
 
@@ -113,6 +112,17 @@ class Subspace:
                 return _known(public.weight_rows, "the site's weight", shape)
             case "activations":
                 return _known(public.input_rows, "the site's inputs", shape)
+            case "gradients":
+                return _known(public.gradient_rows, "the site's gradient", shape)
+
+    def _left(self, seed: int, shape: tuple[int, int], public: Public) -> Tensor:
+        match self.left:
+            case "principal":
+                return _known(public.weight_columns, "the site's weight", shape)
+            case "gradients":
+                return _known(public.gradient_columns, "the site's gradient", shape)
+            case _:
+                return orthonormalise(_normal(seed, shape)).q
 
     def leaves(self, round: int) -> bool:
         """Whether A leaves its row space after `round`, so that nothing kept in its frame means anything any more."""

@@ -4,8 +4,11 @@ import json
 from pathlib import Path
 
 from fedlora.code_digest import code_digest
+from fedlora.config.data import Files, HuggingFace
 from fedlora.config.ranks import largest_rank, rank_of
 from fedlora.config.schema import RunConfig
+from fedlora.data.own import file_records
+from fedlora.data.records import Examples
 from fedlora.disk import write_durably
 from fedlora.errors import ConfigError
 from fedlora.federation.absorb import start
@@ -13,7 +16,9 @@ from fedlora.methods import Method
 from fedlora.methods.subspace import Public, Subspace
 from fedlora.runs.rundir import BEGAN_FROM, began_from
 from fedlora.training.checkpoints import base_digest
+from fedlora.training.examples import reader_of
 from fedlora.training.from_adapter import adapter_digest, read_adapter
+from fedlora.training.gradients import gradient_directions
 from fedlora.training.model import AdaptedModel, transformer_of
 from fedlora.training.public import input_directions, mean_inputs, weight_directions
 from fedlora.values import Origin, ServerState, Site
@@ -63,6 +68,9 @@ def public_facts(config: RunConfig, model: AdaptedModel, subspace: Subspace) -> 
     """Of each site, what the subspace looks at."""
     layers, r = model.layers(), largest_rank(config.lora)
     weights = weight_directions(layers, r) if "principal" in (subspace.init, subspace.left) else {}
+    gradients = {}
+    if "gradients" in (subspace.init, subspace.left):
+        gradients = gradient_directions(model, _public_examples(config, model), r)
     means, inputs = {}, {}
     if subspace.init in ("centred", "activations"):
         public = model.intake.public(transformer_of(model.peft_model))
@@ -77,9 +85,20 @@ def public_facts(config: RunConfig, model: AdaptedModel, subspace: Subspace) -> 
             input_rows=inputs[site][:rank] if inputs else None,
             weight_columns=weights[site][0][:rank] if weights else None,
             weight_rows=weights[site][1][:rank] if weights else None,
+            gradient_columns=gradients[site][0][:rank] if gradients else None,
+            gradient_rows=gradients[site][1][:rank] if gradients else None,
         )
         for site, rank in ranks.items()
     }
+
+
+def _public_examples(config: RunConfig, model: AdaptedModel) -> Examples:
+    """The labelled records that the config calls public, as the model reads them."""
+    data, task = config.data, config.task
+    assert isinstance(data, Files | HuggingFace) and data.public is not None, "combinations.py asks for it"
+    classes = () if task.causal else tuple(transformer_of(model.peft_model).config.id2label.values())
+    read = reader_of(name=config.model.name, max_length=data.max_length, task_cfg=task)
+    return read(file_records(data.public, data, task, classes))
 
 
 def origin(config: RunConfig, run: str) -> Origin:

@@ -79,7 +79,7 @@ def input_directions(
 
     def strongest(inputs: Tensor) -> Tensor:
         centred = inputs - inputs.mean(dim=0)
-        return _leading(torch.linalg.eigh(centred.T @ centred).eigenvectors.flip(1).T, r)
+        return leading(torch.linalg.eigh(centred.T @ centred).eigenvectors.flip(1).T, r)
 
     return _of_inputs(model, layers, public, strongest)
 
@@ -92,7 +92,7 @@ def weight_directions(layers: Mapping[str, nn.Module], r: int) -> dict[str, tupl
     found = {}
     for name, layer in layers.items():
         u, _, v = torch.linalg.svd(frozen_weight(layer).double(), full_matrices=False)
-        found[name] = _leading(u.T, r), _leading(v, r)
+        found[name] = leading(u.T, r), leading(v, r)
     return found
 
 
@@ -106,7 +106,7 @@ def frozen_weight(layer: nn.Module) -> Tensor:
     return weight.detach().T if isinstance(base, Conv1D) else weight.detach()
 
 
-def _leading(rows: Tensor, r: int) -> Tensor:
+def leading(rows: Tensor, r: int) -> Tensor:
     """The first r rows; the sign that a decomposition leaves open makes the largest entry of each positive."""
     first = rows[:r]
     largest = first.gather(1, first.abs().argmax(dim=1, keepdim=True))

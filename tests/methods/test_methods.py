@@ -91,20 +91,26 @@ def test_the_first_a_is_bounded_as_peft_draws_it():
 def public(d_out, d_in, r):
     draw = torch.Generator().manual_seed(3)
     rows = {name: orthonormalise(torch.randn(r, d, generator=draw, dtype=torch.float64)).q
-            for name, d in (("input_rows", d_in), ("weight_rows", d_in), ("weight_columns", d_out))}  # fmt: skip
+            for name, d in (("input_rows", d_in), ("weight_rows", d_in), ("weight_columns", d_out),
+                            ("gradient_rows", d_in), ("gradient_columns", d_out))}  # fmt: skip
     return Public(mean_input=torch.ones(d_in, dtype=torch.float64), **rows)
 
 
 def test_public_rows_are_taken_as_they_are():
     known = public(9, 16, 4)
-    for init, rows in (("principal", known.weight_rows), ("activations", known.input_rows)):
+    chosen = (
+        ("principal", known.weight_rows),
+        ("activations", known.input_rows),
+        ("gradients", known.gradient_rows),
+    )
+    for init, rows in chosen:
         first = Subspace(init=init, refactor_every=None).first("x", (9, 16), 4, 0, torch.float64, known)
         assert torch.equal(first.a, rows)
         assert torch.equal(first.b, torch.zeros(9, 4, dtype=torch.float64))
         assert first.left is None
 
 
-@pytest.mark.parametrize("init", ["centred", "principal", "activations"])
+@pytest.mark.parametrize("init", ["centred", "principal", "activations", "gradients"])
 def test_what_is_not_known_of_a_site_is_an_error(init):
     with pytest.raises(ShapeError, match=r"lower lora\.r"):
         Subspace(init=init, refactor_every=None).first("x", (9, 16), 4, 0, torch.float64)
@@ -112,7 +118,7 @@ def test_what_is_not_known_of_a_site_is_an_error(init):
         Subspace(init=init, refactor_every=None).first("x", (9, 20), 4, 0, torch.float64, public(9, 16, 3))
 
 
-@pytest.mark.parametrize("left", ["orthonormal", "principal"])
+@pytest.mark.parametrize("left", ["orthonormal", "principal", "gradients"])
 def test_a_core_begins_at_zero_between_two_orthonormal_frames(left):
     known = public(9, 16, 4)
     subspace = Subspace(init="orthonormal", left=left, refactor_every=None)
@@ -121,8 +127,9 @@ def test_a_core_begins_at_zero_between_two_orthonormal_frames(left):
     assert_close(first.left.T @ first.left, torch.eye(4, dtype=torch.float64))
     whole_b = Subspace(init="orthonormal", refactor_every=None).first("x", (9, 16), 4, 7, torch.float64)
     assert torch.equal(first.a, whole_b.a)
-    if left == "principal":
-        assert torch.equal(first.left, known.weight_columns.T)
+    if left != "orthonormal":
+        columns = known.weight_columns if left == "principal" else known.gradient_columns
+        assert torch.equal(first.left, columns.T)
     else:
         assert not torch.equal(subspace.first("y", (9, 16), 4, 7, torch.float64, known).left, first.left)
 
