@@ -27,6 +27,7 @@ _SINCE: dict[tuple[str, ...], Any] = {
     ("data", "max_train_examples"): None,
     ("data", "messages"): None,
     ("data", "prompt"): None,
+    ("data", "public"): None,
     ("data", "rejected"): None,
     ("data", "streaming"): False,
     ("federation", "enough"): None,
