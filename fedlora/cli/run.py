@@ -199,7 +199,7 @@ def preview_text(found: "Preview") -> str:
         ),
         ("steps", f"{found.steps_per_participation} in each round that a client answers"),
         ("memory", f"about {bytes_text(found.memory_bytes)}"),
-        ("time", f"{_about(found.training_seconds)} at this machine's present load"),
+        ("time", f"{_about(found.training_seconds)} for the rounds, at this machine's present load"),
     ]
     if not found.trained_parameters:
         facts = [fact for fact in facts if fact[0] == "steps"]

@@ -216,6 +216,7 @@ def test_help_and_check_import_no_torch_and_check_prints_a_plan(tiny_config, tmp
         )
         done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
         assert json.loads(done.stdout.splitlines()[-1]) == [0, []], done.stdout + done.stderr
+    assert "classes              3: 'kitchen', 'music', 'weather'" in done.stdout
     assert "noise, about" in done.stdout and "estimates from sizes and shapes" in done.stdout
 
 
