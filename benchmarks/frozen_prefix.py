@@ -33,9 +33,9 @@ from fedlora.data.records import Examples
 from fedlora.privacy.direct_engine import DirectEngine
 from fedlora.privacy.noise import SeededNoise
 from fedlora.privacy.step import private_gradient
-from fedlora.training.checkpoints import MINILM
 from fedlora.training.load import load_model
 from fedlora.training.model import AdaptedModel
+from fedlora.training.places import MINILM
 from fedlora.training.prefix import frozen_prefix
 from fedlora.training.states import cached_bytes, with_states
 from fedlora.training.tasks import losses

@@ -155,7 +155,7 @@ def status_text(title: str, found: Mapping[str, Any], unfinished: str) -> str:
             "refusals",
             f"{found['refusals']} refused{f' ({reasons})' if reasons else ''}, {found['rejections']} rejected",
         ),
-        ("pace", f"{pace} client rounds a second, {duration(found['seconds'])} so far"),
+        ("pace", f"{pace} client rounds a second, {duration(found['seconds'])} in rounds so far"),
         *([] if down == up == "-" else [("bytes", f"{down} down and {up} up, a client and round")]),
     ]
     return f"{title}\n{pairs(rows)}\n\n{_clients(found)}"

@@ -94,7 +94,7 @@ def summary_text(summary: Mapping[str, Any], run_dir: Path) -> str:
         ("privacy", headline(summary)),
         *(_terms(summary) if summary["private"] else []),
         ("rounds", f"{summary['rounds_completed']} with {summary['clients']} clients"),
-        ("time", duration(summary["seconds"])),
+        ("time", f"{duration(summary['seconds'])} in rounds, without loading, calibrating and writing"),
         ("adapter", str(run_dir / "adapter")),
         ("report", str(run_dir / "report.html")),
     ]

@@ -178,8 +178,13 @@ def _about(seconds: float) -> str:
     return "under a minute" if seconds < 45 else f"about {duration(seconds)}"
 
 
+MOST_CLASSES = 8
+"""That are named."""
+
+
 def preview_text(found: "Preview") -> str:
     """The preview as people read it."""
+    from fedlora.data.table import shown
     from fedlora.export.words import bytes_text, epsilon, number
 
     rows = [
@@ -194,10 +199,12 @@ def preview_text(found: "Preview") -> str:
         ),
         ("steps", f"{found.steps_per_participation} in each round that a client answers"),
         ("memory", f"about {bytes_text(found.memory_bytes)}"),
-        ("time", f"{_about(found.training_seconds)} at this machine's present load"),
+        ("time", f"{_about(found.training_seconds)} for the rounds, at this machine's present load"),
     ]
     if not found.trained_parameters:
         facts = [fact for fact in facts if fact[0] == "steps"]
+    if found.classes:
+        facts = [("classes", f"{len(found.classes):,}: {shown(found.classes, MOST_CLASSES)}"), *facts]
     noise = "noise multiplier" if found.measured else "noise, about"
     heads = ("client", "records", "sample rate", noise, "epsilon at most")
     return "\n".join(

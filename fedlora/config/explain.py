@@ -104,7 +104,7 @@ def _mend_key(key: str, names: list[str], siblings: dict[str, Any]) -> str:
     if near := difflib.get_close_matches(key, missing, n=1, cutoff=0.5):
         return f"write {near[0]}"
     if near := difflib.get_close_matches(key, names, n=1, cutoff=0.6):
-        return f"write {near[0]}, which is there besides, or remove it"
+        return f"did you mean {near[0]}? that is set already: change it there, and remove this"
     return f"remove it; keys here are {', '.join(names)}"
 
 

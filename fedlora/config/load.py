@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path as FilePath
 from typing import Any, TypeVar
 
@@ -16,6 +17,9 @@ from fedlora.config.yaml_text import Path, parse, render
 from fedlora.errors import ConfigError
 
 _Kind = TypeVar("_Kind", bound=Section)
+
+OVERRIDE = "--set "
+"""What the origin of a key begins with that was not written in a file."""
 
 _ELSEWHERE = {"export_every", "output", "runtime"}
 """Keys that say where a run happens and what it leaves there, not what it computes."""
@@ -147,12 +151,44 @@ def json_schema() -> dict[str, Any]:
 
 def _load(kind: type[_Kind], path: FilePath, overrides: Sequence[str]) -> _Kind:
     value, origins = _read(path, overrides)
-    if found := list(problems(value, kind)):
-        raise ConfigError(_report(found, origins))
+    for look in (problems, _conflicting):  # values by themselves, then together
+        if found := list(look(value, kind)):
+            raise ConfigError(_report(_blamed(found, partial(look, model=kind), path, overrides, origins)))
+    return kind.model_validate(value)
+
+
+def _conflicting(value: dict[str, Any], model: type[Section]) -> Iterator[Problem]:
+    """What keeps them from being a `model` though each is fine."""
     try:
-        return kind.model_validate(value)
+        model.model_validate(value)
     except ValidationError as error:
-        raise ConfigError(_report([_combination(line) for line in _messages(error)], origins)) from None
+        yield from map(_combination, _messages(error))
+
+
+def _blamed(
+    found: Sequence[Problem],
+    look: Callable[[dict[str, Any]], Iterable[Problem]],
+    path: FilePath,
+    overrides: Sequence[str],
+    origins: Mapping[Path, str],
+) -> list[tuple[str, Problem]]:
+    """Each problem and where it comes from: where its key was written, or the override that is to blame.
+
+    That is one without which this problem is gone and no other comes.
+    """
+    blamed: dict[Problem, str] = {}
+    for place, override in enumerate(overrides):
+        try:
+            without = _read(path, [*overrides[:place], *overrides[place + 1 :]])[0]
+        except ConfigError:  # another override builds on it
+            continue
+        if (left := set(look(without))) < set(found):
+            blamed |= dict.fromkeys(set(found) - left, OVERRIDE + override)
+    given = ((origin_of(problem.path, origins), problem) for problem in found)
+    return [
+        (origin if origin.startswith(OVERRIDE) else blamed.get(problem, origin), problem)
+        for origin, problem in given
+    ]
 
 
 def _read(path: FilePath, overrides: Sequence[str]) -> tuple[dict[str, Any], dict[Path, str]]:
@@ -182,7 +218,7 @@ def _text(path: FilePath) -> str:
 
 def _override(value: dict[str, Any], origins: dict[Path, str], override: str) -> None:
     """Puts one `key=value` into `value`, and its own text in place of the file's lines in `origins`."""
-    origin = f"--set {override}"
+    origin = OVERRIDE + override
     name, equals, text = override.partition("=")
     keys = tuple(name.strip().split("."))
     if not equals or not all(keys):
@@ -219,10 +255,9 @@ def _combination(line: str) -> Problem:
     return Problem(path=tuple(key.split(".")), wrong=wrong, mend=mend)
 
 
-def _report(found: Sequence[Problem], origins: dict[Path, str]) -> str:
+def _report(found: Sequence[tuple[str, Problem]]) -> str:
     """One line a problem, in the order of the file, those of `--set` last."""
-    lines = [(origin_of(problem.path, origins), problem) for problem in found]
-    lines.sort(key=lambda line: (line[0].startswith("--set"), _line_number(line[0])))
+    lines = sorted(found, key=lambda line: (line[0].startswith(OVERRIDE), _line_number(line[0])))
     return "\n".join(f"{origin}: {'.'.join(map(str, p.path))}: {p.wrong}; {p.mend}" for origin, p in lines)
 
 

@@ -27,8 +27,8 @@ def load_corpus(data: Data, task: Task, seed: int) -> Corpus:
     match data:
         case Files():
             columns = _columns(data)
-            train = load_table(data.train, columns.names())
-            test = load_table(data.test, columns.test_names(causal=causal))
+            train = load_table(data.train, columns.names(), apart_from=data.test)
+            test = load_table(data.test, columns.test_names(causal=causal), apart_from=data.train)
             corpus = corpus_from(train, test, columns, causal=causal)
         case HuggingFace():
             columns = _columns(data)

@@ -1,6 +1,7 @@
 """Local tsv, csv, jsonl and parquet files, also gzipped."""
 
 import csv
+import difflib
 import gzip
 import io
 import json
@@ -10,26 +11,30 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TextIO, TypeAlias
 
-from fedlora.data.table import Table, nearest, require_columns, shown
+from fedlora.data.table import Table, require_columns, shown
 from fedlora.errors import DataError
 
 FORMATS = (".tsv", ".csv", ".jsonl", ".parquet")
+
+ALIKE = 0.6
+"""Of two names from 0 to 1, how much makes one a likely mistyping of the other: trian of train, but not test."""
 
 Row: TypeAlias = tuple[int, list[object]]
 """Line in the file, from 1, and the wanted values."""
 
 
-def load_table(path: str, wanted: list[str]) -> Table:
+def load_table(path: str, wanted: list[str], *, apart_from: str | None = None) -> Table:
     """The wanted columns of one file, all rows, in file order.
 
     Args:
         path: relative to the working directory; the format is its ending, `.gz` behind it or not.
         wanted: names of columns.
+        apart_from: a file that holds something else, and so is not suggested in place of one that is not there.
 
     Raises:
         DataError: no such file, another format, no such column, or text that cannot be read as that format.
     """
-    file = _existing(path)
+    file = _existing(path, apart_from)
     try:
         if _format(file) == ".parquet":
             return _parquet(file, path, wanted)
@@ -81,7 +86,7 @@ def _columns(rows: Iterable[Row], count: int) -> tuple[Sequence[int], list[list[
     return lines, columns
 
 
-def _existing(path: str) -> Path:
+def _existing(path: str, apart_from: str | None = None) -> Path:
     file = Path(path).expanduser()
     if file.is_file():
         return file
@@ -92,15 +97,33 @@ def _existing(path: str) -> Path:
     beside = sorted(other.name for other in file.parent.iterdir() if other.is_file())
     raise DataError(
         f"{path}: no such file (looked from {str(Path.cwd())!r}); that directory has "
-        f"{shown(beside)}{nearest(file.name, beside)}"
+        f"{shown(beside)}{_meant(file, beside, apart_from)}"
     )
 
 
+def _meant(file: Path, beside: Sequence[str], apart_from: str | None) -> str:
+    """`; did you mean ...?`: of the other tables there, the one whose name without its ending is nearest."""
+    other = None if apart_from is None else Path(apart_from).expanduser().resolve()
+    stems = {
+        _stem(name): name for name in beside if _ending(name) and (file.parent / name).resolve() != other
+    }
+    close = difflib.get_close_matches(_stem(file.name), stems, n=1, cutoff=ALIKE)
+    return f"; did you mean {stems[close[0]]!r}?" if close else ""
+
+
+def _stem(name: str) -> str:
+    return name.lower().removesuffix(".gz").removesuffix(_ending(name))
+
+
+def _ending(name: str) -> str:
+    """Which of FORMATS it is; empty if none."""
+    plain = name.lower().removesuffix(".gz")
+    return next((ending for ending in FORMATS if plain.endswith(ending)), "")
+
+
 def _format(file: Path) -> str:
-    name = file.name.lower().removesuffix(".gz")
-    for ending in FORMATS:
-        if name.endswith(ending):
-            return ending
+    if ending := _ending(file.name):
+        return ending
     raise DataError(
         f"{file}: unknown format; name it {', '.join(FORMATS)}, or one of these with .gz behind it"
     )

@@ -137,7 +137,7 @@ def _figures(summary: Mapping[str, Any], target: float | None) -> str:
         ("Largest epsilon", spent, of if summary["private"] else NOT_PRIVATE),
         ("Rounds", str(summary["rounds_completed"]), f"{summary['clients']} clients"),
         (
-            "Time",
+            "Time of the rounds",
             duration(summary["seconds"]),
             f"{number(summary['client_rounds_per_second'])} client rounds a second",
         ),

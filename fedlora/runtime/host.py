@@ -1,7 +1,6 @@
 """One process that plays simulated clients: the base model is loaded once, clients come and go."""
 
 import logging
-import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -25,6 +24,7 @@ from fedlora.privacy.ledger import Ledger, open_ledger
 from fedlora.privacy.noise import SeededNoise
 from fedlora.privacy.stacked import stackable
 from fedlora.runs.rundir import STATES
+from fedlora.runtime.gpu import no_gpu
 from fedlora.seeds import seed_for
 from fedlora.training.checkpoints import base_digest
 from fedlora.training.client import Node, train
@@ -178,10 +178,7 @@ def require_gpu() -> None:
         ConfigError: it cannot.
     """
     if not torch.cuda.is_available():
-        raise ConfigError(
-            f"runtime.device: cuda, but torch finds no GPU on {socket.gethostname()}; write device: cpu, "
-            "or see what is missing: fedlora doctor"
-        )
+        raise no_gpu()
 
 
 def at_home(reply: Reply) -> Reply:

@@ -9,21 +9,22 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
-from typing import Any
 
 import numpy as np
 
-from fedlora.config.asking import expected_cohort, most_asked
+from fedlora.config.asking import expected_cohort
 from fedlora.config.data import Docstrings
-from fedlora.config.ranks import rank_of
 from fedlora.config.schema import RunConfig
 from fedlora.data import load_corpus
 from fedlora.data.docstrings import DEFAULT_PACKAGES
 from fedlora.data.partition import client_names, partition
-from fedlora.errors import ModelError
+from fedlora.runtime.gpu import require_likely_gpu
+from fedlora.runtime.notes import plan_notes, unseen_classes
 from fedlora.runtime.rough_noise import between, rough_noise
 from fedlora.runtime.seats import model_holders, side_by_side
-from fedlora.training.look import Look, local, look
+from fedlora.runtime.sites import sites
+from fedlora.training.look import Look, look
+from fedlora.training.places import local, require_askable
 
 BACKWARD_COST = 2.5
 """A training step costs about this many forward passes: one forward, and a backward without weight gradients."""
@@ -50,10 +51,12 @@ class ClientPreview:
 class Preview:
     """The answer of `fedlora check`. Bytes are per client and round; memory and time are estimates.
 
+    classes: of a classifier, in the order of its outputs.
     measured: the model was loaded and run, and noise calibrated for each client; else all is from sizes and shapes.
     """
 
     clients: tuple[ClientPreview, ...]
+    classes: tuple[str, ...]
     trained_parameters: int
     steps_per_participation: int
     bytes_up: int
@@ -66,11 +69,13 @@ class Preview:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Sizes:
-    """Records of each client, and of the test; classes; tokens of a record on average. exact: they were counted."""
+    """Records of each client, and of the test; classes, and those of them without a training record; tokens of a record
+    on average. exact: they were counted."""
 
     clients: Mapping[str, int]
     test: int
-    classes: int
+    classes: tuple[str, ...]
+    unseen: Sequence[str]
     tokens: float
     exact: bool
 
@@ -79,30 +84,36 @@ def outline(config: RunConfig) -> Preview:
     """What `fedlora check` prints unless it is to measure.
 
     Raises:
-        ConfigError, DataError, PrivacyError: the data cannot be read or dealt out, a target names no layer of the
-            model, delta is too large, or no noise meets the budget. A run may still refuse what only a model shows.
+        ConfigError, PrivacyError: there is no GPU, the model is not there, the data cannot be read or dealt out, a
+            target names no layer of the model, delta is too large, or no noise meets the budget. A run may still refuse
+            what only a loaded model shows.
     """
-    place = local(config.model.name)
-    seen = None if place is None else look(place)
+    require_likely_gpu(config.runtime)
+    seen = _seen(config.model.name)
     sizes = _sizes(config, seen)
-    notes = (
-        [] if sizes.exact else ["docstrings are not read for this: records are the most that there can be"]
-    )
-    if seen is None:
-        notes.append(f"{config.model.name} is not on this machine, so numbers, bytes and time are not told")
     processes = model_holders(config.runtime, os.cpu_count() or 1)
     trained, sent, received = (0, 0, 0) if seen is None else _numbers(config, seen, sizes)
     return Preview(
         clients=_clients(config, sizes.clients),
+        classes=sizes.classes,
         trained_parameters=trained,
         steps_per_participation=config.federation.local_steps,
         bytes_up=4 * sent + FRAME_BYTES,
         bytes_down=4 * received + FRAME_BYTES,
         memory_bytes=processes * (PROCESS_BYTES + (0 if seen is None else 4 * seen.numbers)),
         training_seconds=0.0 if seen is None else _seconds(config, seen, sizes),
-        notes=(*privacy_notes(config, sizes.clients), *notes, *_notes(config)),
+        notes=(*plan_notes(config, sizes.clients, sizes.unseen), *_notes(config, seen, sizes)),
         measured=False,
     )
+
+
+def _seen(name: str) -> Look | None:
+    """The model as it lies here; None: the run would ask the hub for it, which is within reach."""
+    place = local(name)
+    if place is None:
+        require_askable(name)
+        return None
+    return look(place)
 
 
 def _sizes(config: RunConfig, seen: Look | None) -> _Sizes:
@@ -112,14 +123,16 @@ def _sizes(config: RunConfig, seen: Look | None) -> _Sizes:
         each = len(packages) * config.data.max_per_class // clients
         test = config.data.max_test_examples or len(packages) * config.data.max_per_class // 5
         counts = dict.fromkeys(client_names(clients), each)
+        classes = () if config.task.causal else tuple(sorted(set(packages)))
         tokens = float(config.data.max_length or 0)
-        return _Sizes(clients=counts, test=test, classes=len(packages), tokens=tokens, exact=False)
+        return _Sizes(clients=counts, test=test, classes=classes, unseen=(), tokens=tokens, exact=False)
     corpus = load_corpus(config.data, config.task, config.seed)
     parts = partition(corpus.train, config.data.partition, config.seed)
     return _Sizes(
         clients={client: len(parts[client]) for client in sorted(parts)},
         test=len(corpus.test),
-        classes=len(corpus.classes),
+        classes=corpus.classes,
+        unseen=unseen_classes(corpus.train.labels, corpus.classes),
         tokens=_tokens(config, corpus.train.texts, seen),
         exact=True,
     )
@@ -165,42 +178,16 @@ def _clients(config: RunConfig, sizes: Mapping[str, int]) -> tuple[ClientPreview
 def _numbers(config: RunConfig, seen: Look, sizes: _Sizes) -> tuple[int, int, int]:
     """Numbers trained, sent and received by a client in a round."""
     lora, trained, received = config.lora, 0, 0
-    for out, into, r in _sites(config, seen):
+    for out, into, r in sites(config, seen):
         a, b = r * into, r * out
         own = {"b": b, "ab": a + b, "core": r**2, "singular-values": r}[lora.trains]
         trained += own
         received += a + b + (own if lora.trains in ("core", "singular-values") else 0)
     head = 0
     if not config.task.causal and seen.hidden is not None:
-        head = sizes.classes * (seen.hidden + 1)
+        head = len(sizes.classes) * (seen.hidden + 1)
     sent = trained + (head if getattr(config.task, "head", "") == "trained" else 0)
     return sent, sent, received + head
-
-
-def _sites(config: RunConfig, seen: Look) -> list[tuple[int, int, int]]:
-    """(out, in, rank) of each adapted layer.
-
-    Raises:
-        ModelError: a target names no layer.
-    """
-    layers, found = seen.layers(), []
-    kept = config.lora.layers_to_transform
-    targets: Any = config.lora.target_modules
-    if isinstance(targets, str):  # every layer of the encoder or decoder, whose paths have a number
-        targets = [name for name in layers if any(word.isdigit() for word in name.split("."))]
-    for target in targets:
-        matched = [name for name in layers if name == target or name.endswith(f".{target}")]
-        if not matched:
-            last = ", ".join(sorted({name.rpartition(".")[2] for name in layers}))
-            raise ModelError(
-                f"lora.target_modules: {target!r} matches no linear layer of {seen.architecture}; it has {last}"
-            )
-        for name in matched:
-            numbers = [int(word) for word in name.split(".") if word.isdigit()]
-            if kept is None or (numbers and numbers[0] in kept):
-                out, into = seen.out_and_in(name)
-                found.append((out, into, rank_of(config.lora, name)))
-    return found
 
 
 def _seconds(config: RunConfig, seen: Look, sizes: _Sizes) -> float:
@@ -238,45 +225,19 @@ def _speed() -> float:
     return 2 * side**3 / best
 
 
-def privacy_notes(config: RunConfig, sizes: Mapping[str, int]) -> list[str]:
-    """What to know of the promise before a run. sizes: records, by client."""
-    privacy, federation, clients = config.privacy, config.federation, len(sizes)
-    if privacy == "none":
-        return ["NOT PRIVATE: privacy is none; what clients send can reveal their records"]
-    told = [
-        "seeded noise: a simulation is no guarantee to anybody; real nodes draw noise from the operating system"
-    ]
-    expected, most = (
-        federation.rounds * expected_cohort(federation, clients) / clients,
-        privacy.max_participations,
-    )
-    if expected > most:
+def _notes(config: RunConfig, seen: Look | None, sizes: _Sizes) -> list[str]:
+    """What is not told here, and what would tell it."""
+    told = []
+    if not sizes.exact:
+        told.append("docstrings are not read for this: records are the most that there can be")
+    if seen is None:
         told.append(
-            f"a client will be asked about {expected:.1f} times but may answer {most} times: later rounds go on "
-            "without it; raise privacy.max_participations (more noise) or lower federation.rounds"
+            f"{config.model.name} is not on this machine, so the run would ask the hub for it; numbers, bytes and time "
+            "are not told"
         )
-    if (can := most_asked(clients, federation)) < most:
-        told.append(
-            f"nobody can be asked more than {can} times, but the noise is for {most}: write "
-            f"privacy.max_participations: {can}, which makes it less at the same epsilon"
-        )
-    if privacy.tuned_on == "undeclared":
-        told.append(
-            "privacy.tuned_on is undeclared: the privacy statement will say that tuning may have cost more"
-        )
-    largest = max(sizes.values())
-    if privacy.target_delta > 0.1 / largest:
-        told.append(
-            f"target_delta {privacy.target_delta:g} is above a tenth of 1/{largest}, the records of the "
-            "largest client; lower is better"
-        )
-    return told
-
-
-def _notes(config: RunConfig) -> list[str]:
-    told = [
+    told.append(
         "estimates from sizes and shapes: --measure loads the model, and refuses whatever the run would refuse"
-    ]
+    )
     if config.world is not None:
         told.append("--measure also forecasts who is there in this world")
     return told

@@ -10,7 +10,8 @@ import torch
 from fedlora.config.schema import RunConfig
 from fedlora.federation.events import Listener
 from fedlora.privacy.accountants import epsilon
-from fedlora.runtime.outline import PROCESS_BYTES, ClientPreview, Preview, privacy_notes, run_seconds
+from fedlora.runtime.notes import plan_notes, unseen_classes
+from fedlora.runtime.outline import PROCESS_BYTES, ClientPreview, Preview, run_seconds
 from fedlora.runtime.prepare import Prepared, prepare
 from fedlora.runtime.seats import model_holders, side_by_side
 from fedlora.runtime.summarise import frame_sizes
@@ -31,6 +32,7 @@ def preview(config: RunConfig, listener: Listener) -> Preview:
     processes = model_holders(config.runtime, os.cpu_count() or 1)
     return Preview(
         clients=tuple(replace(by_size[m.examples], client=m.client) for m in prepared.clients.members),
+        classes=prepared.clients.classes,
         trained_parameters=sum(p.numel() for p in prepared.model.trained.values()),
         steps_per_participation=config.federation.local_steps,
         bytes_up=up,
@@ -74,6 +76,8 @@ def _training_seconds(prepared: Prepared) -> float:
 
 
 def _notes(prepared: Prepared) -> list[str]:
-    sizes = {member.client: member.examples for member in prepared.clients.members}
-    told = privacy_notes(prepared.config, sizes)
+    clients = prepared.clients
+    sizes = {member.client: member.examples for member in clients.members}
+    unseen = unseen_classes(clients.examples.examples.labels, clients.classes)
+    told = plan_notes(prepared.config, sizes, unseen)
     return told if prepared.world is None else [*told, note(forecast(prepared, prepared.world))]

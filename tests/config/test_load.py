@@ -218,7 +218,7 @@ def test_files_that_cannot_be_read_are_told(tmp_path):
         ("privacy.engin=opacus", "unknown key; write engine"),
         (
             "privcy.target_epsilon=1",
-            "privcy: unknown key; write privacy, which is there besides, or remove it",
+            "privcy: unknown key; did you mean privacy? that is set already: change it there, and remove this",
         ),
         ("privacy.target_epsilon=[", "not readable as YAML"),
         ("seed.deep=3", "seed is 1, not a section"),
@@ -233,6 +233,35 @@ def test_a_wrong_override_is_told_by_its_own_text(tmp_path, override, says):
     assert (
         f"--set {override}: " in told.replace(f"--set {override}:1: ", f"--set {override}: ") and says in told
     )
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("data.partition.clients=2", "federation.cohort: 8 clients asked, but data.partition.clients is 2"),
+        ("method.name=fedavg", "method.refactor_every: unknown key"),
+        ("method={name: fedavg}", "lora.init: centred, but fedavg keeps"),
+        ("data.source=files", "data.max_per_class: unknown key"),
+        ("data.source=files", "data.train: missing"),
+    ],
+)
+def test_what_an_override_does_to_another_key_is_its_fault(tmp_path, override, says):
+    assert f"--set {override}: {says}" in message(written(tmp_path, RUN_YAML), override)
+
+
+def test_each_override_is_blamed_for_its_own_and_none_for_the_files(tmp_path):
+    path = written(tmp_path, RUN_YAML.replace("evaluate_every: 5", "min_clients: 9"))
+    overrides = ("data.partition.clients=2", "seed=3", "method={name: fedavg}")
+    told = message(path, *overrides).splitlines()
+    origins = [f"{path}:{line_of('evaluate_every: 5')}", f"--set {overrides[0]}", f"--set {overrides[2]}"]
+    for line, origin in zip(told, origins, strict=True):
+        assert line.startswith(f"{origin}: ")
+
+
+def test_an_override_that_another_builds_on_is_not_blamed_for_more_than_it_did(tmp_path):
+    path = written(tmp_path, RUN_YAML.replace("evaluate_every: 5", "min_clients: 9"))
+    told = message(path, "world={}", "world=null", "lora.r=4", "privacy={}", "privacy=none")
+    assert told.startswith(f"{path}:{line_of('evaluate_every: 5')}: federation.min_clients: 9 answers needed")
 
 
 def test_overrides_are_yaml_and_the_last_one_wins(tmp_path):

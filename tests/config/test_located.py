@@ -75,6 +75,33 @@ def test_an_override_is_named_in_place_of_a_line(config_file):
 
 
 @pytest.mark.parametrize(
+    ("override", "said", "told"),
+    [
+        ("data.max_length=9", "no 'x' in data.partition; lower data.max_length", "no 'x' in data.partition"),
+        ("model.name=a/b", "lora.r: 8 is too much for 'a/b'; lower it", "lora.r: 8 is too much"),
+        ("lora.r=9", "data.partition: nothing for a client; raise lora.r", "data.partition: nothing"),
+    ],
+)
+def test_an_override_that_is_spoken_of_is_at_fault_rather_than_a_line(config_file, override, said, told):
+    with pytest.raises(ConfigError) as caught, located(config_file, [override]):
+        raise ConfigError(said)
+    assert str(caught.value).startswith(f"--set {override}: ") and told in str(caught.value)
+
+
+def test_an_override_is_not_at_fault_for_what_only_the_mend_quotes(config_file):
+    said = "data.partition: no 'y'; it has 'a/b'"
+    with pytest.raises(ConfigError) as caught, located(config_file, ["model.name=a/b"]):
+        raise ConfigError(said)
+    assert str(caught.value) == f"{config_file}:{line_of(config_file, 'partition')}: {said}"
+
+
+def test_a_column_that_an_override_names_wrongly_is_its_fault(tiny_config, tmp_path, capsys):
+    tiny_config()
+    assert main(["check", str(tmp_path / "run.yaml"), "--set", "data.label=nowhere"]) == 2
+    assert capsys.readouterr().err.startswith("--set data.label=nowhere: data.label: ")
+
+
+@pytest.mark.parametrize(
     ("change", "status", "key"),
     [
         ("model.name=/nowhere", 2, "model.name"),

@@ -200,3 +200,29 @@ def test_a_byte_order_mark_and_windows_line_ends_change_nothing(tmp_path):
     corpus = load(tmp_path / "t.tsv")
     assert corpus.train.texts == ["one", "two"]
     assert np.array_equal(corpus.train.labels, [0, 1])
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "meant"),
+    [
+        ("tran.csv", "test.csv", "train.csv"),
+        ("train.tsv", "test.csv", "train.csv"),
+        ("tests.csv", "test.csv", None),  # what is scored on is not to be trained on
+        ("tests.csv", "./test.csv", None),
+        ("own.csv", "test.csv", None),  # near by its ending alone
+        ("trains.yaml", "test.csv", "train.csv"),
+        ("train.csv", "tets.csv", "test.csv"),
+        ("train.csv", "trian.csv", None),
+    ],
+)
+def test_what_is_suggested_for_a_file_that_is_not_there_can_be_meant(
+    tmp_path, monkeypatch, train, test, meant
+):
+    monkeypatch.chdir(tmp_path)
+    for name in ("train.csv", "test.csv"):
+        write(tmp_path / name)
+    (tmp_path / "trains.yml").write_text("a: config")
+    with pytest.raises(DataError) as caught:
+        load_corpus(files(train, test), CLASSIFY, 0)
+    told = str(caught.value)
+    assert told.endswith(f"; did you mean {meant!r}?") if meant else "did you mean" not in told

@@ -131,6 +131,12 @@ def test_the_final_table_says_unit_replace_one_noise_and_tuning(summary, not_pri
     assert "replace-one" not in summary_text(not_private, tmp_path)
 
 
+def test_the_time_that_is_told_says_that_it_is_of_the_rounds(summary, rounds, tmp_path):
+    told = {**summary, "seconds": 75.2}
+    assert "1 min 15 s in rounds, without loading, calibrating and writing" in summary_text(told, tmp_path)
+    assert "<dt>Time of the rounds</dt><dd>1 min 15 s</dd>" in report_html(told, rounds)
+
+
 def test_accuracy_that_clients_told_is_a_curve_with_its_caveat(summary, rounds):
     assert "as told with noise" not in report_html(summary, rounds)
     told = [

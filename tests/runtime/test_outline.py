@@ -3,11 +3,13 @@
 import json
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
 from fedlora.config.load import dump_config
-from fedlora.errors import ModelError, PrivacyError
+from fedlora.errors import ConfigError, ModelError, PrivacyError
 from fedlora.runtime.outline import outline
 from fedlora.runtime.preview import preview
 
@@ -90,9 +92,118 @@ def test_what_sizes_and_shapes_already_rule_out_is_refused(tiny_config):
         outline(tiny_config(privacy__target_delta=0.02))
 
 
-def test_a_model_that_is_not_here_is_not_spoken_of(tiny_config):
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"lora__target_modules": ["query", "word_embeddings"]},
+        {"lora__target_modules": ["position_embeddings"]},
+        {"lora__target_modules": ["LayerNorm"]},
+        {"lora__target_modules": ["nowhere"]},
+        {"lora__layers_to_transform": [1, 2]},
+        {"lora__r": 33, "lora__target_modules": "all-linear"},
+        {"lora__rank_pattern": {"value": 40}},
+        {"model__name": "./my-model"},
+        {"model__name": "/models/x"},
+        {"model__name": "models/x"},
+    ],
+)
+def test_what_the_run_refuses_of_its_model_is_refused_in_its_words(tiny_config, changes):
+    config = tiny_config(**changes)
+    with pytest.raises(ModelError) as told:
+        outline(config)
+    with pytest.raises(ModelError) as measured:
+        preview(config, lambda event: None)
+    assert words(told) == words(measured)
+
+
+def words(caught: pytest.ExceptionInfo[ModelError]) -> str:
+    """The message, less what a file calls its architecture, the head's layers, and the path within the whole model."""
+    said = str(caught.value).replace("BertForSequenceClassification", "BertModel")
+    return said.replace("'bert.", "'").replace("'classifier', ", "")
+
+
+def test_no_embedding_is_offered_in_place_of_an_unknown_layer(tiny_config):
+    with pytest.raises(ModelError, match=r"; it has 'dense', 'key', 'query', 'value', or write all-linear$"):
+        outline(tiny_config(lora__target_modules=["nowhere"]))
+
+
+def test_all_linear_is_what_it_is_of_the_loaded_model(tiny_config):
+    for pooler in ("checkpoint", "identity"):
+        config = tiny_config(
+            lora__target_modules="all-linear", task={"kind": "sequence-classification", "pooler": pooler}
+        )
+        told, measured = outline(config), preview(config, lambda event: None)
+        assert told.trained_parameters == measured.trained_parameters
+
+
+class Unfriendly(BaseHTTPRequestHandler):
+    """A hub that is there, and gives nothing."""
+
+    def do_HEAD(self):
+        self.send_error(404)
+
+    def log_message(self, *words):
+        pass
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    server = HTTPServer(("127.0.0.1", 0), Unfriendly)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setenv("no_proxy", "*")
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    yield
+    server.shutdown()
+
+
+def test_a_model_that_the_hub_may_have_is_not_spoken_of(tiny_config, hub):
     told = outline(tiny_config(model__name="nobody/has-this"))
     assert told.trained_parameters == 0 and any("not on this machine" in note for note in told.notes)
+
+
+def test_a_run_on_a_gpu_is_refused_where_there_is_none(tiny_config, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with pytest.raises(
+        ConfigError, match=r"^runtime\.device: cuda, but torch finds no GPU on .*; write device: cpu"
+    ):
+        outline(tiny_config(runtime__device="cuda"))
+
+
+def test_a_class_that_only_the_test_data_have_is_named(tiny_config, topic_files, tmp_path):
+    _, test = topic_files
+    (tmp_path / "test.tsv").write_text(test.read_text() + "wether\tthe old rain\tnorth\n")
+    config = tiny_config(data__test=str(tmp_path / "test.tsv"), data__partition={"kind": "iid", "clients": 3})
+    told = outline(config)
+    assert told.classes == ("kitchen", "music", "weather", "wether")
+    assert any("no training record has the label 'wether'" in note for note in told.notes)
+    assert not any("no training record" in note for note in outline(tiny_config()).notes)
+    measured = preview(config, lambda event: None)
+    assert measured.classes == told.classes and set(measured.notes) <= set(told.notes)
+
+
+def test_a_batch_that_is_more_than_a_client_has_is_told(tiny_config):
+    partition = {"kind": "quantity", "clients": 3, "alpha": 2.0, "min_examples": 40}
+    sizes = sorted((c.records, c.client) for c in outline(tiny_config(data__partition=partition)).clients)
+    (least, client), (next_least, _), _ = sizes
+    config = tiny_config(data__partition=partition, federation__batch_size=next_least)
+    (note,) = [note for note in outline(config).notes if "fewer records than" in note]
+    assert note.startswith(
+        f"1 of 3 clients has fewer records than federation.batch_size {next_least} ({client} has {least})"
+    )
+    assert outline(config).clients[[c.client for c in outline(config).clients].index(client)].sample_rate == 1
+    enough = tiny_config(data__partition=partition, federation__batch_size=least)
+    assert not any("fewer records than" in note for note in outline(enough).notes)
+
+
+def test_a_run_that_may_be_served_says_whose_clients_these_are(tiny_config):
+    def first(**changes):
+        return outline(tiny_config(**changes)).notes[0]
+
+    assert "fedlora serve waits for 3 nodes" in first(runtime__kind="flower")
+    by_column = first(runtime__kind="flower", data__partition={"kind": "column", "column": "site"})
+    assert "fedlora serve needs data.partition.clients" in by_column
+    assert "simulation (fedlora simulate" not in first()
 
 
 def test_help_and_check_import_no_torch_and_check_prints_a_plan(tiny_config, tmp_path):
@@ -105,6 +216,7 @@ def test_help_and_check_import_no_torch_and_check_prints_a_plan(tiny_config, tmp
         )
         done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
         assert json.loads(done.stdout.splitlines()[-1]) == [0, []], done.stdout + done.stderr
+    assert "classes              3: 'kitchen', 'music', 'weather'" in done.stdout
     assert "noise, about" in done.stdout and "estimates from sizes and shapes" in done.stdout
 
 

@@ -12,8 +12,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from fedlora.config.schema import CausalLm, Classification, Lora, Model
 from fedlora.errors import ModelError, ShapeError
 from fedlora.kernels.packed import PackedLinear, available
-from fedlora.training.checkpoints import MINILM, locate
+from fedlora.training.checkpoints import locate
 from fedlora.training.load import load_model
+from fedlora.training.places import MINILM
 from fedlora.training.tokens import load_tokenizer, token_intake
 from fedlora.values import Adapters, Factors
 

@@ -1,0 +1,100 @@
+"""What to know of a run before it begins; the same from sizes and shapes and from a loaded model."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedlora.config.asking import expected_cohort, most_asked
+from fedlora.config.schema import RunConfig
+from fedlora.data.table import shown
+
+MOST_NAMED = 5
+"""Classes that a note names."""
+
+
+def plan_notes(config: RunConfig, sizes: Mapping[str, int], unseen: Sequence[str]) -> list[str]:
+    """All that follows from the config and the records.
+
+    Args:
+        config: the run.
+        sizes: records, by client.
+        unseen: classes without a training record.
+    """
+    told = [*_flower(config), *_promise(config, sizes), *_small_clients(config, sizes)]
+    if unseen:
+        told.append(
+            f"no training record has the label {shown(unseen, MOST_NAMED)}: it is a class since a test record has it; "
+            "correct it there if it is mistyped"
+        )
+    return told
+
+
+def unseen_classes(labels: NDArray[np.int64] | None, classes: Sequence[str]) -> list[str]:
+    """The classes that none of these labels, which are their places, is of."""
+    if labels is None or not classes:
+        return []
+    there = np.bincount(labels, minlength=len(classes))
+    return [name for name, count in zip(classes, there, strict=True) if count == 0]
+
+
+def _flower(config: RunConfig) -> list[str]:
+    """Such a config is simulated on Flower's engine or served to real nodes, of which it knows nothing."""
+    if config.runtime.kind != "flower":
+        return []
+    count = getattr(config.data.partition, "clients", None)
+    waits = "needs data.partition.clients, and waits for as many" if count is None else f"waits for {count}"
+    return [
+        f"these are the clients of a simulation (fedlora simulate, flwr run); fedlora serve {waits} nodes, and the "
+        "node.yaml of each decides its name, records, noise and epsilon: fedlora check node.yaml"
+    ]
+
+
+def _small_clients(config: RunConfig, sizes: Mapping[str, int]) -> list[str]:
+    """The rate of such a client is 1: its noise is for no sampling at all."""
+    batch_size = config.federation.batch_size
+    small = sorted((records, client) for client, records in sizes.items() if records < batch_size)
+    if not small:
+        return []
+    (least, client), count = small[0], len(small)
+    who = f"{count:,} of {len(sizes):,} clients {'has' if count == 1 else 'have'} fewer records than"
+    spared = "" if config.privacy == "none" else "sampling spares it no noise, and "
+    return [
+        f"{who} federation.batch_size {batch_size} ({client} has {least:,}): each step takes all of them, {spared}"
+        f"the sum is divided by {batch_size} nevertheless; write {least:,} or less, or give them more records"
+    ]
+
+
+def _promise(config: RunConfig, sizes: Mapping[str, int]) -> list[str]:
+    """What to know of the promise before a run."""
+    privacy, federation, clients = config.privacy, config.federation, len(sizes)
+    if privacy == "none":
+        return ["NOT PRIVATE: privacy is none; what clients send can reveal their records"]
+    told = [
+        "seeded noise: a simulation is no guarantee to anybody; real nodes draw noise from the operating system"
+    ]
+    expected, most = (
+        federation.rounds * expected_cohort(federation, clients) / clients,
+        privacy.max_participations,
+    )
+    if expected > most:
+        told.append(
+            f"a client will be asked about {expected:.1f} times but may answer {most} times: later rounds go on "
+            "without it; raise privacy.max_participations (more noise) or lower federation.rounds"
+        )
+    if (can := most_asked(clients, federation)) < most:
+        told.append(
+            f"nobody can be asked more than {can} times, but the noise is for {most}: write "
+            f"privacy.max_participations: {can}, which makes it less at the same epsilon"
+        )
+    if privacy.tuned_on == "undeclared":
+        told.append(
+            "privacy.tuned_on is undeclared: the privacy statement will say that tuning may have cost more"
+        )
+    largest = max(sizes.values())
+    if privacy.target_delta > 0.1 / largest:
+        told.append(
+            f"target_delta {privacy.target_delta:g} is above a tenth of 1/{largest}, the records of the "
+            "largest client; lower is better"
+        )
+    return told
