@@ -12,7 +12,7 @@ from fedlora.config.load import load_config
 from fedlora.config.schema import RunConfig
 from fedlora.disk import whole_lines, write_durably
 from fedlora.errors import ConfigError
-from fedlora.federation.store import Store
+from fedlora.federation.store import MISSED, Store
 from fedlora.values import Adapters, Member
 
 SPENT = "spent.jsonl"
@@ -23,6 +23,8 @@ BEGAN_FROM = "began_from.json"
 """Which adapter the run began from: its name, and SHA-256 of its weights file and of all its files."""
 SAMPLES = "samples.jsonl"
 """What the model says to public prompts, before and after."""
+NEWEST = ("round", "asked", "answered", "refused", "rejected")
+"""What is told of the newest round."""
 HOLDINGS = ".holdings"
 """The clients' tokenised records, while a simulation is at work; going on with it writes them anew."""
 STATES = ".states"
@@ -115,6 +117,20 @@ def run_rounds(run_dir: Path) -> list[dict[str, Any]]:
         if not isinstance(line, dict) or "round" not in line:
             raise ConfigError(f"{path}:{number} is damaged: it is no round; {_LOG_MEND}")
     return lines
+
+
+def newest_round(run_dir: Path, lines: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """Who was asked and who stayed away in the last round that was done, or, after it, begun in vain; None before any.
+
+    Raises:
+        ConfigError: what tells of the latter is damaged.
+    """
+    if not lines:
+        return None
+    path = run_dir / MISSED
+    missed = _words(path, "round", "remove it") if path.exists() else None
+    newest = missed if missed is not None and missed["round"] > lines[-1]["round"] else lines[-1]
+    return {name: newest[name] for name in NEWEST} if newest["round"] else None
 
 
 def adapters_of(run_dir: Path) -> tuple[Adapters, tuple[str, ...]]:

@@ -16,7 +16,15 @@ from fedlora.federation.store import state_digest
 from fedlora.kernels.table import chosen
 from fedlora.runs.evidence import accounts, require_debits, unaccounted
 from fedlora.runs.promise import promise
-from fedlora.runs.rundir import began_from, finished_summary, going_on, load_roster, run_config, run_rounds
+from fedlora.runs.rundir import (
+    began_from,
+    finished_summary,
+    going_on,
+    load_roster,
+    newest_round,
+    run_config,
+    run_rounds,
+)
 from fedlora.values import ServerState
 
 VERSIONED = ("fedlora", "torch", "transformers", "peft", "opacus", "dp-accounting", "flwr", "ray")
@@ -55,6 +63,7 @@ def run_status(run_dir: Path) -> dict[str, Any]:
         **summary,
         "refusals": sum(len(line["refused"]) for line in lines),
         "rejections": sum(len(line["rejected"]) for line in lines),
+        "newest": newest_round(run_dir, lines),
     }
 
 

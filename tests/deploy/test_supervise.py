@@ -273,6 +273,24 @@ def test_a_server_process_that_always_dies_is_given_up_with_one_message(federati
     assert runs[0].series_id == runs[1].series_id and runs[0].fab == runs[1].fab
 
 
+@pytest.mark.slow
+def test_a_round_that_every_budget_refuses_ends_it_with_status_three_and_status_says_who(federation):
+    for node in federation.nodes:
+        words = yaml.safe_load(node.read_text())
+        words["budget"]["max_participations"] = 1
+        node.write_text(yaml.safe_dump(words))
+    federation.start_link()
+    server = federation.serve()
+    federation.start_nodes()
+    federation.wait(lambda: server.poll() is not None, 120)
+    assert server.returncode == 3, federation.processes.logs()
+    assert federation.said().count("submitted, in series") == 1
+    assert "round 2: 0 of 2 clients answered, 1 have to (budget: node-1, node-2)" in federation.said()
+    told = _call("status", str(federation.run_dir)).stdout
+    assert "  round 2        0 of 2 answered, too few; budget: node-1, node-2" in told
+    assert federation.debits() == [1, 1]
+
+
 def test_a_bundle_holds_the_entry_points_alone_and_is_the_same_for_the_same_name():
     first = bundle(PROJECT, "a")
     names = zipfile.ZipFile(io.BytesIO(first)).namelist()
