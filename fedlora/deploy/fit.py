@@ -1,4 +1,4 @@
-"""Whether a data owner's node would take part in a run: what one would refuse of the other, told before either starts."""
+"""Whether a data owner's node would take part in a run: what one would refuse of the other, before either starts."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
