@@ -200,8 +200,8 @@ def _more_than(total: int | None, names: Sequence[str]) -> list[str]:
         return []
     shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
     return [
-        f"--nodes {total}, but keys of {len(names)} nodes lie here ({shown}): all of them are kept and listed, none was "
-        "made; for fewer, remove NAME.key and NAME.pub of who leaves, and give the command again"
+        f"--nodes {total}, but keys of {len(names)} nodes lie here ({shown}): all are kept and listed, none was made; "
+        "for fewer, remove NAME.key and NAME.pub of who leaves, and give the command again"
     ]
 
 
