@@ -18,6 +18,7 @@ from fedlora.cli.output import (
     show,
     table,
 )
+from fedlora.cli.run_dir import run_dir_named, scorable
 from fedlora.errors import IncompleteError
 
 
@@ -34,7 +35,12 @@ def add_to(app: typer.Typer) -> None:
 
 def status(
     run_dir: Annotated[
-        Path | None, typer.Argument(metavar="[RUN_DIR]", help="What simulate or a server left behind.")
+        Path | None,
+        typer.Argument(
+            metavar="[RUN_DIR]",
+            help="What simulate or a server left behind, or the config of it.",
+            callback=run_dir_named,
+        ),
     ] = None,
     server: follow.ServerOption = None,
     follow_rounds: follow.FollowOption = False,
@@ -77,7 +83,10 @@ def replay(run_dir: RunDirArgument, form: FormatOption = Format.TEXT) -> None:
 
 def evaluate(
     path: Annotated[
-        Path, typer.Argument(metavar="RUN_DIR_OR_ADAPTER", help="A run, or an exported adapter.")
+        Path,
+        typer.Argument(
+            metavar="RUN_DIR_OR_ADAPTER", help="A run, or an exported adapter.", callback=scorable
+        ),
     ],
     config: ConfigArgument,
     overrides: SetOption = None,

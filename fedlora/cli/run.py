@@ -21,7 +21,7 @@ from fedlora.cli.output import (
     summary_text,
     telling,
 )
-from fedlora.cli.run_dir import interruption, usable
+from fedlora.cli.run_dir import config_named, interruption, usable
 from fedlora.errors import IncompleteError
 
 if TYPE_CHECKING:
@@ -40,7 +40,10 @@ def add_to(app: typer.Typer) -> None:
 
 def check(
     config: Annotated[
-        Path, typer.Argument(metavar="CONFIG", help="A run's YAML file, or a data owner's node.yaml.")
+        Path,
+        typer.Argument(
+            metavar="CONFIG", help="A run's YAML file, or a data owner's node.yaml.", callback=config_named
+        ),
     ],
     node: Annotated[
         Path | None,

@@ -13,6 +13,7 @@ from fedlora.config.schema import RunConfig
 from fedlora.disk import whole_lines, write_durably
 from fedlora.errors import ConfigError
 from fedlora.federation.store import MISSED, Store
+from fedlora.runs.partition_picture import PARTITION
 from fedlora.values import Adapters, Member
 
 SPENT = "spent.jsonl"
@@ -29,6 +30,9 @@ HOLDINGS = ".holdings"
 """The clients' tokenised records, while a simulation is at work; going on with it writes them anew."""
 STATES = ".states"
 """What frozen layers make of a client's records, a file a client: `NAME`, or `.NAME.*` while it is written."""
+
+_OF_A_START = ("classes.json", PARTITION)
+"""What a run writes before config.yaml makes it one."""
 
 
 @contextmanager
@@ -82,6 +86,20 @@ def going_on(run_dir: Path) -> str:
     return f"go on with: fedlora resume {run_dir}"
 
 
+def require_ours(run_dir: Path) -> None:
+    """Passes a directory in which a run can begin: it is not there, or holds what a start that was killed leaves.
+
+    Raises:
+        ConfigError: it holds files that are no run's.
+    """
+    present = sorted(path.name for path in run_dir.iterdir()) if run_dir.is_dir() else []
+    if foreign := [name for name in present if not name.startswith(".") and name not in _OF_A_START]:
+        shown = ", ".join(foreign[:3]) + (f" and {len(foreign) - 3} more" if len(foreign) > 3 else "")
+        raise ConfigError(
+            f"{run_dir} holds files that are no run's ({shown}) and is left alone; choose another --run-dir or output"
+        )
+
+
 def run_config(run_dir: Path) -> RunConfig:
     """The config of the run, as resolved when it began.
 
@@ -90,7 +108,11 @@ def run_config(run_dir: Path) -> RunConfig:
     """
     path = run_dir / "config.yaml"
     if not path.exists():
-        raise ConfigError(f"{run_dir} holds no run: {path.name} is missing; start one with fedlora simulate")
+        why = f"{path.name} is missing" if run_dir.exists() else "there is no such directory"
+        raise ConfigError(
+            f"{run_dir} holds no run: {why}; name the directory that one was kept in (its `output`), or start one with "
+            "fedlora simulate"
+        )
     return load_config(path, [])
 
 

@@ -349,7 +349,7 @@ def test_the_standard_health_service_stands_beside_it(run):
 def test_a_directory_without_a_run_is_one_clear_error_unless_it_may_come_later(run, tmp_path):
     nowhere = tmp_path / "nowhere"
     with (
-        pytest.raises(ConfigError, match=r"nowhere holds no run: config\.yaml is missing"),
+        pytest.raises(ConfigError, match=r"nowhere holds no run: there is no such directory"),
         monitored(nowhere, port=0),
     ):
         pass
