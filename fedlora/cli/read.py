@@ -54,12 +54,14 @@ def status(
         return
     assert run_dir is not None
     from fedlora.monitor.view import found_in
-    from fedlora.runs.rundir import going_on
+    from fedlora.runs.rundir import going_on, is_at_work
 
     with only_ours():
+        at_work = is_at_work(run_dir)  # asked first: whoever ends meanwhile is found to be finished
         found = found_in(run_dir)
-    unfinished = f"not finished; if nothing works on it, {going_on(run_dir)}"
-    show(found, follow.status_text(str(run_dir), found, unfinished), form)
+    running = at_work and not found["finished"]
+    unfinished = "running" if running else f"not running; {going_on(run_dir)}"
+    show({**found, "running": running}, follow.status_text(str(run_dir), found, unfinished), form)
 
 
 def replay(run_dir: RunDirArgument, form: FormatOption = Format.TEXT) -> None:

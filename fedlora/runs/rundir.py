@@ -48,6 +48,22 @@ def locked(run_dir: Path) -> Iterator[None]:
         yield
 
 
+def is_at_work(run_dir: Path) -> bool:
+    """Whether a process works on this run, or `fedlora serve` sees to it that one will. Writes nothing."""
+    return any(_is_held(run_dir / name) for name in (".lock", ".serve.lock"))
+
+
+def _is_held(path: Path) -> bool:
+    if not path.exists():
+        return False
+    with path.open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # let go of at once, with the file
+        except BlockingIOError:
+            return True
+    return False
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Roster:
     """Who takes part in a server's run, decided once. run: a name no other run has, since ledgers go by it."""

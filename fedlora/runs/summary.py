@@ -20,6 +20,7 @@ from fedlora.runs.rundir import (
     began_from,
     finished_summary,
     going_on,
+    is_at_work,
     load_roster,
     newest_round,
     run_config,
@@ -70,7 +71,8 @@ def run_status(run_dir: Path) -> dict[str, Any]:
 def _unfinished(run_dir: Path) -> dict[str, Any]:
     config = run_config(run_dir)
     if not run_rounds(run_dir):
-        raise IncompleteError(f"{run_dir} has no model yet; wait, or {going_on(run_dir)}")
+        mend = "it is being prepared: wait" if is_at_work(run_dir) else going_on(run_dir)
+        raise IncompleteError(f"{run_dir} has no model yet; {mend}")
     return run_summary(run_dir, config, clients=known_clients(run_dir, config))
 
 

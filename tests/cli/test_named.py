@@ -1,4 +1,4 @@
-"""Which config or run is meant where a directory of init's is named, and what is said where there is none."""
+"""Which config or run is meant where a directory of init's is named, and what is said where there is none or nobody."""
 
 import json
 from collections.abc import Callable
@@ -12,6 +12,7 @@ from fedlora.config.load import dump_config, load_config
 from fedlora.config.schema import RunConfig
 from fedlora.errors import ConfigError
 from fedlora.federation.loop import line_zero
+from fedlora.runs.rundir import locked
 
 
 @pytest.fixture
@@ -110,3 +111,30 @@ def test_a_run_is_not_written_among_the_files_of_something_else(tmp_path, home, 
         f"{other} holds files that are no run's (a, b, photos and 1 more) and is left alone; "
     )
     assert len([*other.iterdir()]) == 5
+
+
+def test_status_tells_a_run_that_goes_on_from_one_that_stopped(begun, capsys):
+    def told() -> tuple[str, bool]:
+        assert main(["status", str(begun)]) == 0
+        state = capsys.readouterr().out.splitlines()[1]
+        assert main(["status", str(begun), "--format", "json"]) == 0
+        return state.removeprefix("  state").strip(), json.loads(capsys.readouterr().out)["running"]
+
+    stopped = (f"not running; go on with: fedlora resume {begun}", False)
+    assert told() == stopped
+    with locked(begun):
+        assert told() == ("running", True)
+        with pytest.raises(ConfigError, match="worked on by another process"), locked(begun):
+            """The lock is still held by whoever had it."""
+    assert told() == stopped
+    with locked(begun):
+        """Nor does status keep it."""
+
+
+def test_a_run_that_is_being_prepared_is_to_be_waited_for(begun, capsys):
+    (begun / "rounds.jsonl").unlink()
+    assert main(["status", str(begun)]) == 4
+    assert f"no model yet; go on with: fedlora resume {begun}" in capsys.readouterr().err
+    with locked(begun):
+        assert main(["status", str(begun)]) == 4
+        assert capsys.readouterr().err.endswith("no model yet; it is being prepared: wait\n")
