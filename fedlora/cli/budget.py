@@ -10,10 +10,14 @@ import typer
 from typer.core import TyperGroup
 
 from fedlora.cli.output import Format, FormatOption, first_rows, pairs, show, telling
+from fedlora.cli.run_dir import kept_in
 from fedlora.errors import PrivacyError
 
 PathArgument: TypeAlias = Annotated[
-    Path, typer.Argument(metavar="PATH", help="A run directory, a node.yaml, or one ledger file.")
+    Path,
+    typer.Argument(
+        metavar="PATH", help="A run directory, a node.yaml, or one ledger file.", callback=kept_in
+    ),
 ]
 DeltaOption: TypeAlias = Annotated[
     float | None,

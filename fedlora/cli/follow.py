@@ -155,10 +155,23 @@ def status_text(title: str, found: Mapping[str, Any], unfinished: str) -> str:
             "refusals",
             f"{found['refusals']} refused{f' ({reasons})' if reasons else ''}, {found['rejections']} rejected",
         ),
+        *_newest(found),
         ("pace", f"{pace} client rounds a second, {duration(found['seconds'])} in rounds so far"),
         *([] if down == up == "-" else [("bytes", f"{down} down and {up} up, a client and round")]),
     ]
     return f"{title}\n{pairs(rows)}\n\n{_clients(found)}"
+
+
+def _newest(found: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Who refused in the newest round, if anybody did, and whether the round failed by it."""
+    from fedlora.federation.absences import by_reason
+
+    newest = found.get("newest")  # a monitor of an earlier version has none
+    if newest is None or not newest["refused"]:
+        return []
+    enough = "" if newest["round"] <= found["rounds_completed"] else ", too few"
+    answered = f"{len(newest['answered'])} of {len(newest['asked'])} answered{enough}"
+    return [(f"round {newest['round']}", f"{answered}; {by_reason(newest['refused'])}")]
 
 
 def _clients(found: Mapping[str, Any]) -> str:

@@ -1,6 +1,7 @@
 """The command that a beginner types first: it writes a commented config, for one's own records if they are named."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -34,7 +35,10 @@ def init(
         ),
     ] = None,
     text: Annotated[
-        str | None, typer.Option("--text", metavar="COLUMN", help="With --data. [default: the longest]")
+        list[str] | None,
+        typer.Option(
+            "--text", metavar="COLUMN", help="With --data; twice for pairs of texts. [default: the longest]"
+        ),
     ] = None,
     label: Annotated[
         str | None,
@@ -48,11 +52,13 @@ def init(
         raise ConfigError("--model, --text, --label: of which records? none are named; write --data FILE")
     if own is not None and node:
         raise ConfigError("--node, --data: node.yaml names a data owner's file itself; leave --data out")
+    if len(set(text or ())) != len(text or ()) or len(text or ()) > 2:
+        raise ConfigError(f"--text: {', '.join(text or ())}; name one column, or the two of a pair")
     target = directory / ("node.yaml" if node else "run.yaml")
     if target.exists():
         raise _exists(target)
     if own is not None:
-        written = _own_files(target, own, model=model, text=text, label=label)
+        written = _own_files(target, own, model=model, text=text or (), label=label)
     else:
         written = {target: NODE_YAML if node else run_yaml(directory.resolve().name)}
     try:
@@ -83,7 +89,7 @@ def _exists(path: Path) -> ConfigError:
 
 
 def _own_files(
-    target: Path, own: Path, *, model: str | None, text: str | None, label: str | None
+    target: Path, own: Path, *, model: str | None, text: Sequence[str], label: str | None
 ) -> dict[Path, str]:
     """run.yaml and the two parts of the file, by path; run.yaml last, since it makes them a whole."""
     from fedlora.config.own_template import Own, own_yaml

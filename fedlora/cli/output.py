@@ -10,6 +10,8 @@ from typing import Annotated, Any, TypeAlias, TypeVar
 
 import typer
 
+from fedlora.cli.run_dir import config_named, run_dir_named
+
 
 class Format(StrEnum):
     """How a command prints what it found."""
@@ -25,9 +27,17 @@ SetOption: TypeAlias = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override one key of the config; repeatable."),
 ]
-ConfigArgument: TypeAlias = Annotated[Path, typer.Argument(metavar="CONFIG", help="A run's YAML file.")]
+ConfigArgument: TypeAlias = Annotated[
+    Path,
+    typer.Argument(metavar="CONFIG", help="A run's YAML file, or init's directory.", callback=config_named),
+]
 RunDirArgument: TypeAlias = Annotated[
-    Path, typer.Argument(metavar="RUN_DIR", help="What simulate left behind.")
+    Path,
+    typer.Argument(
+        metavar="RUN_DIR",
+        help="What simulate left behind, or the config that it ran.",
+        callback=run_dir_named,
+    ),
 ]
 
 

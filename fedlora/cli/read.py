@@ -18,6 +18,7 @@ from fedlora.cli.output import (
     show,
     table,
 )
+from fedlora.cli.run_dir import run_dir_named, scorable
 from fedlora.errors import IncompleteError
 
 
@@ -34,7 +35,12 @@ def add_to(app: typer.Typer) -> None:
 
 def status(
     run_dir: Annotated[
-        Path | None, typer.Argument(metavar="[RUN_DIR]", help="What simulate or a server left behind.")
+        Path | None,
+        typer.Argument(
+            metavar="[RUN_DIR]",
+            help="What simulate or a server left behind, or the config of it.",
+            callback=run_dir_named,
+        ),
     ] = None,
     server: follow.ServerOption = None,
     follow_rounds: follow.FollowOption = False,
@@ -48,12 +54,14 @@ def status(
         return
     assert run_dir is not None
     from fedlora.monitor.view import found_in
-    from fedlora.runs.rundir import going_on
+    from fedlora.runs.rundir import going_on, is_at_work
 
     with only_ours():
+        at_work = is_at_work(run_dir)  # asked first: whoever ends meanwhile is found to be finished
         found = found_in(run_dir)
-    unfinished = f"not finished; if nothing works on it, {going_on(run_dir)}"
-    show(found, follow.status_text(str(run_dir), found, unfinished), form)
+    running = at_work and not found["finished"]
+    unfinished = "running" if running else f"not running; {going_on(run_dir)}"
+    show({**found, "running": running}, follow.status_text(str(run_dir), found, unfinished), form)
 
 
 def replay(run_dir: RunDirArgument, form: FormatOption = Format.TEXT) -> None:
@@ -77,7 +85,10 @@ def replay(run_dir: RunDirArgument, form: FormatOption = Format.TEXT) -> None:
 
 def evaluate(
     path: Annotated[
-        Path, typer.Argument(metavar="RUN_DIR_OR_ADAPTER", help="A run, or an exported adapter.")
+        Path,
+        typer.Argument(
+            metavar="RUN_DIR_OR_ADAPTER", help="A run, or an exported adapter.", callback=scorable
+        ),
     ],
     config: ConfigArgument,
     overrides: SetOption = None,

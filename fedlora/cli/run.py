@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fedlora.cli.check_node import check_fit
 from fedlora.cli.output import (
     ConfigArgument,
     Format,
@@ -20,7 +21,7 @@ from fedlora.cli.output import (
     summary_text,
     telling,
 )
-from fedlora.cli.run_dir import interruption, usable
+from fedlora.cli.run_dir import config_named, interruption, usable
 from fedlora.errors import IncompleteError
 
 if TYPE_CHECKING:
@@ -39,8 +40,18 @@ def add_to(app: typer.Typer) -> None:
 
 def check(
     config: Annotated[
-        Path, typer.Argument(metavar="CONFIG", help="A run's YAML file, or a data owner's node.yaml.")
+        Path,
+        typer.Argument(
+            metavar="CONFIG", help="A run's YAML file, or a data owner's node.yaml.", callback=config_named
+        ),
     ],
+    node: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="[NODE]",
+            help="After a run's file: tell only whether this node.yaml would take part in it.",
+        ),
+    ] = None,
     measure: Annotated[
         bool,
         typer.Option(
@@ -55,6 +66,9 @@ def check(
     from fedlora.config.load import dump_config, load_config
     from fedlora.config.located import located
 
+    if node is not None:
+        check_fit(config, node, overrides or [], form)
+        return
     if is_node(config, overrides or []):
         _check_node(config, overrides or [], form)
         return

@@ -1,4 +1,4 @@
-"""What may go wrong with a directory that runs are kept in, and what to say when somebody stops them."""
+"""Which file or directory is meant, what may go wrong with one that runs are kept in, and what Ctrl-C is answered."""
 
 import errno
 import os
@@ -7,6 +7,72 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from fedlora.errors import ConfigError
+
+
+def config_named(path: Path) -> Path:
+    """The config that is meant: the file itself, or the one that `fedlora init` wrote into this directory.
+
+    Raises:
+        ConfigError: there is none in the directory.
+    """
+    if not path.is_dir():
+        return path
+    for name in ("run.yaml", "node.yaml"):
+        if (path / name).exists():
+            return path / name
+    if (path / "config.yaml").exists():
+        raise ConfigError(
+            f"{path} is a run's directory, no config; go on with: fedlora resume {path}, or name {path}/config.yaml"
+        )
+    raise ConfigError(f"{path} holds no run.yaml; name another, or write one there: fedlora init {path}")
+
+
+def run_dir_named(path: Path | None) -> Path | None:
+    """The run directory that is meant: this one, or the `output` of this config, or of the run.yaml in this directory.
+
+    Raises:
+        ConfigError: nothing was kept there yet, or the config is wrong.
+    """
+    if path is None or (path / "config.yaml").exists():
+        return path
+    config = path / "run.yaml" if path.is_dir() else path
+    if not config.is_file():
+        return path
+    from fedlora.config.load import load_config
+
+    output = Path(load_config(config, []).output)
+    if not (output / "config.yaml").exists():
+        raise ConfigError(
+            f"{path} holds no run: {config} was not run yet, or not into its output {output}; start it with fedlora "
+            f"simulate {config}, or name the directory that it was run into"
+        )
+    return output
+
+
+def kept_in(path: Path) -> Path:
+    """The run directory that is meant, where it is init's directory that is named; anything else is itself."""
+    return (path.is_dir() and run_dir_named(path)) or path
+
+
+def scorable(path: Path) -> Path:
+    """The run or PEFT adapter that is meant, known by its files before any work is done for it.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    path = kept_in(path)
+    if any((path / name).exists() for name in ("config.yaml", "adapter_config.json")):
+        return path
+    if not path.is_dir():
+        raise ConfigError(f"{path}: no such directory; name a run's, or an adapter's")
+    if (path / "config.json").exists():
+        raise ConfigError(
+            f"{path} is a whole model (config.json, and no adapter_config.json), perhaps one of export --merge; only "
+            "adapters are scored: name the run that it was made of, or export that once more without --merge"
+        )
+    raise ConfigError(
+        f"{path} is neither a run nor a PEFT adapter (no config.yaml, no adapter_config.json); name one of the two"
+    )
 
 
 @contextmanager

@@ -67,7 +67,7 @@ class Own:
     """
 
     file: str
-    columns: Mapping[str, str]
+    columns: Mapping[str, str | Sequence[str]]
     records: int
     directory: Path
     model: str

@@ -63,6 +63,11 @@ UNDERLINE = re.compile(r"[\W_]+$")
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
+def packages_of(data: Docstrings) -> list[str]:
+    """The packages that are told apart, in the order of their labels."""
+    return sorted(set(data.packages or DEFAULT_PACKAGES))
+
+
 def docstring_corpus(data: Docstrings, seed: int, *, causal: bool) -> Corpus:
     """Up to `max_per_class` distinct first paragraphs a package, about a tenth of each held out as test.
 
@@ -72,7 +77,7 @@ def docstring_corpus(data: Docstrings, seed: int, *, causal: bool) -> Corpus:
     Raises:
         DataError: a package is missing or has hardly any docstrings; the partition column is another.
     """
-    packages = sorted(set(data.packages or DEFAULT_PACKAGES))
+    packages = packages_of(data)
     roots = _roots(packages)
     by_column = data.partition.kind == "column"
     if data.partition.kind == "column" and data.partition.column != "package":

@@ -24,25 +24,25 @@ _LABEL_NAMES = ("label", "labels", "class", "category", "target", "sentiment", "
 class SplitFile:
     """The rows of a file in two parts.
 
-    columns: those that are learnt from, by the keys of `data`. header: what each row holds, these first, then the
-    file's others: one may say whose a record is, or be the second text of a pair.
+    columns: those that are learnt from, by the keys of `data`; two are a pair of texts. header: what each row holds,
+    these first, of a pair its first, then the file's others: one may say whose a record is.
     """
 
-    columns: Mapping[str, str]
+    columns: Mapping[str, str | Sequence[str]]
     header: Sequence[str]
     train: Sequence[tuple[str, ...]]
     test: Sequence[tuple[str, ...]]
 
 
-def look_through(path: str, *, text: str | None, label: str | None, causal: bool) -> SplitFile:
-    """The file in two parts, the same for the same rows; equal texts are in the same part.
+def look_through(path: str, *, text: Sequence[str], label: str | None, causal: bool) -> SplitFile:
+    """The file in two parts, the same for the same rows; rows of one text, or of one first text, are in one part.
 
     Args:
         path: tsv, csv, jsonl or parquet.
-        text: its text column; None: the one with the longest values.
+        text: its text column, or two for pairs; none: the one with the longest values.
         label: its label column; None: one that is called so, or the one with the fewest different values.
         causal: for a causal language model, which wants no label, but a prompt and a completion if columns are called
-            so and `text` is None.
+            so and `text` is empty.
 
     Raises:
         DataError: it cannot be read, is too short, or no column looks like what is wanted.
@@ -50,9 +50,11 @@ def look_through(path: str, *, text: str | None, label: str | None, causal: bool
     names = column_names(path)
     if by_semicolons(names):
         raise DataError(f"{path}: {SEMICOLONS}")
-    for wanted in (text, label):
+    for wanted in (*text, label):
         if wanted is not None and wanted not in names:
-            raise DataError(f"{path}: no column {wanted!r}; it has {shown(names)}{nearest(wanted, names)}")
+            raise DataError(
+                f"{path}: no column {wanted!r}; it has {shown(names)}{_pair(wanted, names) or nearest(wanted, names)}"
+            )
     table = load_table(path, names)
     columns = {name: _words(column) for name, column in table.columns.items()}
     count = len(next(iter(columns.values()), ()))
@@ -61,11 +63,12 @@ def look_through(path: str, *, text: str | None, label: str | None, causal: bool
         raise DataError(
             f"{path}: {rows}; a private run needs hundreds for each owner, this at least {FEWEST_ROWS}"
         )
-    kept = _completions(names) if causal and text is None else {}
+    kept = _completions(names) if causal and not text else {}
     if not kept:
-        kept["text"] = text or max((n for n in names if n != label), key=lambda name: _length(columns[name]))
+        longest = max((n for n in names if n != label), key=lambda name: _length(columns[name]))
+        kept["text"] = text[0] if text else longest
     if not causal:
-        others = {name: own for name, own in columns.items() if name != kept["text"]}
+        others = {name: own for name, own in columns.items() if name not in (kept["text"], *text)}
         kept["label"] = label or _label(path, others, count)
         unlabelled = next((row for row, word in enumerate(columns[kept["label"]]) if not word), None)
         if unlabelled is not None:
@@ -80,7 +83,8 @@ def look_through(path: str, *, text: str | None, label: str | None, causal: bool
             f"{path}: {len(set(columns[main]))} different values of {main!r} in {count} rows leave {len(train)} to "
             "train on; name the column that holds the text: --text COLUMN"
         )
-    return SplitFile(columns=kept, header=header, train=train, test=test)
+    given = {**kept, "text": list(text)} if len(text) > 1 else kept
+    return SplitFile(columns=given, header=header, train=train, test=test)
 
 
 def csv_text(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -105,6 +109,13 @@ def _split(
                 chosen.add(text)
                 known.add(label)
     return [row for row in rows if row[0] not in chosen], [row for row in rows if row[0] in chosen]
+
+
+def _pair(wanted: str, names: Sequence[str]) -> str:
+    """What to say to somebody who named two columns as one."""
+    parts = [part.strip() for part in wanted.split(",")]
+    both = len(parts) == 2 and all(part in names for part in parts)
+    return f"; for a pair of texts write --text {parts[0]} --text {parts[1]}" if both else ""
 
 
 def _completions(names: Sequence[str]) -> dict[str, str]:

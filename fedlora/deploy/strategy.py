@@ -39,6 +39,7 @@ from flwr.serverapp.strategy import Strategy
 from fedlora.algebra.digest import named_tensors
 from fedlora.config.schema import Federation
 from fedlora.errors import ConfigError, IncompleteError, WireError
+from fedlora.federation.absences import require_enough
 from fedlora.federation.absorb import absorb
 from fedlora.federation.gather import gather
 from fedlora.federation.plan import plan, require_plannable
@@ -159,6 +160,7 @@ class FedLoraStrategy(Strategy):
 
         Raises:
             IncompleteError: fewer than federation.min_clients answered, or no round was begun; the state is kept.
+            PrivacyError: fewer did, since their budgets are spent.
         """
         if self._plan is None or self._plan.round != server_round:
             raise IncompleteError(
@@ -173,7 +175,10 @@ class FedLoraStrategy(Strategy):
             method=self.method,
             federation=self.federation,
         )
-        self._require_enough(gathered.report)
+        kept = f"the state of round {server_round - 1} is kept in strategy.state"
+        require_enough(
+            gathered.report, self.federation, f"{kept}, and fedlora.deploy.server.serve can resume"
+        )
         absorbed = absorb(self.state, gathered, method=self.method, federation=self.federation)
         self.state, self._plan, self._memory = absorbed.state, None, memory
         self.reports.append(absorbed.report)
@@ -229,15 +234,6 @@ class FedLoraStrategy(Strategy):
             log.warning("%s: its reply bears another name", client)
             return None
         return reply
-
-    def _require_enough(self, report: RoundReport) -> None:
-        if len(report.answered) < min(self.federation.min_clients, len(report.asked)):
-            absent = {**report.refused, **report.rejected}
-            raise IncompleteError(
-                f"round {report.round}: {len(report.answered)} of {len(report.asked)} clients answered, "
-                f"federation.min_clients is {self.federation.min_clients} ({absent}); the state of round "
-                f"{report.round - 1} is kept in strategy.state, and fedlora.deploy.server.serve can resume"
-            )
 
 
 def _figures(report: RoundReport) -> MetricRecord:

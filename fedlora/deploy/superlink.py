@@ -226,6 +226,11 @@ def bundle(app: Path, name: str) -> bytes:
         raise ConfigError(
             f"--app {app}: pyproject.toml has no table tool.flwr.app ({error} is missing); name fedlora's own directory"
         ) from None
+    except FileNotFoundError:
+        raise ConfigError(
+            f"--app {app}: no pyproject.toml is there, so nothing can be submitted and no node's key was registered; "
+            "give the command in fedlora's checkout, or name that as --app"
+        ) from None
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"--app {app}: {error}; give the command in fedlora's checkout, or name that as --app"

@@ -5,7 +5,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from fedlora.config.schema import Federation
-from fedlora.errors import IncompleteError
+from fedlora.errors import FedLoraError
+from fedlora.federation.absences import require_enough
 from fedlora.federation.absorb import Absorbed, absorb
 from fedlora.federation.cohort import Cohort
 from fedlora.federation.gather import gather
@@ -15,7 +16,7 @@ from fedlora.federation.plan import Roll
 from fedlora.federation.store import Store
 from fedlora.federation.work import work
 from fedlora.methods import Method
-from fedlora.values import Adapters, Member, Origin, RoundPlan, ServerState, TrainRequest
+from fedlora.values import Adapters, Member, Origin, ServerState, TrainRequest
 
 Score = Callable[[Adapters], dict[str, Any]]
 """Scores adapters on public test data: {metric, score, loss, epsilon_max}, and what else is to stand in the line."""
@@ -50,7 +51,9 @@ def rounds(
         The state after a round and that round's line of rounds.jsonl.
 
     Raises:
-        IncompleteError: fewer than federation.min_clients answered; the round left no trace and can be done again.
+        IncompleteError: fewer than federation.min_clients answered; all that is left of the round is who did not, and
+            it can be done again.
+        PrivacyError: likewise, and no doing again helps: clients refused for their budgets.
         GuardError: the model did not move, or is not finite, or nor is its score; likewise.
     """
     try:
@@ -74,7 +77,7 @@ def rounds(
                 memory=store.memory, method=method, federation=federation, enough=federation.enough,
             )  # fmt: skip
             absorbed = absorb(state, gathered, method=method, federation=federation)
-            _require_enough(planned, absorbed, federation)
+            _require_enough(absorbed, store, federation)
             before, state = state, absorbed.state
             due = state.round % federation.evaluate_every == 0 or state.round == federation.rounds
             scored = score(state.adapters) if due else {}
@@ -88,16 +91,14 @@ def rounds(
         store.close()  # what an unfinished round has kept never was
 
 
-def _require_enough(planned: RoundPlan, absorbed: Absorbed, federation: Federation) -> None:
+def _require_enough(absorbed: Absorbed, store: Store, federation: Federation) -> None:
     report = absorbed.report
-    if len(report.answered) >= min(federation.min_clients, len(planned.cohort)):
-        return
-    absent = {**report.refused, **report.rejected}
-    raise IncompleteError(
-        f"round {planned.round}: {len(report.answered)} of {len(planned.cohort)} clients answered, "
-        f"federation.min_clients is {federation.min_clients} ({absent or 'nobody replied'}); the model of round "
-        f"{planned.round - 1} is kept: resume the run when clients are back, or export it as it stands"
-    )
+    kept = f"the model of round {report.round - 1} is kept, and can be exported as it stands"
+    try:
+        require_enough(report, federation, kept)
+    except FedLoraError:
+        store.save_missed(report)
+        raise
 
 
 def line_zero(scored: dict[str, Any]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ checkpoints/round-000012-without-001/                    in its place, once a cl
 memory.sqlite                                            FedStale: the update last heard of each client, in the frame
 plans/round-000012.json                                  who is asked, on disk before anything is sent
 rounds.jsonl                                             one line a round, repaired from the checkpoint on opening
+missed.json                                              who stayed away from the last round that too few answered
 """
 
 import json
@@ -26,11 +27,12 @@ from fedlora.errors import ConfigError, GuardError, IncompleteError
 from fedlora.federation.absorb import Absorbed, forget
 from fedlora.federation.memory import StaleMemory
 from fedlora.federation.record import Kept
-from fedlora.values import FRAME, Delta, Gauges, Own, Recurrence, RoundPlan, ServerState
+from fedlora.values import FRAME, Delta, Gauges, Own, Recurrence, RoundPlan, RoundReport, ServerState
 
 log = logging.getLogger(__name__)
 
 FORMAT = 1
+MISSED = "missed.json"
 KEPT_CHECKPOINTS = 2
 
 
@@ -80,6 +82,12 @@ class Store:
         self._write_checkpoint(absorbed.state, line)
         append_durably(self.log, _json(line))
         self._prune()
+
+    def save_missed(self, report: RoundReport) -> None:
+        """Who stayed away from a round that is not completed is durable, for whoever asks why."""
+        answers = {"round": report.round, "asked": report.asked, "answered": report.answered}
+        words = {**answers, "refused": dict(report.refused), "rejected": dict(report.rejected)}
+        write_durably(self.directory / MISSED, _json(words))
 
     def close(self) -> None:
         """Nothing is open; what was not committed never was."""

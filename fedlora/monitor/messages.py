@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fedlora.monitor.proto.monitor_pb2 import Round, RunStatus, Spent
+from fedlora.runs.rundir import NEWEST
 
 SERVICE = "fedlora.monitor.v1.Monitor"
 MESSAGE_BYTES = 32 << 20
@@ -25,7 +26,8 @@ def status_message(found: Mapping[str, Any]) -> RunStatus:
         _text(client): Spent(epsilon=epsilon)
         for client, epsilon in (found.get("epsilon_by_client") or {}).items()
     }
-    return RunStatus(epsilon_by_client=spent, **_given(found, _STATUS))
+    newest = None if found.get("newest") is None else round_message(found["newest"])
+    return RunStatus(epsilon_by_client=spent, newest=newest, **_given(found, _STATUS))
 
 
 def status_words(message: RunStatus) -> dict[str, Any]:
@@ -34,7 +36,12 @@ def status_words(message: RunStatus) -> dict[str, Any]:
     told = {
         client: _optional(spent, "epsilon") for client, spent in sorted(message.epsilon_by_client.items())
     }
-    return {**words, "epsilon_by_client": told if message.private else None}
+    newest = round_words(message.newest) if message.HasField("newest") else None
+    return {
+        **words,
+        "epsilon_by_client": told if message.private else None,
+        "newest": newest and {name: newest[name] for name in NEWEST},
+    }
 
 
 def round_message(line: Mapping[str, Any]) -> Round:
@@ -49,7 +56,8 @@ def round_words(message: Round) -> dict[str, Any]:
 
 def _given(words: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
     present = {name: words[name] for name in names if words.get(name) is not None}
-    present.pop("epsilon_by_client", None)
+    for message in ("epsilon_by_client", "newest"):
+        present.pop(message, None)
     return {name: _sound(value) for name, value in present.items()}
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from fedlora.errors import FedLoraError, IncompleteError
+from fedlora.federation.store import MISSED
 from fedlora.runs.rundir import SPENT, run_rounds
 from fedlora.runs.summary import run_status
 
@@ -15,7 +16,7 @@ LEAST_AGE_S = 1.0
 """Epsilon is computed anew at most this often: a mechanism with thousands of steps may take seconds."""
 REST = 4
 """And not before this many times as long as it took last, so that looking costs a fifth of a core at most."""
-READ = ("config.yaml", "roster.json", "rounds.jsonl", SPENT, "summary.json")
+READ = ("config.yaml", "roster.json", "rounds.jsonl", MISSED, SPENT, "summary.json")
 
 Signature: TypeAlias = tuple[tuple[str, int, int, int], ...]
 

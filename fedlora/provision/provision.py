@@ -97,7 +97,7 @@ def provision(
         # Flower takes the file's bytes as they are, so there is no line end; hexadecimal survives copy and paste.
         order.make(SECRET, lambda: secrets.token_hex(32).encode(), PRIVATE)
         names = _nodes(order, nodes)
-        notes = [*_registered(order, names), *_open_keys(directory)]
+        notes = [*_more_than(nodes, names), *_registered(order, names), *_open_keys(directory)]
         if days is not None and CERTIFICATE not in order.made:
             notes.append(f"{CERTIFICATE} was kept as it is; --renew makes one of {days} days")
         earlier = {path.name: load_certificate(path) for path in sorted(directory.glob("server-*.crt"))}
@@ -192,6 +192,17 @@ def _nodes(order: Order, total: int | None) -> tuple[str, ...]:
     for name in sorted(names):
         order.made.extend(complete_pair(directory, require_name(name)))
     return tuple(sorted(names, key=_counted))
+
+
+def _more_than(total: int | None, names: Sequence[str]) -> list[str]:
+    """What has to be said where more nodes lie there than were asked for."""
+    if total is None or len(names) <= total:
+        return []
+    shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return [
+        f"--nodes {total}, but keys of {len(names)} nodes lie here ({shown}): all are kept and listed, none was made; "
+        "for fewer, remove NAME.key and NAME.pub of who leaves, and give the command again"
+    ]
 
 
 def _counted(name: str) -> tuple[str | int, ...]:

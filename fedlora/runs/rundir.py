@@ -12,7 +12,8 @@ from fedlora.config.load import load_config
 from fedlora.config.schema import RunConfig
 from fedlora.disk import whole_lines, write_durably
 from fedlora.errors import ConfigError
-from fedlora.federation.store import Store
+from fedlora.federation.store import MISSED, Store
+from fedlora.runs.partition_picture import PARTITION
 from fedlora.values import Adapters, Member
 
 SPENT = "spent.jsonl"
@@ -23,10 +24,15 @@ BEGAN_FROM = "began_from.json"
 """Which adapter the run began from: its name, and SHA-256 of its weights file and of all its files."""
 SAMPLES = "samples.jsonl"
 """What the model says to public prompts, before and after."""
+NEWEST = ("round", "asked", "answered", "refused", "rejected")
+"""What is told of the newest round."""
 HOLDINGS = ".holdings"
 """The clients' tokenised records, while a simulation is at work; going on with it writes them anew."""
 STATES = ".states"
 """What frozen layers make of a client's records, a file a client: `NAME`, or `.NAME.*` while it is written."""
+
+_OF_A_START = ("classes.json", PARTITION)
+"""What a run writes before config.yaml makes it one."""
 
 
 @contextmanager
@@ -40,6 +46,22 @@ def locked(run_dir: Path) -> Iterator[None]:
                 f"{run_dir} is being worked on by another process; follow it with: fedlora status {run_dir}"
             ) from None
         yield
+
+
+def is_at_work(run_dir: Path) -> bool:
+    """Whether a process works on this run, or `fedlora serve` sees to it that one will. Writes nothing."""
+    return any(_is_held(run_dir / name) for name in (".lock", ".serve.lock"))
+
+
+def _is_held(path: Path) -> bool:
+    if not path.exists():
+        return False
+    with path.open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # let go of at once, with the file
+        except BlockingIOError:
+            return True
+    return False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,6 +102,20 @@ def going_on(run_dir: Path) -> str:
     return f"go on with: fedlora resume {run_dir}"
 
 
+def require_ours(run_dir: Path) -> None:
+    """Passes a directory in which a run can begin: it is not there, or holds what a start that was killed leaves.
+
+    Raises:
+        ConfigError: it holds files that are no run's.
+    """
+    present = sorted(path.name for path in run_dir.iterdir()) if run_dir.is_dir() else []
+    if foreign := [name for name in present if not name.startswith(".") and name not in _OF_A_START]:
+        shown = ", ".join(foreign[:3]) + (f" and {len(foreign) - 3} more" if len(foreign) > 3 else "")
+        raise ConfigError(
+            f"{run_dir} holds files that are no run's ({shown}) and is left alone; choose another --run-dir or output"
+        )
+
+
 def run_config(run_dir: Path) -> RunConfig:
     """The config of the run, as resolved when it began.
 
@@ -88,7 +124,11 @@ def run_config(run_dir: Path) -> RunConfig:
     """
     path = run_dir / "config.yaml"
     if not path.exists():
-        raise ConfigError(f"{run_dir} holds no run: {path.name} is missing; start one with fedlora simulate")
+        why = f"{path.name} is missing" if run_dir.exists() else "there is no such directory"
+        raise ConfigError(
+            f"{run_dir} holds no run: {why}; name the directory that one was kept in (its `output`), or start one with "
+            "fedlora simulate"
+        )
     return load_config(path, [])
 
 
@@ -115,6 +155,20 @@ def run_rounds(run_dir: Path) -> list[dict[str, Any]]:
         if not isinstance(line, dict) or "round" not in line:
             raise ConfigError(f"{path}:{number} is damaged: it is no round; {_LOG_MEND}")
     return lines
+
+
+def newest_round(run_dir: Path, lines: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """Who was asked and who stayed away in the last round that was done, or, after it, begun in vain; None before any.
+
+    Raises:
+        ConfigError: what tells of the latter is damaged.
+    """
+    if not lines:
+        return None
+    path = run_dir / MISSED
+    missed = _words(path, "round", "remove it") if path.exists() else None
+    newest = missed if missed is not None and missed["round"] > lines[-1]["round"] else lines[-1]
+    return {name: newest[name] for name in NEWEST} if newest["round"] else None
 
 
 def adapters_of(run_dir: Path) -> tuple[Adapters, tuple[str, ...]]:

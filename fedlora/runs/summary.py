@@ -16,7 +16,16 @@ from fedlora.federation.store import state_digest
 from fedlora.kernels.table import chosen
 from fedlora.runs.evidence import accounts, require_debits, unaccounted
 from fedlora.runs.promise import promise
-from fedlora.runs.rundir import began_from, finished_summary, going_on, load_roster, run_config, run_rounds
+from fedlora.runs.rundir import (
+    began_from,
+    finished_summary,
+    going_on,
+    is_at_work,
+    load_roster,
+    newest_round,
+    run_config,
+    run_rounds,
+)
 from fedlora.values import ServerState
 
 VERSIONED = ("fedlora", "torch", "transformers", "peft", "opacus", "dp-accounting", "flwr", "ray")
@@ -55,13 +64,15 @@ def run_status(run_dir: Path) -> dict[str, Any]:
         **summary,
         "refusals": sum(len(line["refused"]) for line in lines),
         "rejections": sum(len(line["rejected"]) for line in lines),
+        "newest": newest_round(run_dir, lines),
     }
 
 
 def _unfinished(run_dir: Path) -> dict[str, Any]:
     config = run_config(run_dir)
     if not run_rounds(run_dir):
-        raise IncompleteError(f"{run_dir} has no model yet; wait, or {going_on(run_dir)}")
+        mend = "it is being prepared: wait" if is_at_work(run_dir) else going_on(run_dir)
+        raise IncompleteError(f"{run_dir} has no model yet; {mend}")
     return run_summary(run_dir, config, clients=known_clients(run_dir, config))
 
 

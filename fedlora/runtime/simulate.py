@@ -24,7 +24,7 @@ from fedlora.runs.evidence import require_debits
 from fedlora.runs.forgetting import remaining
 from fedlora.runs.partition_picture import save_picture
 from fedlora.runs.promise import Spending
-from fedlora.runs.rundir import STATES, finished_summary, locked, run_config, run_rounds
+from fedlora.runs.rundir import STATES, finished_summary, locked, require_ours, run_config, run_rounds
 from fedlora.runs.summary import write_summary
 from fedlora.runtime.host import HostSetup
 from fedlora.runtime.prepare import Prepared, Shared, prepare
@@ -62,11 +62,12 @@ def simulate(
         stored: see `federation.loop`.
 
     Raises:
-        ConfigError: the directory holds another run, or an unfinished one; neither is touched.
+        ConfigError: the directory holds another run, an unfinished one, or something else; none is touched.
     """
     if (run_dir / "config.yaml").exists():
         _refuse_existing(config, run_dir)
         return run_dir
+    require_ours(run_dir)
     prepared = prepare(config, listener, shared)
     run_dir.mkdir(parents=True, exist_ok=True)
     with locked(run_dir):

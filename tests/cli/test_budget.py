@@ -52,12 +52,12 @@ def test_a_lone_ledger_tells_participations_epsilon_its_delta_and_that_the_chain
 
 def test_a_node_tells_what_is_left_of_its_own_budget(node, ledger, capsys):
     (row,) = json.loads(told(capsys, node, "--format", "json"))
-    assert (row["participations"], row["max_participations"], row["verified"]) == (3, 10, True)
+    assert (row["participations"], row["max_participations"], row["verified"]) == (3, 20, True)
     assert row["left"] == pytest.approx(8.0 - epsilon([EVENT] * 3, 1e-5))
     assert "chain verified: 3 participations" in told(capsys, node)
     ledger.unlink()
     text = told(capsys, node)
-    assert "0 of 10" in text and "no ledger yet" in text and "verified" not in text
+    assert "0 of 20" in text and "no ledger yet" in text and "verified" not in text
 
 
 def test_seeded_noise_is_a_simulation_and_noise_of_the_system_is_not(ledger, node, tmp_path, capsys):

@@ -7,6 +7,7 @@ import pytest
 
 from fedlora.cli.app import main
 from fedlora.config.load import load_config
+from fedlora.data import load_corpus
 from fedlora.data.files import load_table
 from fedlora.data.look import look_through
 from fedlora.errors import DataError, ModelError
@@ -87,7 +88,7 @@ def test_prompts_and_answers_are_learned_as_such_by_a_causal_model(tiny_decoder,
     assert not {prompt for prompt, *_ in train} & {prompt for prompt, *_ in test}
     few = ["--set", "federation.rounds=1", "--set", "data.max_length=16"]
     assert main(["simulate", str(my / "run.yaml"), *few]) == 0
-    assert look_through(str(path), text="answer", label=None, causal=True).columns == {"text": "answer"}
+    assert look_through(str(path), text=["answer"], label=None, causal=True).columns == {"text": "answer"}
     capsys.readouterr()
 
 
@@ -114,6 +115,17 @@ def test_a_column_that_says_whose_a_record_is_makes_clients_of_its_values(review
     assert "east" in capsys.readouterr().out
 
 
+def test_two_texts_are_a_pair(reviews, tmp_path):
+    words = ["--data", str(reviews), "--text", "body", "--text", "site", "--label", "topic"]
+    assert main(["init", str(tmp_path / "my"), *words]) == 0
+    config = load_config(tmp_path / "my" / "run.yaml")
+    assert config.data.text == ["body", "site"] and config.data.label == "topic"
+    held, (_, *given) = load_corpus(config.data, config.task, 1), rows(reviews)
+    pairs = {(row[1], row[3]) for row in given}
+    assert {*held.train.texts, *held.test.texts} == pairs
+    assert not {first for first, _ in held.train.texts} & {first for first, _ in held.test.texts}
+
+
 def test_copies_of_the_records_can_be_read_by_their_owner_alone(reviews, tmp_path):
     assert main(["init", str(tmp_path / "a"), "--data", str(reviews)]) == 0
     for name in ("train.csv", "test.csv"):
@@ -124,7 +136,7 @@ def test_every_label_is_in_the_test_part_whose_labels_are_the_classes(tmp_path):
     path = tmp_path / "rare.csv"
     lines = [f"some words here {n},{f'own-{n // 6}' if n % 3 == 0 else 'common'}" for n in range(60)]
     path.write_text("\n".join(["text,label", *lines]) + "\n")
-    found = look_through(str(path), text=None, label=None, causal=False)
+    found = look_through(str(path), text=(), label=None, causal=False)
     assert {label for _, label in found.test} == {line.partition(",")[2] for line in lines}
     assert len(found.train) + len(found.test) == 60 and len(found.test) < 20
 
@@ -150,13 +162,22 @@ def test_a_file_that_cannot_be_guessed_says_what_to_name(tmp_path, text, says):
     path = tmp_path / "odd.csv"
     path.write_text(text)
     with pytest.raises(DataError) as caught:
-        look_through(str(path), text=None, label=None, causal=False)
+        look_through(str(path), text=(), label=None, causal=False)
     assert says in str(caught.value)
 
 
 def test_options_that_name_no_column_or_no_file_are_refused(reviews, tmp_path, capsys):
     for words, says in (
         (["--data", str(reviews), "--text", "bodi"], "no column 'bodi'"),
+        (["--data", str(reviews), "--text", "body,site"], "write --text body --text site"),
+        (
+            ["--data", str(reviews), *["--text", "body"] * 2],
+            "--text: body, body; name one column, or the two",
+        ),
+        (
+            ["--data", str(reviews), *["--text", "body", "--text", "id", "--text", "site"]],
+            "name one column, or the two",
+        ),
         (["--label", "topic"], "none are named; write --data FILE"),
         (["--data", str(reviews), "--node"], "leave --data out"),
         (["--data", str(tmp_path / "no.csv")], "no such file"),

@@ -47,6 +47,19 @@ def test_no_secret_is_ever_printed(tmp_path):
         assert "PRIVATE KEY" not in out + err and secret not in out + err
 
 
+def test_fewer_nodes_than_lie_there_are_told_and_none_is_removed(tmp_path):
+    kit = tmp_path / "kit"
+    run(kit, "--nodes", 5)
+    before = {path.name: path.read_bytes() for path in kit.iterdir()}
+    status, out, _ = run(kit, "--nodes", 2)
+    (note,) = [line for line in out.splitlines() if line.startswith("  note: ")]
+    assert status == 0
+    assert "--nodes 2, but keys of 5 nodes lie here (node-1, node-2, node-3 and 2 more)" in note
+    assert "remove NAME.key and NAME.pub" in note
+    assert before == {path.name: path.read_bytes() for path in kit.iterdir()}
+    assert "note" not in run(kit, "--nodes", 5)[1]
+
+
 def test_json_is_one_document_that_tells_what_was_made_and_what_was_kept(tmp_path):
     run(tmp_path / "kit", "--nodes", 1)
     (tmp_path / "kit/ca.key").unlink()

@@ -16,6 +16,7 @@ import pytest
 import yaml
 
 from fedlora.deploy.superlink import SuperLink, bundle
+from fedlora.deploy.supernode_process import TURNED_AWAY
 from fedlora.deploy.supervise import Supervisor
 from fedlora.deploy.worker import Worker
 from fedlora.errors import ConfigError, IncompleteError
@@ -117,6 +118,7 @@ def test_a_key_that_is_gone_from_the_list_may_not_join_any_more(tmp_path, topic_
         federation.wait(lambda: "not registered any more: node-2" in federation.said())
         federation.start_supernode(1)
         assert federation.processes.started["supernode-1"].wait(60) != 0
+        assert TURNED_AWAY in federation.said("supernode-1")
         assert server.poll() is None
     finally:
         federation.stop()
@@ -273,6 +275,24 @@ def test_a_server_process_that_always_dies_is_given_up_with_one_message(federati
     assert runs[0].series_id == runs[1].series_id and runs[0].fab == runs[1].fab
 
 
+@pytest.mark.slow
+def test_a_round_that_every_budget_refuses_ends_it_with_status_three_and_status_says_who(federation):
+    for node in federation.nodes:
+        words = yaml.safe_load(node.read_text())
+        words["budget"]["max_participations"] = 1
+        node.write_text(yaml.safe_dump(words))
+    federation.start_link()
+    server = federation.serve()
+    federation.start_nodes()
+    federation.wait(lambda: server.poll() is not None, 120)
+    assert server.returncode == 3, federation.processes.logs()
+    assert federation.said().count("submitted, in series") == 1
+    assert "round 2: 0 of 2 clients answered, 1 have to (budget: node-1, node-2)" in federation.said()
+    told = _call("status", str(federation.run_dir)).stdout
+    assert "  round 2        0 of 2 answered, too few; budget: node-1, node-2" in told
+    assert federation.debits() == [1, 1]
+
+
 def test_a_bundle_holds_the_entry_points_alone_and_is_the_same_for_the_same_name():
     first = bundle(PROJECT, "a")
     names = zipfile.ZipFile(io.BytesIO(first)).namelist()
@@ -282,9 +302,10 @@ def test_a_bundle_holds_the_entry_points_alone_and_is_the_same_for_the_same_name
 
 @pytest.mark.parametrize("content", [None, "[project", "[project]\nname = 'x'\n", "[tool.flwr.app]\n"])
 def test_a_directory_that_is_no_app_is_refused_by_name(tmp_path, content):
+    says = "no pyproject.toml is there, .* no node's key was registered" if content is None else ""
     if content is not None:
         (tmp_path / "pyproject.toml").write_text(content)
-    with pytest.raises(ConfigError, match=f"--app {tmp_path}: "):
+    with pytest.raises(ConfigError, match=f"--app {tmp_path}: {says}"):
         bundle(tmp_path, "a")
 
 

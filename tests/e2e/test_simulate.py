@@ -138,7 +138,7 @@ def test_a_client_at_its_limit_refuses_and_the_round_goes_on(tiny_config, tmp_pa
 
 def test_a_round_that_nobody_answers_stops_the_run_and_keeps_the_model(tiny_config, tmp_path):
     config = tiny_config(privacy__max_participations=1, federation__cohort=3, federation__rounds=2)
-    with pytest.raises(IncompleteError, match=r"round 2.*budget"):
+    with pytest.raises(PrivacyError, match=r"^round 2: 0 of 3 clients answered.*budget"):
         simulate(config, tmp_path / "run", quiet)
     assert (tmp_path / "run" / "checkpoints" / "round-000001").is_dir()
 

@@ -26,7 +26,9 @@ from fedlora.cli.follow import require_one_source, status_of_server, status_text
 from fedlora.cli.output import Format
 from fedlora.config.load import dump_config
 from fedlora.config.schema import RunConfig
+from fedlora.disk import write_durably
 from fedlora.errors import ConfigError, FedLoraError, IncompleteError, LedgerError
+from fedlora.federation.store import MISSED
 from fedlora.monitor import metrics as monitor_metrics
 from fedlora.monitor import view as monitor_view
 from fedlora.monitor.address import MonitorAddress, monitor_address
@@ -179,7 +181,21 @@ def test_the_table_from_afar_is_the_table_of_the_directory(run, capsys):
     assert there[0] == f"127.0.0.1:{bound.port}" and "not finished" in there[1]
     assert document["epsilon_max"] == run_status(run)["epsilon_max"]
     assert "  refusals       4 refused (2 budget, 2 failed, 2 no_data), 2 rejected" in here
+    assert "  round 2        1 of 3 answered; budget: site-b; failed: site-c; no_data: site-c" in here
     assert [line.split()[:2] for line in here[-3:]] == [["site-a", "2"], ["site-b", "0"], ["site-c", "0"]]
+
+
+def test_a_round_that_too_few_answered_is_the_newest_until_it_is_done(run):
+    missed = {"round": 3, "asked": list(NODES), "answered": [], "refused": dict.fromkeys(NODES, "budget")}
+    with monitored(run, port=0) as bound:
+        assert ask_status(at(bound))["newest"]["round"] == 2
+        write_durably(run / MISSED, json.dumps({**missed, "rejected": {}}))
+        until(lambda: ask_status(at(bound))["newest"] == {**missed, "rejected": {}})
+    told = status_text("r", found_in(run), "u").splitlines()
+    assert "  round 3        0 of 3 answered, too few; budget: site-a, site-b, site-c" in told
+    add(run, 3, refused={})
+    assert found_in(run)["newest"]["round"] == 3
+    assert not any(line.startswith("  round 3") for line in status_text("r", found_in(run), "u").splitlines())
 
 
 def test_of_many_clients_those_that_spent_most_and_those_of_whom_nobody_knows_come_first(run):
@@ -333,7 +349,7 @@ def test_the_standard_health_service_stands_beside_it(run):
 def test_a_directory_without_a_run_is_one_clear_error_unless_it_may_come_later(run, tmp_path):
     nowhere = tmp_path / "nowhere"
     with (
-        pytest.raises(ConfigError, match=r"nowhere holds no run: config\.yaml is missing"),
+        pytest.raises(ConfigError, match=r"nowhere holds no run: there is no such directory"),
         monitored(nowhere, port=0),
     ):
         pass

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#fedlora/monitor/proto/monitor.proto\x12\x12\x66\x65\x64lora.monitor.v1\"\x0f\n\rStatusRequest\"\xb8\x08\n\tRunStatus\x12\x10\n\x08\x66inished\x18\x01 \x01(\x08\x12\x0e\n\x06rounds\x18\x02 \x01(\x03\x12\x18\n\x10rounds_completed\x18\x03 \x01(\x03\x12\x0f\n\x07\x63lients\x18\x04 \x01(\x03\x12I\n\x0eparticipations\x18\x05 \x03(\x0b\x32\x31.fedlora.monitor.v1.RunStatus.ParticipationsEntry\x12\x13\n\x06metric\x18\x06 \x01(\tH\x00\x88\x01\x01\x12\x12\n\x05score\x18\x07 \x01(\x01H\x01\x88\x01\x01\x12\x19\n\x0cscore_before\x18\x08 \x01(\x01H\x02\x88\x01\x01\x12\x0f\n\x07private\x18\t \x01(\x08\x12\x18\n\x0b\x65psilon_max\x18\n \x01(\x01H\x03\x88\x01\x01\x12M\n\x11\x65psilon_by_client\x18\x0b \x03(\x0b\x32\x32.fedlora.monitor.v1.RunStatus.EpsilonByClientEntry\x12\x12\n\x05\x64\x65lta\x18\x0c \x01(\x01H\x04\x88\x01\x01\x12\x17\n\naccountant\x18\r \x01(\tH\x05\x88\x01\x01\x12\x19\n\x0cnoise_source\x18\x0e \x01(\tH\x06\x88\x01\x01\x12\x0e\n\x06method\x18\x0f \x01(\t\x12\x0f\n\x07seconds\x18\x10 \x01(\x01\x12%\n\x18\x63lient_rounds_per_second\x18\x11 \x01(\x01H\x07\x88\x01\x01\x12&\n\x19\x62ytes_up_per_client_round\x18\x12 \x01(\x03H\x08\x88\x01\x01\x12(\n\x1b\x62ytes_down_per_client_round\x18\x13 \x01(\x03H\t\x88\x01\x01\x12\x10\n\x08refusals\x18\x14 \x01(\x03\x12\x12\n\nrejections\x18\x15 \x01(\x03\x12O\n\x12refusals_by_reason\x18\x16 \x03(\x0b\x32\x33.fedlora.monitor.v1.RunStatus.RefusalsByReasonEntry\x1a\x35\n\x13ParticipationsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x03:\x02\x38\x01\x1aQ\n\x14\x45psilonByClientEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12(\n\x05value\x18\x02 \x01(\x0b\x32\x19.fedlora.monitor.v1.Spent:\x02\x38\x01\x1a\x37\n\x15RefusalsByReasonEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x03:\x02\x38\x01\x42\t\n\x07_metricB\x08\n\x06_scoreB\x0f\n\r_score_beforeB\x0e\n\x0c_epsilon_maxB\x08\n\x06_deltaB\r\n\x0b_accountantB\x0f\n\r_noise_sourceB\x1b\n\x19_client_rounds_per_secondB\x1c\n\x1a_bytes_up_per_client_roundB\x1e\n\x1c_bytes_down_per_client_round\")\n\x05Spent\x12\x14\n\x07\x65psilon\x18\x01 \x01(\x01H\x00\x88\x01\x01\x42\n\n\x08_epsilon\"#\n\rEventsRequest\x12\x12\n\nfrom_round\x18\x01 \x01(\x03\"\x9a\x04\n\x05Round\x12\r\n\x05round\x18\x01 \x01(\x03\x12\r\n\x05\x61sked\x18\x02 \x03(\t\x12\x10\n\x08\x61nswered\x18\x03 \x03(\t\x12\x37\n\x07refused\x18\x04 \x03(\x0b\x32&.fedlora.monitor.v1.Round.RefusedEntry\x12\x39\n\x08rejected\x18\x05 \x03(\x0b\x32\'.fedlora.monitor.v1.Round.RejectedEntry\x12\x42\n\raccuracy_told\x18\x06 \x03(\x0b\x32+.fedlora.monitor.v1.Round.AccuracyToldEntry\x12\x13\n\x06metric\x18\x07 \x01(\tH\x00\x88\x01\x01\x12\x12\n\x05score\x18\x08 \x01(\x01H\x01\x88\x01\x01\x12\x11\n\x04loss\x18\t \x01(\x01H\x02\x88\x01\x01\x12\x18\n\x0b\x65psilon_max\x18\n \x01(\x01H\x03\x88\x01\x01\x12\x0f\n\x07seconds\x18\x0b \x01(\x01\x1a.\n\x0cRefusedEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x1a/\n\rRejectedEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x1a\x33\n\x11\x41\x63\x63uracyToldEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\t\n\x07_metricB\x08\n\x06_scoreB\x07\n\x05_lossB\x0e\n\x0c_epsilon_max2\x9f\x01\n\x07Monitor\x12J\n\x06Status\x12!.fedlora.monitor.v1.StatusRequest\x1a\x1d.fedlora.monitor.v1.RunStatus\x12H\n\x06\x45vents\x12!.fedlora.monitor.v1.EventsRequest\x1a\x19.fedlora.monitor.v1.Round0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#fedlora/monitor/proto/monitor.proto\x12\x12\x66\x65\x64lora.monitor.v1\"\x0f\n\rStatusRequest\"\xf3\x08\n\tRunStatus\x12\x10\n\x08\x66inished\x18\x01 \x01(\x08\x12\x0e\n\x06rounds\x18\x02 \x01(\x03\x12\x18\n\x10rounds_completed\x18\x03 \x01(\x03\x12\x0f\n\x07\x63lients\x18\x04 \x01(\x03\x12I\n\x0eparticipations\x18\x05 \x03(\x0b\x32\x31.fedlora.monitor.v1.RunStatus.ParticipationsEntry\x12\x13\n\x06metric\x18\x06 \x01(\tH\x00\x88\x01\x01\x12\x12\n\x05score\x18\x07 \x01(\x01H\x01\x88\x01\x01\x12\x19\n\x0cscore_before\x18\x08 \x01(\x01H\x02\x88\x01\x01\x12\x0f\n\x07private\x18\t \x01(\x08\x12\x18\n\x0b\x65psilon_max\x18\n \x01(\x01H\x03\x88\x01\x01\x12M\n\x11\x65psilon_by_client\x18\x0b \x03(\x0b\x32\x32.fedlora.monitor.v1.RunStatus.EpsilonByClientEntry\x12\x12\n\x05\x64\x65lta\x18\x0c \x01(\x01H\x04\x88\x01\x01\x12\x17\n\naccountant\x18\r \x01(\tH\x05\x88\x01\x01\x12\x19\n\x0cnoise_source\x18\x0e \x01(\tH\x06\x88\x01\x01\x12\x0e\n\x06method\x18\x0f \x01(\t\x12\x0f\n\x07seconds\x18\x10 \x01(\x01\x12%\n\x18\x63lient_rounds_per_second\x18\x11 \x01(\x01H\x07\x88\x01\x01\x12&\n\x19\x62ytes_up_per_client_round\x18\x12 \x01(\x03H\x08\x88\x01\x01\x12(\n\x1b\x62ytes_down_per_client_round\x18\x13 \x01(\x03H\t\x88\x01\x01\x12\x10\n\x08refusals\x18\x14 \x01(\x03\x12\x12\n\nrejections\x18\x15 \x01(\x03\x12O\n\x12refusals_by_reason\x18\x16 \x03(\x0b\x32\x33.fedlora.monitor.v1.RunStatus.RefusalsByReasonEntry\x12.\n\x06newest\x18\x17 \x01(\x0b\x32\x19.fedlora.monitor.v1.RoundH\n\x88\x01\x01\x1a\x35\n\x13ParticipationsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x03:\x02\x38\x01\x1aQ\n\x14\x45psilonByClientEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12(\n\x05value\x18\x02 \x01(\x0b\x32\x19.fedlora.monitor.v1.Spent:\x02\x38\x01\x1a\x37\n\x15RefusalsByReasonEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x03:\x02\x38\x01\x42\t\n\x07_metricB\x08\n\x06_scoreB\x0f\n\r_score_beforeB\x0e\n\x0c_epsilon_maxB\x08\n\x06_deltaB\r\n\x0b_accountantB\x0f\n\r_noise_sourceB\x1b\n\x19_client_rounds_per_secondB\x1c\n\x1a_bytes_up_per_client_roundB\x1e\n\x1c_bytes_down_per_client_roundB\t\n\x07_newest\")\n\x05Spent\x12\x14\n\x07\x65psilon\x18\x01 \x01(\x01H\x00\x88\x01\x01\x42\n\n\x08_epsilon\"#\n\rEventsRequest\x12\x12\n\nfrom_round\x18\x01 \x01(\x03\"\x9a\x04\n\x05Round\x12\r\n\x05round\x18\x01 \x01(\x03\x12\r\n\x05\x61sked\x18\x02 \x03(\t\x12\x10\n\x08\x61nswered\x18\x03 \x03(\t\x12\x37\n\x07refused\x18\x04 \x03(\x0b\x32&.fedlora.monitor.v1.Round.RefusedEntry\x12\x39\n\x08rejected\x18\x05 \x03(\x0b\x32\'.fedlora.monitor.v1.Round.RejectedEntry\x12\x42\n\raccuracy_told\x18\x06 \x03(\x0b\x32+.fedlora.monitor.v1.Round.AccuracyToldEntry\x12\x13\n\x06metric\x18\x07 \x01(\tH\x00\x88\x01\x01\x12\x12\n\x05score\x18\x08 \x01(\x01H\x01\x88\x01\x01\x12\x11\n\x04loss\x18\t \x01(\x01H\x02\x88\x01\x01\x12\x18\n\x0b\x65psilon_max\x18\n \x01(\x01H\x03\x88\x01\x01\x12\x0f\n\x07seconds\x18\x0b \x01(\x01\x1a.\n\x0cRefusedEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x1a/\n\rRejectedEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x1a\x33\n\x11\x41\x63\x63uracyToldEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\t\n\x07_metricB\x08\n\x06_scoreB\x07\n\x05_lossB\x0e\n\x0c_epsilon_max2\x9f\x01\n\x07Monitor\x12J\n\x06Status\x12!.fedlora.monitor.v1.StatusRequest\x1a\x1d.fedlora.monitor.v1.RunStatus\x12H\n\x06\x45vents\x12!.fedlora.monitor.v1.EventsRequest\x1a\x19.fedlora.monitor.v1.Round0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -46,25 +46,25 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_STATUSREQUEST']._serialized_start=59
   _globals['_STATUSREQUEST']._serialized_end=74
   _globals['_RUNSTATUS']._serialized_start=77
-  _globals['_RUNSTATUS']._serialized_end=1157
-  _globals['_RUNSTATUS_PARTICIPATIONSENTRY']._serialized_start=777
-  _globals['_RUNSTATUS_PARTICIPATIONSENTRY']._serialized_end=830
-  _globals['_RUNSTATUS_EPSILONBYCLIENTENTRY']._serialized_start=832
-  _globals['_RUNSTATUS_EPSILONBYCLIENTENTRY']._serialized_end=913
-  _globals['_RUNSTATUS_REFUSALSBYREASONENTRY']._serialized_start=915
-  _globals['_RUNSTATUS_REFUSALSBYREASONENTRY']._serialized_end=970
-  _globals['_SPENT']._serialized_start=1159
-  _globals['_SPENT']._serialized_end=1200
-  _globals['_EVENTSREQUEST']._serialized_start=1202
-  _globals['_EVENTSREQUEST']._serialized_end=1237
-  _globals['_ROUND']._serialized_start=1240
-  _globals['_ROUND']._serialized_end=1778
-  _globals['_ROUND_REFUSEDENTRY']._serialized_start=1584
-  _globals['_ROUND_REFUSEDENTRY']._serialized_end=1630
-  _globals['_ROUND_REJECTEDENTRY']._serialized_start=1632
-  _globals['_ROUND_REJECTEDENTRY']._serialized_end=1679
-  _globals['_ROUND_ACCURACYTOLDENTRY']._serialized_start=1681
-  _globals['_ROUND_ACCURACYTOLDENTRY']._serialized_end=1732
-  _globals['_MONITOR']._serialized_start=1781
-  _globals['_MONITOR']._serialized_end=1940
+  _globals['_RUNSTATUS']._serialized_end=1216
+  _globals['_RUNSTATUS_PARTICIPATIONSENTRY']._serialized_start=825
+  _globals['_RUNSTATUS_PARTICIPATIONSENTRY']._serialized_end=878
+  _globals['_RUNSTATUS_EPSILONBYCLIENTENTRY']._serialized_start=880
+  _globals['_RUNSTATUS_EPSILONBYCLIENTENTRY']._serialized_end=961
+  _globals['_RUNSTATUS_REFUSALSBYREASONENTRY']._serialized_start=963
+  _globals['_RUNSTATUS_REFUSALSBYREASONENTRY']._serialized_end=1018
+  _globals['_SPENT']._serialized_start=1218
+  _globals['_SPENT']._serialized_end=1259
+  _globals['_EVENTSREQUEST']._serialized_start=1261
+  _globals['_EVENTSREQUEST']._serialized_end=1296
+  _globals['_ROUND']._serialized_start=1299
+  _globals['_ROUND']._serialized_end=1837
+  _globals['_ROUND_REFUSEDENTRY']._serialized_start=1643
+  _globals['_ROUND_REFUSEDENTRY']._serialized_end=1689
+  _globals['_ROUND_REJECTEDENTRY']._serialized_start=1691
+  _globals['_ROUND_REJECTEDENTRY']._serialized_end=1738
+  _globals['_ROUND_ACCURACYTOLDENTRY']._serialized_start=1740
+  _globals['_ROUND_ACCURACYTOLDENTRY']._serialized_end=1791
+  _globals['_MONITOR']._serialized_start=1840
+  _globals['_MONITOR']._serialized_end=1999
 # @@protoc_insertion_point(module_scope)

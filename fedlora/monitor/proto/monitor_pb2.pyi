@@ -11,7 +11,7 @@ class StatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class RunStatus(_message.Message):
-    __slots__ = ("finished", "rounds", "rounds_completed", "clients", "participations", "metric", "score", "score_before", "private", "epsilon_max", "epsilon_by_client", "delta", "accountant", "noise_source", "method", "seconds", "client_rounds_per_second", "bytes_up_per_client_round", "bytes_down_per_client_round", "refusals", "rejections", "refusals_by_reason")
+    __slots__ = ("finished", "rounds", "rounds_completed", "clients", "participations", "metric", "score", "score_before", "private", "epsilon_max", "epsilon_by_client", "delta", "accountant", "noise_source", "method", "seconds", "client_rounds_per_second", "bytes_up_per_client_round", "bytes_down_per_client_round", "refusals", "rejections", "refusals_by_reason", "newest")
     class ParticipationsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -55,6 +55,7 @@ class RunStatus(_message.Message):
     REFUSALS_FIELD_NUMBER: _ClassVar[int]
     REJECTIONS_FIELD_NUMBER: _ClassVar[int]
     REFUSALS_BY_REASON_FIELD_NUMBER: _ClassVar[int]
+    NEWEST_FIELD_NUMBER: _ClassVar[int]
     finished: bool
     rounds: int
     rounds_completed: int
@@ -77,7 +78,8 @@ class RunStatus(_message.Message):
     refusals: int
     rejections: int
     refusals_by_reason: _containers.ScalarMap[str, int]
-    def __init__(self, finished: bool = ..., rounds: _Optional[int] = ..., rounds_completed: _Optional[int] = ..., clients: _Optional[int] = ..., participations: _Optional[_Mapping[str, int]] = ..., metric: _Optional[str] = ..., score: _Optional[float] = ..., score_before: _Optional[float] = ..., private: bool = ..., epsilon_max: _Optional[float] = ..., epsilon_by_client: _Optional[_Mapping[str, Spent]] = ..., delta: _Optional[float] = ..., accountant: _Optional[str] = ..., noise_source: _Optional[str] = ..., method: _Optional[str] = ..., seconds: _Optional[float] = ..., client_rounds_per_second: _Optional[float] = ..., bytes_up_per_client_round: _Optional[int] = ..., bytes_down_per_client_round: _Optional[int] = ..., refusals: _Optional[int] = ..., rejections: _Optional[int] = ..., refusals_by_reason: _Optional[_Mapping[str, int]] = ...) -> None: ...
+    newest: Round
+    def __init__(self, finished: bool = ..., rounds: _Optional[int] = ..., rounds_completed: _Optional[int] = ..., clients: _Optional[int] = ..., participations: _Optional[_Mapping[str, int]] = ..., metric: _Optional[str] = ..., score: _Optional[float] = ..., score_before: _Optional[float] = ..., private: bool = ..., epsilon_max: _Optional[float] = ..., epsilon_by_client: _Optional[_Mapping[str, Spent]] = ..., delta: _Optional[float] = ..., accountant: _Optional[str] = ..., noise_source: _Optional[str] = ..., method: _Optional[str] = ..., seconds: _Optional[float] = ..., client_rounds_per_second: _Optional[float] = ..., bytes_up_per_client_round: _Optional[int] = ..., bytes_down_per_client_round: _Optional[int] = ..., refusals: _Optional[int] = ..., rejections: _Optional[int] = ..., refusals_by_reason: _Optional[_Mapping[str, int]] = ..., newest: _Optional[_Union[Round, _Mapping]] = ...) -> None: ...
 
 class Spent(_message.Message):
     __slots__ = ("epsilon",)
