@@ -2,11 +2,12 @@
 
 import fcntl
 import json
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from fedlora.config.load import load_config
 from fedlora.config.schema import RunConfig
@@ -35,17 +36,30 @@ _OF_A_START = ("classes.json", PARTITION)
 """What a run writes before config.yaml makes it one."""
 
 
+GLANCE_S = 0.5
+"""Seconds that a lock may be held by who only asks whether it is."""
+
+
 @contextmanager
 def locked(run_dir: Path) -> Iterator[None]:
     """No other process works on this run meanwhile."""
     with (run_dir / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(
-                f"{run_dir} is being worked on by another process; follow it with: fedlora status {run_dir}"
-            ) from None
+        ends = time.monotonic() + GLANCE_S
+        while not _taken(file):
+            if time.monotonic() > ends:
+                raise ConfigError(
+                    f"{run_dir} is being worked on by another process; follow it with: fedlora status {run_dir}"
+                )
+            time.sleep(GLANCE_S / 20)
         yield
+
+
+def _taken(file: IO[str]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def is_at_work(run_dir: Path) -> bool:
