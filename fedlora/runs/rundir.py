@@ -25,6 +25,8 @@ SAMPLES = "samples.jsonl"
 """What the model says to public prompts, before and after."""
 HOLDINGS = ".holdings"
 """The clients' tokenised records, while a simulation is at work; going on with it writes them anew."""
+PERSONAL = "personal"
+"""The simulated clients' own B's, a folder a client, where the method leaves each its own."""
 STATES = ".states"
 """What frozen layers make of a client's records, a file a client: `NAME`, or `.NAME.*` while it is written."""
 
