@@ -26,8 +26,9 @@ from fedlora.training import client as client_module
 from fedlora.training.personal import Personal
 from tests.faults.kills import dies_after
 
-FEDSA = {"lora__trains": "ab", "method": {"name": "fedsa"}}
-FEDIT = {"lora__trains": "ab", "method": {"name": "fedit"}}
+AB = {"lora__trains": "ab", "privacy__accountant": "rdp"}  # the quickest to calibrate by
+FEDSA = {**AB, "method": {"name": "fedsa"}}
+FEDIT = {**AB, "method": {"name": "fedit"}}
 CLIENTS = ("client-0", "client-1", "client-2")
 
 
@@ -126,6 +127,26 @@ def test_a_run_whose_newest_checkpoint_is_damaged_does_two_rounds_again_from_the
     damaged.write_bytes(damaged.read_bytes()[:-8] + b"\0" * 8)
     resume(tmp_path / "cut", quiet)
     assert left(tmp_path / "cut") == left(tmp_path / "whole")
+
+
+def test_an_update_that_comes_too_late_has_moved_its_clients_b_and_not_the_servers(tiny_config, tmp_path):
+    speeds = tmp_path / "speed.csv"
+    speeds.write_text(
+        "client,seconds\n" + "".join(f"{c},{s}\n" for c, s in zip(CLIENTS, (1, 2, 150), strict=True))
+    )
+    world = {"speed": {"kind": "file", "path": str(speeds)}}
+    config = tiny_config(**FEDSA, federation__cohort=3, federation__deadline_s=100.0, world=world)
+    simulate(config, tmp_path / "whole", quiet)
+    with pytest.raises(KeyboardInterrupt):
+        simulate(config, tmp_path / "cut", Interrupt(RoundDone, 1))
+    resume(tmp_path / "cut", quiet)
+    assert left(tmp_path / "cut") == left(tmp_path / "whole")
+    assert told(tmp_path / "whole")["participations"][CLIENTS[2]] == 0
+    state = Store(tmp_path / "whole").load()[0]
+    for site, factors in state.adapters.sites.items():
+        one, other, late = (own_adapters(tmp_path / "whole", client).sites[site].b for client in CLIENTS)
+        assert_close(factors.b, (one + other) / 3, rtol=1e-4, atol=1e-6)
+        assert late.abs().max() > 1e-3
 
 
 KILLS = {
