@@ -31,7 +31,7 @@ def own_adapters(run_dir: Path, client: str) -> Adapters:
         )
     if load_roster(run_dir) is not None:
         raise ConfigError(
-            f"{run_dir} is a server's run, whose nodes keep their own B's: docs/methods.md says how to put one in"
+            f"{run_dir} is a server's run, whose nodes keep their own B's; leave --client out, and see docs/methods.md"
         )
     state, _ = Store(run_dir).load()
     own = personal(run_dir, client).own(run_name(config), state.round + 1)

@@ -169,6 +169,7 @@ def killed_at_each_point(config, place):
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL, point
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_at_any_moment_goes_on_to_the_same_state_and_the_same_bs(tiny_config, tmp_path):
     config = tiny_config(**FEDSA)
     simulate(config, tmp_path / "whole", quiet)
@@ -240,7 +241,8 @@ def test_a_clients_own_model_is_exported_and_scored_as_the_summary_says(stopped,
 
 
 def test_only_clients_with_a_b_of_their_own_have_a_model_to_export(tiny_config, tmp_path, capsys):
-    simulate(tiny_config(**FEDIT, federation__rounds=1), tmp_path / "run", quiet)
+    plain = {"lora__trains": "ab", "method": {"name": "fedit"}, "privacy": "none", "federation__rounds": 1}
+    simulate(tiny_config(**plain), tmp_path / "run", quiet)
     assert main(["export", str(tmp_path / "run"), "--client", CLIENTS[0], "--to", str(tmp_path / "x")]) == 2
     assert "clients of fedit have no B of their own; leave --client out" in capsys.readouterr().err
 
