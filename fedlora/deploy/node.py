@@ -29,11 +29,11 @@ from fedlora.privacy.noise import OsEntropyNoise
 from fedlora.privacy.outbox import Kept, Outbox
 from fedlora.privacy.sampling import poisson
 from fedlora.training.checkpoints import base_digest
-from fedlora.training.client import Node, calibrated, participation, request_digest, train
+from fedlora.training.client import Node, calibrated, participation, request_digest, train, work_digest
 from fedlora.training.examples import reader_of
 from fedlora.training.load import load_model
 from fedlora.training.model import AdaptedModel
-from fedlora.training.personal import Personal
+from fedlora.training.personal import Personal, Start
 from fedlora.transport.wire import decode_request, encode_reply
 from fedlora.values import ClientUpdate, Mechanism, Refusal, RefusalReason, Sampling, TrainRequest, Witness
 
@@ -149,12 +149,13 @@ class DeployedNode:
         Raises:
             ConfigError: this node's own B is damaged, or that of a round that it answered is gone.
         """
+        start = Start(request=request, round=0)
         if request.work.own_b and self._personal is not None:
             answered = max(self._outbox.answered(request.run, request.round), default=0)
             self._personal.require(request.run, request.round, answered)
-            request = self._personal.start(request).request
+            start = self._personal.start(request)
         paid = [debit for debit in debits if (debit.run, debit.round) == (request.run, request.round)]
-        return any(debit.request_digest != request_digest(request) for debit in paid)
+        return any(debit.request_digest != work_digest(request, start) for debit in paid)
 
     def _fault(self, request: TrainRequest) -> str | None:
         """Why the request does not fit this node; None if it does. No record is read; loads the adapters."""

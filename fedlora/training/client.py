@@ -89,10 +89,10 @@ def train(node: Node, request: TrainRequest, ledger: Ledger | None) -> Reply:
     """
 
     start = started(node, request)
-    request = start.request
-    entry = enter(node, request, ledger)
+    entry = enter(node, request, ledger, work_digest(request, start))
     if isinstance(entry, Refusal):
         return entry
+    request = start.request
     node = with_what_is_kept(node)
     node.model.load(request.adapters)
     accuracy = told_accuracy(node, request)
@@ -135,7 +135,7 @@ def enter(
         node: whose turn it is.
         request: what the server asks.
         ledger: of this data set; None exactly when node.mechanism is None.
-        asked: `request_digest(request)`, from who has it already.
+        asked: `work_digest`, from who has it; None: there is no B of its own, and it is `request_digest(request)`.
     """
 
     def refuse(reason: RefusalReason) -> Refusal:
@@ -215,6 +215,14 @@ def request_digest(request: TrainRequest) -> str:
     more += (f"side={work.side}",) if work.side != "b" else ()
     more += ("own_b",) if work.own_b else ()
     return digest(named_tensors(request.adapters), *words, work.steps, repr(work.learning_rate), *more)
+
+
+def work_digest(request: TrainRequest, start: Start) -> str:
+    """What makes two pieces of work the same one, for a debit: the request, and the B that it begins with."""
+    asked = request_digest(request)
+    if not request.work.own_b:
+        return asked
+    return digest({}, "own b", asked, request_digest(start.request))
 
 
 def calibrated(

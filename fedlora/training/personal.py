@@ -55,9 +55,9 @@ class OwnB:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Start:
-    """What a client works on. round: the one that left it its own B; 0: it has worked in none before.
+    """What a client works on. request: with its own B in the place of the server's, where it has one of its own.
 
-    request: with that B in the place of the server's, so that a ledger never takes work on another B for the same.
+    round: the one that left it that B; 0: it has worked in none before.
     """
 
     request: TrainRequest

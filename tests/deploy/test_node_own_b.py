@@ -75,6 +75,15 @@ def test_a_lost_reply_is_made_again_from_the_same_b_and_paid_again(own):
         assert_close(b, first[site] + again[site], rtol=1e-5, atol=1e-6)
 
 
+def test_another_request_for_a_paid_round_is_refused_though_only_a_b_differs_that_nobody_reads(own):
+    answered(own, request(own))
+    other = encode_request(request(own, b=1.0))
+    assert reason(DeployedNode(own).answer(other)) == RefusalReason.BAD_REQUEST
+    next(Path(f"{own.ledger}.outbox").glob("*.reply")).unlink()
+    assert reason(without_records(own).answer(other)) == RefusalReason.BAD_REQUEST
+    assert debits(own) == 1
+
+
 def test_nodes_that_keep_a_b_and_those_that_keep_none_take_part_in_their_own_runs_only(own):
     none = own.model_copy(update={"work": own.work.model_copy(update={"own_b": False})})
     for config, own_b in ((own, False), (none, True)):

@@ -13,6 +13,8 @@ from fedlora.runs.rundir import PERSONAL
 from fedlora.runtime.host import Host, ledger_path
 from fedlora.runtime.prepare import prepare
 from fedlora.training.client import train
+from fedlora.training.personal import OwnB
+from fedlora.training.tasks import record_accuracies
 from fedlora.training.together import train_together
 from fedlora.transport.wire import encode_reply
 from fedlora.values import ClientUpdate, RefusalReason, TrainRequest
@@ -111,6 +113,13 @@ def test_the_same_request_gets_the_same_bytes_also_from_a_new_process_and_is_deb
     assert encode_reply(one.reply(second)) == replies[0] and len(one.debits()) == 2
 
 
+def test_another_request_for_a_paid_round_is_refused_though_only_a_b_differs_that_nobody_reads(clients):
+    one = clients()
+    one.reply(one.request(1))
+    (refused,) = one.host.answer([ONE], one.request(1, b=1.0))
+    assert refused.reason == RefusalReason.BAD_REQUEST and len(one.debits()) == 1
+
+
 def test_work_that_was_paid_is_not_done_again_on_another_b(clients):
     """Under seeded noise it would be a second release with the same noise, and its debit is there already."""
     one = clients()
@@ -133,17 +142,21 @@ def test_a_damaged_b_is_the_owner_s_to_hear_and_costs_nothing(clients, caplog):
 
 
 def test_an_accuracy_is_told_of_the_clients_own_model(clients):
-    """Under equal noise, the server's B, which is zero, gets another number of records right."""
-    told = []
+    """Under equal noise what is told differs by as many records as the two models do."""
+    told, right = [], []
     for own_b in (True, False):
         one = clients("own" if own_b else "sent", task__head="frozen")
         node = replace(one.host._node(ONE), evaluation_noise=100.0)
-        for number in (1, 2):
-            request = one.request(number, own_b=own_b, learning_rate=30.0)
-            reply = train(node, request, one.host._ledger(node))
-        told.append(reply.accuracy * node.declared_records)
-        assert [len(debit.events) for debit in one.debits()] == [2, 2]
-    assert abs(told[0] - told[1]) > 0.5
+        request, draw = one.request(2, own_b=own_b), torch.Generator().manual_seed(3)
+        sites = {
+            site: 3 * torch.randn(f.b.shape, generator=draw) for site, f in request.adapters.sites.items()
+        }
+        node.personal.keep(request.run, OwnB(round=1, began=0, sites=sites))
+        told.append(train(node, request, one.host._ledger(node)).accuracy * node.declared_records)
+        one.host.model.load(node.personal.start(request).request.adapters if own_b else request.adapters)
+        right.append(float(record_accuracies(one.host.model, node.examples).sum()))
+        assert [len(debit.events) for debit in one.debits()] == [2]
+    assert told[0] - told[1] == pytest.approx(right[0] - right[1], abs=1e-3) and right[0] != right[1]
 
 
 def test_who_keeps_no_b_refuses_before_it_pays(clients):
