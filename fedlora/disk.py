@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 
-def write_durably(path: Path, content: str | bytes) -> None:
-    """`path` holds `content`, whole: written aside, fsynced, renamed."""
+def write_durably(path: Path, content: str | bytes, mode: int = 0o666) -> None:
+    """`path` holds `content`, whole: written aside, fsynced, renamed. mode: its rights, less what the umask takes."""
     aside = path.with_name(f".{path.name}.part")
-    with aside.open("wb") as file:
+    with open(aside, "wb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
         file.write(content if isinstance(content, bytes) else content.encode())
         file.flush()
         os.fsync(file.fileno())

@@ -30,6 +30,10 @@ def export(
             "--to", metavar="DIR", help="A directory that is not there yet; with --push it may be left out."
         ),
     ] = None,
+    client: Annotated[
+        str | None,
+        typer.Option("--client", metavar="NAME", help="With this client's own B, of a fedsa simulation."),
+    ] = None,
     merge: Annotated[
         bool, typer.Option("--merge", help="The whole model with the adapter added in.")
     ] = False,
@@ -57,15 +61,17 @@ def export(
         if push is not None:  # before the minutes that an export may take
             _require_pushable(push)
         directory = Path(scratch) / "adapter" if to is None else to
-        served = _exported(run_dir, directory, merge=merge, server=server)
+        served = _exported(run_dir, directory, client=client, merge=merge, server=server)
         address = None if push is None else _pushed(directory, push, private=private)
     kind = "merged model" if merge else "adapter"
+    kind += "" if client is None else f" with the B of {client}"
     where = str(push if to is None else to)
     lines = [f"{where}: {kind} written, loaded again, logits equal"]
     lines += [] if served is None else [f"vllm serve BASE {served} --lora-modules NAME={where}"]
     lines += [] if address is None else [f"pushed to {address}, {'private' if private else 'public'}"]
     value = {
         "directory": None if to is None else str(to),
+        "client": client,
         "merged": merge,
         "serve": served,
         "pushed": address,
@@ -85,7 +91,9 @@ def _pushed(directory: Path, repository: str, *, private: bool) -> str:
     return push(directory, repository, private=private)
 
 
-def _exported(run_dir: Path, directory: Path, *, merge: bool, server: Server | None) -> str | None:
+def _exported(
+    run_dir: Path, directory: Path, *, client: str | None, merge: bool, server: Server | None
+) -> str | None:
     """The directory holds the export; what options a server is to be started with, if one was named."""
     from fedlora.export.peft_directory import as_peft, write_adapter
     from fedlora.runs.rundir import adapters_of, run_config
@@ -93,6 +101,11 @@ def _exported(run_dir: Path, directory: Path, *, merge: bool, server: Server | N
 
     summary, config = summary_so_far(run_dir), run_config(run_dir)
     adapters, classes = adapters_of(run_dir)
+    if client is not None:
+        from fedlora.runs.own_b import own_adapters
+
+        adapters = own_adapters(run_dir, client)
+        summary = {**summary, "score": summary.get("personal", {}).get(client), "of_client": client}
     options = None
     if server is not None:
         from fedlora.export.vllm import require_servable_by_vllm

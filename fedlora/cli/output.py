@@ -101,6 +101,7 @@ def summary_text(summary: Mapping[str, Any], run_dir: Path) -> str:
     rows = [
         ("method", METHODS.get(summary["method"], str(summary["method"]))),
         (f"test {metric}", f"{before} before, {after} after"),
+        *(_personal(metric, summary) if summary.get("personal") else []),
         ("privacy", headline(summary)),
         *(_terms(summary) if summary["private"] else []),
         ("rounds", f"{summary['rounds_completed']} with {summary['clients']} clients"),
@@ -109,6 +110,18 @@ def summary_text(summary: Mapping[str, Any], run_dir: Path) -> str:
         ("report", str(run_dir / "report.html")),
     ]
     return pairs(rows)
+
+
+def _personal(metric: str, summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """How clients' own models do, where each keeps its B."""
+    from fedlora.export.words import score
+
+    scores = summary["personal"].values()
+    least, most = score(metric, min(scores)), score(metric, max(scores))
+    mean = score(metric, summary["personal_mean"])
+    return [
+        ("personal models", f"{mean} in the mean of {len(scores)}, {least} to {most}, on the same records")
+    ]
 
 
 def _terms(summary: Mapping[str, Any]) -> list[tuple[str, str]]:

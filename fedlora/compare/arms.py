@@ -72,6 +72,7 @@ METHODS = (
             ("flora", "products go into the weight, A and B begin anew each round"),
             ("flexlora", "the mean of products, cut to rank r"),
             ("lora-fair", "A and B averaged, B corrected towards the mean of products"),
+            ("fedsa", "A averaged, each client's B its own; the score is of the mean B"),
         )
     ),
 )

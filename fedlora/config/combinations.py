@@ -20,6 +20,7 @@ def conflicts(config: "RunConfig") -> list[str]:
         *_streaming(config),
         *_cohort(config),
         *_method(config),
+        *_own_b(config),
         *optimizer_conflicts(config.federation.optimizer, config.lora, "federation.optimizer"),
         *_ranks(config),
         *lora_conflicts(config.lora),
@@ -143,6 +144,25 @@ def _stays(config: "RunConfig") -> bool:
     method = config.method
     lq = getattr(method, "route", "lq") == "lq"
     return method.trains != "ab" and lq and not hasattr(method, "restart_every")
+
+
+def _own_b(config: "RunConfig") -> Iterator[str]:
+    """Where each client goes on from its own B, the server's stays the mean of theirs only if all changes are added."""
+    federation = config.federation
+    if config.method.name != "fedsa":
+        return
+    if federation.participation != "normalised":
+        what = f"{federation.participation}, but fedsa keeps the mean of the clients' own B's, which nothing divides"
+        yield f"federation.participation: {what}; write normalised"
+    if federation.server.name == "sgd" and federation.server.lr != 1:
+        what = f"{federation.server.lr:g}, but the clients' own B's have gone all the way in fedsa"
+        yield f"federation.server.lr: {what}; write 1.0"
+    if federation.enough is not None:
+        what = f"{federation.enough}, but in fedsa late updates never count and have moved their clients' B's"
+        yield f"federation.enough: {what}; write null"
+    if config.lora.from_adapter is not None:
+        what = f"{config.lora.from_adapter}, but in fedsa the clients' own B's begin at zero"
+        yield f"lora.from_adapter: {what}; write null, or name: fedit"
 
 
 def _ranks(config: "RunConfig") -> Iterator[str]:

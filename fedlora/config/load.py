@@ -90,6 +90,11 @@ def dump_config(config: Section) -> str:
     return render(config.model_dump(mode="json"))
 
 
+def run_name(config: RunConfig) -> str:
+    """What a simulation of this config is called, in requests and ledgers."""
+    return config_digest(config)[:16]
+
+
 def config_digest(config: RunConfig) -> str:
     """Hex SHA-256 of what the run computes: equal for the same run in another place or runtime."""
     values = _computed(config)

@@ -105,6 +105,14 @@ class FedIt(Section):
     stale: Stale = Stale(beta=0.0)
 
 
+class FedSa(Section):
+    """FedSA-LoRA (arXiv 2410.01463): A and B are trained, A is averaged, and each client goes on from its own B."""
+
+    name: Literal["fedsa"]
+    trains: ClassVar = "ab"
+    stale: Stale = Stale(beta=0.0)
+
+
 class FedEx(Section):
     """FedEx-LoRA (arXiv 2410.09432): FedIT, and the weight takes up what the product of the means lacks."""
 
@@ -180,6 +188,7 @@ Method = Annotated[
     | FedAvg
     | FedAsk
     | FedIt
+    | FedSa
     | FedEx
     | FLora
     | FlexLora

@@ -1,6 +1,7 @@
 """What a data owner sets on the own node, and no server may ever set."""
 
 import re
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -57,6 +58,9 @@ class Work(Section):
     """Steps of one participation; a server that asks for more is refused."""
     optimizer: Optimizer
     """lr is the most that a server may ask for."""
+    own_b: bool = False
+    """Take part in runs that leave each node its own B (`fedsa`), and in no others; `lora.trains` is then `ab`. B is
+    kept in a folder of the ledger's name and `.personal`; noised and paid for, so that it may be shown."""
 
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -133,8 +137,16 @@ class NodeConfig(Section):
         of_work = optimizer_conflicts(self.work.optimizer, self.lora, "work.optimizer")
         own = {} if self.rank is None else {self.client: self.rank}
         of_rank = rank_conflicts(own, self.lora, self.work.optimizer, "rank") if own else ()
+        of_b = _own_b_conflicts(self.work, self.lora)
         of_data = column_conflicts(self.data, self.task)
-        of_parts = [*model_conflicts(self.model), *lora_conflicts(self.lora), *of_work, *of_rank]
+        of_parts = [*model_conflicts(self.model), *lora_conflicts(self.lora), *of_work, *of_rank, *of_b]
         if wrong := [*of_data, *of_parts]:
             raise ValueError("\n".join(wrong))
         return self
+
+
+def _own_b_conflicts(work: Work, lora: Lora) -> Iterator[str]:
+    if work.own_b and lora.trains != "ab":
+        yield f"work.own_b: true, but lora.trains is {lora.trains}; write ab, or own_b: false"
+    if work.own_b and lora.from_adapter is not None:
+        yield f"lora.from_adapter: {lora.from_adapter}, but a node's own B begins at zero; write null"

@@ -29,10 +29,11 @@ from fedlora.privacy.noise import OsEntropyNoise
 from fedlora.privacy.outbox import Kept, Outbox
 from fedlora.privacy.sampling import poisson
 from fedlora.training.checkpoints import base_digest
-from fedlora.training.client import Node, calibrated, participation, request_digest, train
+from fedlora.training.client import Node, calibrated, participation, request_digest, train, work_digest
 from fedlora.training.examples import reader_of
 from fedlora.training.load import load_model
 from fedlora.training.model import AdaptedModel
+from fedlora.training.personal import Personal, Start
 from fedlora.transport.wire import decode_request, encode_reply
 from fedlora.values import ClientUpdate, Mechanism, Refusal, RefusalReason, Sampling, TrainRequest, Witness
 
@@ -50,6 +51,7 @@ class DeployedNode:
         self._path = Path(config.ledger)
         self._mark = None if config.mark is None else Path(config.mark)
         self._outbox = Outbox(Path(f"{config.ledger}.outbox"))
+        self._personal = Personal(Path(f"{config.ledger}.personal")) if config.work.own_b else None
 
     def ready(self) -> None:
         """Model and records are loaded and the noise is calibrated: whatever is wrong with node.yaml shows now."""
@@ -97,7 +99,7 @@ class DeployedNode:
             return self._refusal(run, round_, RefusalReason.BAD_REQUEST)
         if kept is not None and kept.request_digest == digest and self._recorded(kept):
             return kept.frame
-        if (reason := self._refused(request, digest, debits)) is not None:
+        if (reason := self._refused(request, debits)) is not None:
             return self._refusal(run, round_, reason)
         reply = train(self._node, request, self._ledger)
         frame = encode_reply(reply)
@@ -119,13 +121,10 @@ class DeployedNode:
             require_reached(self._path, contents, seen)
         return () if contents is None else contents.debits
 
-    def _refused(self, request: TrainRequest, digest: str, debits: Sequence[Debit]) -> RefusalReason | None:
+    def _refused(self, request: TrainRequest, debits: Sequence[Debit]) -> RefusalReason | None:
         """Why the request is refused before any record is read; None if only the records can tell."""
         fault = self._fault(request)
-        if fault is None and any(
-            (debit.run, debit.round) == (request.run, request.round) and debit.request_digest != digest
-            for debit in debits
-        ):
+        if fault is None and self._is_paid_otherwise(request, debits):
             fault = "another request was paid for in this round"
         if fault is not None:
             log.error("round %d of run %.80r is refused: %s", request.round, request.run, fault)
@@ -144,6 +143,20 @@ class DeployedNode:
         ledger.release(debit, kept.payload)
         return True
 
+    def _is_paid_otherwise(self, request: TrainRequest, debits: Sequence[Debit]) -> bool:
+        """Whether the ledger holds other work for this round of this run.
+
+        Raises:
+            ConfigError: this node's own B is damaged, or that of a round that it answered is gone.
+        """
+        start = Start(request=request, round=0)
+        if request.work.own_b and self._personal is not None:
+            answered = max(self._outbox.answered(request.run, request.round), default=0)
+            self._personal.require(request.run, request.round, answered)
+            start = self._personal.start(request)
+        paid = [debit for debit in debits if (debit.run, debit.round) == (request.run, request.round)]
+        return any(debit.request_digest != work_digest(request, start) for debit in paid)
+
     def _fault(self, request: TrainRequest) -> str | None:
         """Why the request does not fit this node; None if it does. No record is read; loads the adapters."""
         allowed, asked, adapters = self.config.work, request.work, request.adapters
@@ -161,6 +174,8 @@ class DeployedNode:
             return (
                 f"precondition {asked.precondition[:MOST_NAME]!r}, here {rule} (work.optimizer.precondition)"
             )
+        if asked.own_b != allowed.own_b:
+            return f"a B of each node's own: {asked.own_b}, here {allowed.own_b} (work.own_b)"
         if (foreign := self._foreign(request)) is not None:
             return foreign
         try:
@@ -257,6 +272,7 @@ class DeployedNode:
             engine=DirectEngine(ops_for(config.model.kernels, self._model.device)),
             noise=OsEntropyNoise(),
             rank=config.rank,
+            personal=self._personal,
         )
 
 

@@ -142,7 +142,7 @@ class FedLoraStrategy(Strategy):
             code=self.origin.code,
             round=self._plan.round,
             adapters=self.state.adapters,
-            work=work(self._plan.round, self.federation, self.method.side(self._plan.round)),
+            work=work(self._plan.round, self.federation, self.method),
         )
         # Only who is online: for any other node the deployed grid has no message to wait for, and waits all the same.
         online = self.nodes.online()

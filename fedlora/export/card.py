@@ -129,6 +129,7 @@ def _training(config: RunConfig, summary: Mapping[str, Any]) -> str:
             "Method",
             f"{method}, LoRA r {config.lora.r}, alpha {number(config.lora.lora_alpha)}",
         ),
+        *((("Whose B", _code(of_client)),) if (of_client := summary.get("of_client")) else ()),
         ("Adapted layers", _code(targets_text(config))),
         *((("Began from", began_text(summary)),) if summary.get("began_from") else ()),
         ("Data", data_source(config)),

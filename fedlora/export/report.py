@@ -134,6 +134,7 @@ def _figures(summary: Mapping[str, Any], target: float | None) -> str:
             score(metric, summary["score"]),
             f"{score(metric, summary['score_before'])} before training",
         ),
+        *_personal(metric, summary),
         ("Largest epsilon", spent, of if summary["private"] else NOT_PRIVATE),
         ("Rounds", str(summary["rounds_completed"]), f"{summary['clients']} clients"),
         (
@@ -149,6 +150,15 @@ def _figures(summary: Mapping[str, Any], target: float | None) -> str:
         for n, v, s in figures
     )
     return f'<dl class="figures">\n{"".join(cells)}\n</dl>'
+
+
+def _personal(metric: str, summary: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """How clients' own models do, where each keeps its B."""
+    if not summary.get("personal"):
+        return []
+    return [
+        ("Personal models", score(metric, summary["personal_mean"]), f"mean of {len(summary['personal'])}")
+    ]
 
 
 def _statement(summary: Mapping[str, Any]) -> str:

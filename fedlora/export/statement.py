@@ -176,6 +176,7 @@ METHODS = {
     "fedsb": "Fed-SB",
     "svfit": "SVFit",
     "fedavg": "FedAvg of LoRA B",
+    "fedsa": "FedSA-LoRA",
 }
 """Names as the papers write them."""
 

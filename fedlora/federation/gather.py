@@ -6,7 +6,7 @@ updates of one client for one round, which no cohort yields, the first counts.
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -110,6 +110,7 @@ class Gathering:
         self._columns = ColumnMeans(self._ranks)
         self._gauges = {known.basis: known for known in state.gauges}
         self._side: Side = method.side(plan.round)
+        self._own_b = method.own_b
         # What is remembered is shaped like B; a round that trains A mixes what is fresh alone.
         nothing = empty_memory(state.adapters, self._side)
         self._mix = RunningMix(state.memory if self._mixing.remembers else nothing, self._gauges)
@@ -175,6 +176,9 @@ class Gathering:
         divisor = self._mixing.divisor(self._factors, participation)
         beta = self._beta / self._rates.in_memory(self._plan.round)
         step = self._mix.mixed(basis, beta, divisor)
+        if self._own_b:
+            # The mean of all clients' B's moves by the shares of those who moved theirs; nobody stands for the others.
+            step = replace(step, sites=self._mix.mixed(basis, beta, 1.0).sites)
         return Gathered(
             step=self._columns.of(step, self._plan, participation, divisor),
             memory=self._mix.memory() if self._mixing.remembers else self._state.memory,

@@ -69,7 +69,7 @@ def rounds(
                 code=origin.code,
                 round=planned.round,
                 adapters=state.adapters,
-                work=work(planned.round, federation, method.side(planned.round)),
+                work=work(planned.round, federation, method),
             )
             replies = cohort.ask(planned.cohort, request) if planned.cohort else ()
             gathered = gather(

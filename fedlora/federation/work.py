@@ -3,14 +3,16 @@
 from dataclasses import replace
 
 from fedlora.config.schema import Federation, Sgd
-from fedlora.values import LocalWork, Side
+from fedlora.methods import Method
+from fedlora.values import LocalWork
 
 
-def work(number: int, federation: Federation, side: Side = "b") -> LocalWork:
-    """What is asked of a client in round `number` (the first is 1), of the factors that the method trains then."""
+def work(number: int, federation: Federation, method: Method | None = None) -> LocalWork:
+    """What is asked of a client in round `number` (the first is 1); None: of a method that trains B alone."""
     optimizer = federation.optimizer
     rate = optimizer.lr * _left(number, federation)
-    asked = LocalWork(steps=federation.local_steps, learning_rate=rate, side=side)
+    side, own_b = ("b", False) if method is None else (method.side(number), method.own_b)
+    asked = LocalWork(steps=federation.local_steps, learning_rate=rate, side=side, own_b=own_b)
     if not isinstance(optimizer, Sgd):
         return asked
     return replace(asked, proximal=optimizer.proximal, precondition=optimizer.precondition)

@@ -10,6 +10,7 @@ from fedlora.methods.fedask import fedask
 from fedlora.methods.fedavg import fedavg
 from fedlora.methods.fedex import fedex
 from fedlora.methods.fedit import fedit
+from fedlora.methods.fedsa import fedsa
 from fedlora.methods.fedsb import fedsb
 from fedlora.methods.fedsvd import fedsvd
 from fedlora.methods.ffa import ffa
@@ -44,6 +45,8 @@ def _named(method_cfg: config.Method, lora_cfg: Lora) -> Method:
             return fedavg(method_cfg, lora_cfg)
         case config.FedIt():
             return fedit(method_cfg, lora_cfg)
+        case config.FedSa():
+            return fedsa(method_cfg, lora_cfg)
         case config.FedEx():
             return fedex(method_cfg, lora_cfg)
         case config.FLora():

@@ -20,6 +20,7 @@ class Method:
     subspace: where A comes from and how it moves.
     mixing: how updates become one.
     mean: how that one moves the model, where both factors change.
+    own_b: each client goes on from a B of its own, and the server's is the mean of them all, heard or not.
     """
 
     name: str
@@ -28,6 +29,7 @@ class Method:
     mixing: Mixing
     sides: tuple[Side, ...] = ("b",)
     mean: Mean = BY_FACTOR
+    own_b: bool = False
 
     @property
     def leaves_rest(self) -> bool:

@@ -53,6 +53,11 @@ class Outbox:
         path = self._path(run, round_)
         return _read(path) if path.exists() else None
 
+    def answered(self, run: str, before: int) -> list[int]:
+        """The rounds of this run, earlier than `before`, that were answered."""
+        rounds = [_head(path).round for path in self.directory.glob(f"{_of(run)}-*.reply")]
+        return sorted(round_ for round_ in rounds if round_ < before)
+
     def furthest(self) -> Witness | None:
         """The last line of the ledger that paid for a reply here."""
         paid = [_head(path).paid for path in self.directory.glob("*.reply")]

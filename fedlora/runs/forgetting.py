@@ -22,6 +22,7 @@ from fedlora.federation.plan import weights
 from fedlora.federation.rates import Rates
 from fedlora.federation.store import Store
 from fedlora.methods.mixing import Mixing
+from fedlora.runs.own_b import erase_own_b
 from fedlora.runs.partition_picture import PARTITION
 from fedlora.runs.rundir import HOLDINGS, STATES, finished_summary, load_roster, locked, run_config
 from fedlora.values import Member
@@ -106,6 +107,7 @@ def forget(run_dir: Path, client: str, erasers: Sequence[Eraser]) -> Erased:
             store = Store(run_dir, kept=config.method.stale.dtype)
             records = store.forget(client, share, rates.in_memory)
             updates = sum(erase(client) for erase in erasers)
+            erase_own_b(run_dir, client)
             _erase_caches(run_dir, client)
             _save(run_dir, {**gone, client: True})
     return Erased(

@@ -29,6 +29,8 @@ NEWEST = ("round", "asked", "answered", "refused", "rejected")
 """What is told of the newest round."""
 HOLDINGS = ".holdings"
 """The clients' tokenised records, while a simulation is at work; going on with it writes them anew."""
+PERSONAL = "personal"
+"""The simulated clients' own B's, a folder a client, where the method leaves each its own."""
 STATES = ".states"
 """What frozen layers make of a client's records, a file a client: `NAME`, or `.NAME.*` while it is written."""
 

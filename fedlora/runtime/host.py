@@ -23,6 +23,7 @@ from fedlora.privacy.engine import Engine
 from fedlora.privacy.ledger import Ledger, open_ledger
 from fedlora.privacy.noise import SeededNoise
 from fedlora.privacy.stacked import stackable
+from fedlora.runs.own_b import personal
 from fedlora.runs.rundir import STATES
 from fedlora.runtime.gpu import no_gpu
 from fedlora.seeds import seed_for
@@ -89,7 +90,7 @@ class Host:
 
         Raises:
             LedgerError: a ledger on this machine cannot be trusted; its owner has to look before anything goes on.
-            ConfigError: the disk has no room for the frozen layers' states.
+            ConfigError: the disk has no room for the frozen layers' states, or a client's own B is damaged.
         """
         if self.setup.together > 1:
             try:
@@ -144,6 +145,7 @@ class Host:
             engine=self.engine,
             noise=self.noise,
             rank=(config.federation.ranks or {}).get(client),
+            personal=personal(self.setup.run_dir, client),
         )
 
     def _with_states(self, client: str, prefix: Prefix, examples: Examples) -> Examples:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fedlora.config.load import config_digest
+from fedlora.config.load import run_name
 from fedlora.config.schema import RunConfig
 from fedlora.data import load_corpus
 from fedlora.data.holdings import Holdings, dealt
@@ -138,7 +138,7 @@ def prepare(config: RunConfig, listener: Listener, shared: Shared | None = None)
     model = load_model(config.model, config.task, config.lora, clients.classes, config.seed)
     return Prepared(
         config=config,
-        origin=origin(config, config_digest(config)[:16]),
+        origin=origin(config, run_name(config)),
         clients=clients if shared is None else _with_shared_states(clients, model, config, shared, listener),
         method=build(config.method, config.lora, config.seed),
         model=model,

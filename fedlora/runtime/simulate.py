@@ -22,6 +22,7 @@ from fedlora.privacy.noise import SEEDED
 from fedlora.runs.beginning import record_beginning
 from fedlora.runs.evidence import require_debits
 from fedlora.runs.forgetting import remaining
+from fedlora.runs.own_b import require_own_b
 from fedlora.runs.partition_picture import save_picture
 from fedlora.runs.promise import Spending
 from fedlora.runs.rundir import STATES, finished_summary, locked, require_ours, run_config, run_rounds
@@ -126,6 +127,8 @@ def _drive(
         store.begin(state, line_zero(score(state.adapters)))
     state = store.recover()
     require_debits(prepared.config, run_dir)
+    if prepared.method.own_b:
+        require_own_b(run_dir, [member.client for member in remaining(run_dir, prepared.clients.members)])
     setup = prepared.save_for_hosts(run_dir)
     prepared = prepared.without_records()
     try:
@@ -138,7 +141,7 @@ def _drive(
         shutil.rmtree(setup.holdings, ignore_errors=True)
     shutil.rmtree(run_dir / STATES, ignore_errors=True)
     listener(Stage(name="writing the summary"))
-    summary = summarise(prepared, run_dir, setup.together)
+    summary = summarise(prepared, run_dir, setup.together, scoring_threads or os.cpu_count() or 1)
     write_summary(run_dir, summary)
     if (note := clip_note(run_rounds(run_dir), prepared.config.privacy)) is not None:
         listener(Stage(name=f"note: {note}"))

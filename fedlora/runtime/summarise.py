@@ -1,29 +1,57 @@
 """The summary of a simulation: what its directory says, and the bytes that its messages take."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from fedlora.algebra.deltas import trainable, with_rest
 from fedlora.algebra.flat import Layout
 from fedlora.federation.store import Store
 from fedlora.federation.work import work
+from fedlora.runs.own_b import own_adapters
+from fedlora.runs.rundir import PERSONAL
 from fedlora.runs.summary import run_summary
 from fedlora.runtime.prepare import Prepared
 from fedlora.training.client import participation
+from fedlora.training.tasks import evaluate
 from fedlora.transport.wire import encode_reply, encode_request
 from fedlora.values import ClientUpdate, ServerState, TrainRequest, Witness
 
+MOST_PERSONAL = 64
+"""Personal models that are scored; each is a pass over the test data."""
 
-def summarise(prepared: Prepared, run_dir: Path, together: int) -> dict[str, Any]:
-    """summary.json of a finished simulation, in which `together` clients shared a forward pass."""
+
+def summarise(prepared: Prepared, run_dir: Path, together: int, threads: int) -> dict[str, Any]:
+    """summary.json of a finished simulation, in which `together` clients shared a forward pass.
+
+    threads: to score personal models with, where there are any.
+    """
     state, _ = Store(run_dir).load()
     down, up = frame_sizes(prepared, state)
     clients = [member.client for member in prepared.clients.members]
-    return run_summary(
+    told = run_summary(
         run_dir, prepared.config,
         clients=clients, state=state, bytes_up=up, bytes_down=down,
         together=together,
     )  # fmt: skip
+    return {**told, **_personal_scores(prepared, run_dir, threads)} if prepared.method.own_b else told
+
+
+def _personal_scores(prepared: Prepared, run_dir: Path, threads: int) -> dict[str, Any]:
+    """How the model does on the public test data with each client's own B, released values only; and the mean.
+
+    Of many clients some, evenly chosen by their names.
+    """
+    clients = [path.name for path in sorted((run_dir / PERSONAL).glob("*"))]
+    scores: dict[str, float] = {}
+    torch.set_num_threads(threads)
+    for client in clients[:: -(-len(clients) // MOST_PERSONAL) or 1]:
+        prepared.model.load(own_adapters(run_dir, client))
+        scores[client] = evaluate(prepared.model, prepared.clients.test).value
+    torch.set_num_threads(prepared.config.runtime.threads)
+    return {"personal": scores, "personal_mean": sum(scores.values()) / len(scores) if scores else None}
 
 
 def frame_sizes(prepared: Prepared, state: ServerState) -> tuple[int, int]:
@@ -32,7 +60,7 @@ def frame_sizes(prepared: Prepared, state: ServerState) -> tuple[int, int]:
     if prepared.method.leaves_rest:
         adapters = with_rest(adapters)
     largest = max(prepared.method.sides, key=lambda side: Layout.of(trainable(adapters, side)).numbers)
-    asked = work(1, config.federation, largest)
+    asked = replace(work(1, config.federation, prepared.method), side=largest)
     request = TrainRequest(
         run=origin.run,
         base_model=origin.base_model,

@@ -20,6 +20,7 @@ from fedlora.privacy.step import private_gradient, spent
 from fedlora.training.batches import ALONE, TOKEN_BUDGET
 from fedlora.training.leading import leading_columns
 from fedlora.training.model import AdaptedModel
+from fedlora.training.personal import OwnB, Personal, Start
 from fedlora.training.precondition import rescaling, rules_of
 from fedlora.training.tasks import losses, record_accuracies
 from fedlora.values import (
@@ -48,6 +49,7 @@ class Node:
         None: nothing is told.
     states: the records with what the frozen layers make of them, see `training.states`; None: computed in each step.
     rank: how many columns of every B are trained, clipped, noised and changed, the first ones; None: all.
+    personal: where its own B is kept, for runs that leave each client its own; None: it takes part in none of them.
     """
 
     client: str
@@ -64,6 +66,7 @@ class Node:
     noise: NoiseSource
     states: Callable[[Examples], Examples] | None = None
     rank: int | None = None
+    personal: Personal | None = None
 
 
 def train(node: Node, request: TrainRequest, ledger: Ledger | None) -> Reply:
@@ -79,18 +82,40 @@ def train(node: Node, request: TrainRequest, ledger: Ledger | None) -> Reply:
 
     Returns:
         The noised update, or a Refusal that names no record: BUDGET, NO_DATA, BAD_REQUEST.
+
+    Raises:
+        ConfigError: the client's own B is damaged or gone; nothing was paid.
+        GuardError: that B is no longer finite. It is noised, so this says nothing that the update would not.
     """
 
-    entry = enter(node, request, ledger)
+    start = started(node, request)
+    entry = enter(node, request, ledger, work_digest(request, start))
     if isinstance(entry, Refusal):
         return entry
+    request = start.request
     node = with_what_is_kept(node)
     node.model.load(request.adapters)
     accuracy = told_accuracy(node, request)
     with leading_columns(node.model, node.rank) as narrowed:
         _local_steps(replace(node, model=narrowed), request)
     delta = node.model.delta(request.adapters, request.work.side)
+    if request.work.own_b:
+        _keep_b(node, request, start)
     return update_of(node, request, entry, delta, accuracy)
+
+
+def started(node: Node, request: TrainRequest) -> Start:
+    """What the client works on: the request, or that with the client's own B."""
+    if not request.work.own_b or node.personal is None:
+        return Start(request=request, round=0)
+    return node.personal.start(request)
+
+
+def _keep_b(node: Node, request: TrainRequest, start: Start) -> None:
+    """The client's B is kept as the round left it; made of noised gradients, so it is paid for as they are."""
+    assert node.personal is not None  # `enter` refuses who keeps none
+    sites = {site: b.detach() for site, (_, b) in node.model.factors().items()}
+    node.personal.keep(request.run, OwnB(round=request.round, began=start.round, sites=sites))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,7 +135,7 @@ def enter(
         node: whose turn it is.
         request: what the server asks.
         ledger: of this data set; None exactly when node.mechanism is None.
-        asked: `request_digest(request)`, from who has it already.
+        asked: `work_digest`, from who has it; None: there is no B of its own, and it is `request_digest(request)`.
     """
 
     def refuse(reason: RefusalReason) -> Refusal:
@@ -119,6 +144,8 @@ def enter(
     if len(node.examples) == 0:
         return refuse(RefusalReason.NO_DATA)
     if request.work.side != "b" and not node.model.trains_a:
+        return refuse(RefusalReason.BAD_REQUEST)
+    if request.work.own_b and node.personal is None:
         return refuse(RefusalReason.BAD_REQUEST)
     events = participation(node.mechanism, node.sampling, node.evaluation_noise, request.work.steps)
     if node.mechanism is None:
@@ -186,7 +213,16 @@ def request_digest(request: TrainRequest) -> str:
     more = (repr(work.proximal),) if work.proximal else ()
     more += (f"precondition={work.precondition}",) if work.precondition != "none" else ()
     more += (f"side={work.side}",) if work.side != "b" else ()
+    more += ("own_b",) if work.own_b else ()
     return digest(named_tensors(request.adapters), *words, work.steps, repr(work.learning_rate), *more)
+
+
+def work_digest(request: TrainRequest, start: Start) -> str:
+    """What makes two pieces of work the same one, for a debit: the request, and the B that it begins with."""
+    asked = request_digest(request)
+    if not request.work.own_b:
+        return asked
+    return digest({}, "own b", asked, request_digest(start.request))
 
 
 def calibrated(
@@ -210,7 +246,7 @@ def calibrated(
 
 
 def told_accuracy(node: Node, request: TrainRequest) -> float | None:
-    """The noised accuracy of the model as it was sent, before a step; None where the node tells none."""
+    """The noised accuracy of the model as the round begins with it; None where the node tells none."""
     if node.mechanism is None or node.evaluation_noise is None:
         return None
     return private_mean(

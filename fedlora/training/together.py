@@ -56,13 +56,14 @@ def clients_together(config: RunConfig, trained_numbers: int, tokens: int) -> in
     return max(1, min(TOKEN_BUDGET // drawn, MOST_NUMBERS // trained_numbers))
 
 
-def _difference(nodes: Sequence[Node]) -> str | None:
+def _difference(nodes: Sequence[Node], request: TrainRequest) -> str | None:
     """What keeps these clients from sharing a forward pass, for people; None where nothing does."""
     first = nodes[0]
     for what, differ in (
         ("clients of different models", any(node.model is not first.model for node in nodes)),
         ("an engine other than direct", any(type(node.engine) is not DirectEngine for node in nodes)),
         ("an A that is trained", first.model.trains_a),
+        ("a B of each client's own", request.work.own_b),
         ("records that must run alone", any(node.alone for node in nodes)),
         ("records of two sequences", any(node.examples.sequences_per_record > 1 for node in nodes)),
         ("noise that is not seeded", any(node.noise.kind != SEEDED for node in nodes)),
@@ -92,7 +93,7 @@ def train_together(
     Raises:
         PrivacyError: these clients cannot share a forward pass.
     """
-    if (obstacle := _difference(nodes)) is not None:
+    if (obstacle := _difference(nodes, request)) is not None:
         raise PrivacyError(f"{len(nodes)} clients together: {obstacle}; train them one by one")
     layers = stackable(nodes[0].model.peft_model, nodes[0].model.trained)  # before anybody pays
     asked = request_digest(request)

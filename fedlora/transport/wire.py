@@ -64,6 +64,8 @@ def encode_request(request: TrainRequest) -> bytes:
         header["precondition"] = request.work.precondition
     if request.work.side != "b":
         header["side"] = request.work.side
+    if request.work.own_b:
+        header["own_b"] = True
     return _encode(header, named_tensors(adapters))
 
 
@@ -83,6 +85,7 @@ def decode_request(frame: bytes) -> TrainRequest:
                 proximal=_number(header.get("proximal", 0.0)),
                 precondition=_text(header.get("precondition", "none")),
                 side=_side(header.get("side", "b")),
+                own_b=_yes_or_no(header.get("own_b", False)),
             ),
         )
         _require_the_one_way(frame, encode_request(request))
@@ -191,6 +194,12 @@ def _side(value: object) -> Side:
         if value == side:
             return side
     raise ValueError(f"{value!r} is no side; there are {sides}")
+
+
+def _yes_or_no(value: object) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{value!r} is neither true nor false")
+    return value
 
 
 def _list(value: object) -> list[Any]:

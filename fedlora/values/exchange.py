@@ -15,6 +15,8 @@ class LocalWork:
     proximal: FedProx's pull that the run counts on; a node that has another one stays away.
     precondition: what the run counts on that a step makes of B's gradient; likewise.
     side: which factors are trained; a node whose model has A frozen stays away from all but "b".
+    own_b: each node goes on from the B that its own work left, not from the one it is sent; a node that keeps none
+        stays away.
     """
 
     steps: int
@@ -22,6 +24,7 @@ class LocalWork:
     proximal: float = 0.0
     precondition: str = "none"
     side: Side = "b"
+    own_b: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,8 +73,8 @@ class ClientUpdate:
 
     spent: every release in it, one event each kind; empty only where privacy is off.
     ledger: the line of its debit; None only where privacy is off.
-    accuracy: the mean over the client's own records of the model it was sent, with noise that `spent` pays for;
-        None where the client gives none.
+    accuracy: the mean over the client's own records of the model it began the round with, with noise that `spent`
+        pays for; None where the client gives none.
     """
 
     client: str

@@ -103,6 +103,14 @@ def test_a_run_of_no_scored_round_still_has_a_report(summary):
     assert "Privacy statement" in Page(report_html({**summary, "score": None, "score_before": None}, [])).text
 
 
+def test_clients_own_models_are_told_where_there_are_any(summary, rounds):
+    personal = {"personal": {"client-0": 0.5, "client-1": 0.75}, "personal_mean": 0.625}
+    text = Page(report_html({**summary, **personal}, rounds)).text
+    assert "Personal models" in text and "62.5 %" in text and "mean of 2" in text
+    for nobody in ({}, {"personal": {}, "personal_mean": None}):
+        assert "Personal models" not in report_html({**summary, **nobody}, rounds)
+
+
 def test_a_thousand_clients_stay_readable(summary, rounds):
     many = {f"client-{n:03d}": 1 + n / 1000 for n in range(1000)}
     html = report_html({**summary, "epsilon_by_client": many, "clients": 1000}, rounds)

@@ -11,6 +11,7 @@ from fedlora.config.method import (
     FedAsk,
     FedEx,
     FedIt,
+    FedSa,
     FlexLora,
     FLora,
     Method,
@@ -22,6 +23,7 @@ from fedlora.federation.absorb import absorb
 from fedlora.federation.gather import gather
 from fedlora.federation.plan import Roll
 from fedlora.federation.remembered import Remembered
+from fedlora.federation.work import work
 from fedlora.methods import build
 from fedlora.values import Delta
 
@@ -61,7 +63,7 @@ class Played:
 
     def __init__(self, lab, config: Method, init="orthonormal", **federation):
         self.method = build(config, lab.lora(init), 5)
-        self.federation = lab.federation(cohort=3, weighting="examples", **federation)
+        self.federation = lab.federation(**{"cohort": 3, "weighting": "examples", **federation})
         self.lab, self.draw = lab, torch.Generator().manual_seed(1)
         self.members = lab.members(4)
         self.state = lab.start(self.method)
@@ -188,6 +190,37 @@ def test_rolora_keeps_its_a_when_nobody_answered(lab):
     assert all(torch.equal(after.adapters.sites[s].a, f.a) for s, f in first.adapters.sites.items())
 
 
+@pytest.mark.parametrize("cohort", [3, {"probability": 0.6}], ids=["three", "some"])
+def test_fedsas_b_is_the_mean_of_all_clients_own_and_its_a_moves_by_the_mean_of_those_heard(lab, cohort):
+    played = Played(lab, FedSa(name="fedsa"), cohort=cohort)
+    share = {member.client: (index + 1) / 10 for index, member in enumerate(played.members)}
+    own = {
+        client: {site: torch.zeros_like(f.b) for site, f in played.state.adapters.sites.items()}
+        for client in share
+    }
+    sizes = set()
+    for _ in range(8):
+        before, heard, after = played.round()
+        sizes.add(len(heard))
+        for client, (_, delta) in heard.items():
+            own[client] = {site: b + delta.sites[site] for site, b in own[client].items()}
+        for site, new in after.adapters.sites.items():
+            assert close(new.b, sum(share[client] * own[client][site] for client in share))
+            assert close(new.a, rule(before, heard, site)[0] if heard else before.adapters.sites[site].a)
+            assert new.rest is None
+        if heard:
+            mean_head = sum(weight * delta.head["weight"] for weight, delta in heard.values())
+            assert close(after.adapters.head["weight"], before.adapters.head["weight"] + mean_head)
+    assert sizes == {3} if cohort == 3 else len(sizes) > 2
+
+
+def test_fedsa_asks_each_client_to_go_on_from_its_own_b_and_no_other_method_does(lab):
+    for config in (*BOTH, RoLora(name="rolora"), FedAsk(name="fedask"), FedSa(name="fedsa")):
+        method = build(config, lab.lora(), 5)
+        asked = work(1, lab.federation(), method)
+        assert (asked.side, asked.own_b) == (method.side(1), config.name == "fedsa")
+
+
 def test_the_mean_of_products_is_not_the_product_of_means(lab):
     before, heard, after = Played(lab, BOTH[0]).round()
     _, _, product = rule(before, heard, "x")
@@ -202,7 +235,9 @@ def test_exact_methods_end_in_one_model_after_a_round(lab):
     assert all(close(found[0][site], found[1][site]) for site in found[0])
 
 
-@pytest.mark.parametrize("config", [*BOTH, RoLora(name="rolora")], ids=lambda config: config.name)
+@pytest.mark.parametrize(
+    "config", [*BOTH, RoLora(name="rolora"), FedSa(name="fedsa")], ids=lambda config: config.name
+)
 def test_where_a_moves_a_new_frame_begins_and_an_update_of_the_old_one_cannot_count(lab, config):
     played = Played(lab, config)
     for _ in range(2):

@@ -232,6 +232,8 @@ def test_requests_for_other_work_are_other_requests(scene):
         {"side": "a"},
         {"side": "both"},
         {"side": "a", "precondition": "lora-pro"},
+        {"own_b": True},
+        {"side": "both", "own_b": True},
     )
     works = [asked.work, *(dataclasses.replace(asked.work, **changes) for changes in others)]
     digests = [request_digest(dataclasses.replace(asked, work=work)) for work in works]

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedlora.errors import WireError
+from fedlora.training.client import request_digest
 from fedlora.transport.wire import (
     DIGEST_BYTES,
     HEADER_ROOM,
@@ -114,6 +115,35 @@ def test_rests_and_the_side_survive_the_journey_and_are_absent_where_there_are_n
     whole = odd[:-DIGEST_BYTES] + hashlib.sha256(odd[:-DIGEST_BYTES]).digest()
     with pytest.raises(WireError, match="is no side"):
         decode_request(whole)
+
+
+def test_that_each_client_has_its_own_b_survives_the_journey_and_is_absent_where_none_has():
+    plain = request()
+    work = replace(plain.work, side="both", own_b=True)
+    sent = encode_request(replace(plain, work=work))
+    assert decode_request(sent).work == work and b"own_b" not in encode_request(plain)
+    for told, fault in ((b'"no!"', "neither true nor false"), (b"false", "not written as")):
+        odd = sent.replace(b'"own_b":true', b'"own_b":' + told).replace(b"}  ", b"} ", 1)  # as long as before
+        whole = odd[:-DIGEST_BYTES] + hashlib.sha256(odd[:-DIGEST_BYTES]).digest()
+        with pytest.raises(WireError, match=fault):
+            decode_request(whole)
+
+
+@pytest.mark.parametrize(
+    ("side", "frame", "digest"),
+    [
+        ("b", "3d87210d4470c6eb", "e27ecf59a7457f5e"),
+        ("both", "900ca902daf0b078", "1542b88e88b688c6"),
+    ],
+)
+def test_frames_and_digests_of_requests_are_what_they_were(side, frame, digest):
+    """As nodes and ledgers of earlier versions have them: written down from the commit before `own_b`."""
+    sites = {"x": Factors(a=torch.arange(10.0).reshape(2, 5), b=torch.arange(6.0).reshape(3, 2))}
+    adapters = Adapters(basis=1, scale=0.5, sites=sites)
+    work = LocalWork(steps=4, learning_rate=0.1, side=side)
+    asked = TrainRequest(run="r", base_model="b", code="c", round=2, adapters=adapters, work=work)
+    assert hashlib.sha256(encode_request(asked)).hexdigest().startswith(frame)
+    assert request_digest(asked).startswith(digest)
 
 
 @pytest.mark.parametrize("side", ["a", "both"])
