@@ -20,7 +20,7 @@ from fedlora.privacy.direct_engine import DirectEngine
 from fedlora.privacy.noise import OsEntropyNoise
 from fedlora.privacy.step import private_gradient
 from fedlora.training.checkpoints import DTYPES, quiet
-from fedlora.training.client import descend
+from fedlora.training.descent import descend
 from fedlora.training.model import AdaptedModel
 from fedlora.values import Mechanism
 from steps.arms import FUNCTORCH, GHOST, HOOKS, MICRO, PEFT, ours, plain

@@ -108,6 +108,8 @@ def _work(run: RunConfig, node: NodeConfig) -> Iterator[Misfit]:
         there, here = getattr(theirs, key, absent), getattr(ours, key, absent)
         if there != here:
             yield _differ(("work", "optimizer", key), here, there)
+    if (own_b := run.method.name == "fedsa") != allowed.own_b:
+        yield _differ(("work", "own_b"), allowed.own_b, f"{own_b} (method.name {run.method.name})")
 
 
 def _clip(run: RunConfig, node: NodeConfig) -> Iterator[Misfit]:

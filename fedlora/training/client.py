@@ -1,13 +1,12 @@
 """One client, one round: what a data owner's node does with a request, whatever carried it."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fedlora.algebra.digest import digest, named_tensors
-from fedlora.config.schema import AdamW, Optimizer
+from fedlora.config.schema import Optimizer
 from fedlora.data.records import Examples
 from fedlora.privacy.budget import Budget, would_exceed
 from fedlora.privacy.calibration import check_delta, noise_multiplier
@@ -18,10 +17,10 @@ from fedlora.privacy.noise import SEEDED, NoiseSource
 from fedlora.privacy.sampling import poisson_draw
 from fedlora.privacy.step import private_gradient, spent
 from fedlora.training.batches import ALONE, TOKEN_BUDGET
+from fedlora.training.descent import descend, optimizer_over
 from fedlora.training.leading import leading_columns
 from fedlora.training.model import AdaptedModel
 from fedlora.training.personal import OwnB, Personal, Start
-from fedlora.training.precondition import rescaling, rules_of
 from fedlora.training.tasks import losses, record_accuracies
 from fedlora.values import (
     ClientUpdate,
@@ -293,50 +292,3 @@ def noise_purpose(node: Node, request: TrainRequest, step: int) -> tuple[str | i
 def _step_of(node: Node, request: TrainRequest, step: int) -> tuple[str | int, ...]:
     # The run is part of it: the same seed in another run must not repeat noise that a ledger pays for twice.
     return (request.run, node.client, request.round, step)
-
-
-def optimizer_over(
-    trained: Mapping[str, nn.Parameter], config: Optimizer, lr: float, adapted: AdaptedModel | None = None
-) -> torch.optim.Optimizer:
-    """A new optimiser of these parameters, still where the round began.
-
-    Whatever it does to a gradient it does after the noise, by numbers that the server knows or that were released.
-
-    Args:
-        trained: by name, as `adapted.trained`, or some copies of each side by side.
-        config: what kind.
-        lr: the round's.
-        adapted: whose A a preconditioner is made of, as loaded for the round; needed where `config` has one.
-    """
-    if isinstance(config, AdamW):
-        return torch.optim.AdamW(trained.values(), lr=lr, weight_decay=config.weight_decay)
-    optimizer = torch.optim.SGD(trained.values(), lr=lr)
-    if config.precondition != "none":
-        assert adapted is not None
-        # Before the pull, which stays what it says: a share of the way back.
-        optimizer.register_step_pre_hook(rescaling(trained, rules_of(config.precondition, adapted)))
-    if config.proximal:
-        optimizer.register_step_pre_hook(_pull_to(trained, config.proximal))
-    return optimizer
-
-
-def _pull_to(start: Mapping[str, nn.Parameter], strength: float) -> Callable[..., None]:
-    """Adds the gradient of strength / 2 * |number - start|^2 before each step (FedProx)."""
-    began = {parameter: parameter.detach().clone() for parameter in start.values()}
-
-    def pull(*_: object) -> None:
-        for parameter, there in began.items():
-            if parameter.grad is not None:
-                parameter.grad = torch.add(parameter.grad, parameter.detach() - there, alpha=strength)
-
-    return pull
-
-
-def descend(
-    optimizer: torch.optim.Optimizer, trained: Mapping[str, nn.Parameter], gradient: Mapping[str, Tensor]
-) -> None:
-    """One step of the optimiser along `gradient`; no gradient is kept."""
-    for name, parameter in trained.items():
-        parameter.grad = gradient[name].to(parameter.dtype)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)

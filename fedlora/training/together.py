@@ -22,16 +22,15 @@ from fedlora.training.batches import TOKEN_BUDGET
 from fedlora.training.client import (
     Entry,
     Node,
-    descend,
     drawn_records,
     enter,
     noise_purpose,
-    optimizer_over,
     request_digest,
     told_accuracy,
     update_of,
     with_what_is_kept,
 )
+from fedlora.training.descent import descend, optimizer_over
 from fedlora.training.model import LORA_B, AdaptedModel
 from fedlora.training.packing import MOST_NUMBERS, overhead_of, packed_groups
 from fedlora.training.tasks import losses

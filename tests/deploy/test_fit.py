@@ -33,8 +33,9 @@ def node(config, tmp_path) -> NodeConfig:
 def first_reply(run: RunConfig, node: NodeConfig) -> Reply:
     """What the node says to the first request of this run's server."""
     model = load_model(run.model, run.task, run.lora, tuple(node.classes), run.seed)
-    own, asked = origin(run, "r"), work(1, run.federation)
-    state = first_state(run, model, build(run.method, run.lora))
+    method = build(run.method, run.lora)
+    own, asked = origin(run, "r"), work(1, run.federation, method)
+    state = first_state(run, model, method)
     request = TrainRequest(
         run="r", base_model=own.base_model, code=own.code, round=1, adapters=state.adapters, work=asked
     )
@@ -63,6 +64,7 @@ def test_two_that_fit_work_together(node, tiny_config):
         ({"federation__local_steps": 3}, ["work.local_steps"]),
         ({"federation__optimizer__lr": 1.5}, ["work.optimizer.lr"]),
         ({"federation__optimizer__proximal": 0.5}, ["work.optimizer.proximal"]),
+        ({"method": {"name": "fedsa"}, "lora__trains": "ab"}, ["lora.trains", "work.own_b"]),
     ],
 )
 def test_what_a_node_refuses_is_told_before(node, tiny_config, change, key):

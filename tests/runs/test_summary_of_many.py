@@ -111,8 +111,8 @@ def test_a_preview_shows_the_smallest_clients_and_how_many_more_there_are():
         for name, size in of_each(500, 100).items()
     )
     found = Preview(
-        clients=clients, classes=(), trained_parameters=1, steps_per_participation=1, bytes_up=1, bytes_down=1, memory_bytes=1,
-        training_seconds=1.0, notes=(),
+        clients=clients, classes=(), trained_parameters=1, steps_per_participation=1, bytes_up=1, bytes_down=1,
+        memory_bytes=1, training_seconds=1.0, notes=(),
     )  # fmt: skip
     require_short(preview_text(found))
 

@@ -11,7 +11,8 @@ from fedlora.config.schema import Classification, Lora, Model, Sgd
 from fedlora.data.records import Examples
 from fedlora.privacy.direct_engine import DirectEngine
 from fedlora.privacy.noise import SeededNoise
-from fedlora.training.client import Node, descend, optimizer_over, train
+from fedlora.training.client import Node, train
+from fedlora.training.descent import descend, optimizer_over
 from fedlora.training.load import load_model
 from fedlora.training.precondition import allora, lora_pro
 from fedlora.values import Adapters, Factors, LocalWork, Sampling, TrainRequest

@@ -4,7 +4,7 @@ import torch
 from torch.testing import assert_close
 
 from fedlora.config.schema import Sgd
-from fedlora.training.client import descend, optimizer_over
+from fedlora.training.descent import descend, optimizer_over
 
 RATE, PULL = 0.3, 0.9
 
