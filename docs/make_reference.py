@@ -40,7 +40,8 @@ def pages() -> dict[str, str]:
 
 def _config_page(model: type[BaseModel], name: str, what: str) -> str:
     parts = [f"{MADE}\n\n# {name}\n\n{what} A key without a default has to be written."]
-    parts += [_section(path, section) for path, section in sections(model)]
+    told_once = dict.fromkeys(sections(model))  # a partition is the same under every source
+    parts += [_section(path, section) for path, section in told_once]
     return "\n\n".join(parts) + "\n"
 
 
