@@ -31,21 +31,26 @@ def run_dir_named(path: Path | None) -> Path | None:
     """The run directory that is meant: this one, or the `output` of this config, or of the run.yaml in this directory.
 
     Raises:
-        ConfigError: nothing was kept there yet, or the config is wrong.
+        ConfigError: nothing was kept there yet, or another config's run, or the config is wrong.
     """
     if path is None or (path / "config.yaml").exists():
         return path
     config = path / "run.yaml" if path.is_dir() else path
     if not config.is_file():
         return path
-    from fedlora.config.load import load_config
+    from fedlora.config.load import load_config, require_same
 
-    output = Path(load_config(config, []).output)
+    given = load_config(config)
+    output = Path(given.output)
     if not (output / "config.yaml").exists():
         raise ConfigError(
             f"{path} holds no run: {config} was not run yet, or not into its output {output}; start it with fedlora "
             f"simulate {config}, or name the directory that it was run into"
         )
+    try:
+        require_same(load_config(output / "config.yaml"), given, output)
+    except ConfigError as error:  # else a client of another run would be forgotten
+        raise ConfigError(f"{error}; or name the run itself: {output}") from None
     return output
 
 

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedlora.config.columns import column_conflicts
@@ -64,8 +65,15 @@ def _public(config: "RunConfig") -> Iterator[str]:
         yield f"{readers[0]}: gradients, but docstrings have no file of public records; write principal"
     elif readers and given is None:
         yield f"data.public: missing, but {readers[0]} is gradients; name a file of public labelled records"
+    elif given is not None and _is_same_file(given, getattr(config.data, "train", None)):
+        yield f"data.public: {given} is data.train itself, whose records are private; name a file of nobody's"
     elif given is not None and not readers:
         yield f"data.public: {given}, which lora.init: gradients alone would read; write null, or that"
+
+
+def _is_same_file(one: str, other: str | None) -> bool:
+    paths = [Path(name).expanduser().resolve() for name in (one, other) if name is not None]
+    return len(paths) == 2 and paths[0] == paths[1]
 
 
 def _streaming(config: "RunConfig") -> Iterator[str]:

@@ -202,9 +202,8 @@ def _read(path: FilePath, overrides: Sequence[str]) -> tuple[dict[str, Any], dic
     value = {} if document.value is None else document.value
     origins = {key: f"{path}:{line}" for key, line in document.lines.items()}
     if not isinstance(value, dict):
-        raise ConfigError(
-            f"{path}:1: {shown(value)} is not a config; write `key: value` lines, see `fedlora init`"
-        )
+        # Without a word of it: it may be a file of records.
+        raise ConfigError(f"{path}:1: this is not a config; write `key: value` lines, see `fedlora init`")
     for override in overrides:
         _override(value, origins, override)
     return value, origins

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from fedlora.code_digest import code_digest
 from fedlora.config.asking import expected_cohort
 from fedlora.config.combinations import require_servable
 from fedlora.config.data import Docstrings
@@ -30,7 +31,8 @@ class Misfit:
 
 
 def misfits(run: RunConfig, node: NodeConfig) -> list[Misfit]:
-    """Everything for which this node would refuse this run's requests, or its server what the node sends.
+    """Everything for which this node would refuse this run's requests, or its server what the node sends, before either
+    begins: what the node spent on this very run is spent, too.
 
     Reads the run's public records for their classes, and the node's ledger for what is spent; no record of the node.
 
@@ -42,6 +44,7 @@ def misfits(run: RunConfig, node: NodeConfig) -> list[Misfit]:
     require_servable(run)
     return [
         *_model(run, node),
+        *_accepted(run, node),
         *_same("task", run.task, node.task),
         *_same("lora", run.lora, node.lora),
         *_classes(run, node),
@@ -62,6 +65,16 @@ def _model(run: RunConfig, node: NodeConfig) -> Iterator[Misfit]:
             yield _differ(("model",), f"base model {ours[:12]}", f"{theirs[:12]} ({run.model.name})")
     if getattr(node.task, "head", "") == "frozen" and node.seed != run.seed:
         yield _differ(("seed",), node.seed, f"{run.seed}, from which a frozen head is drawn")
+
+
+def _accepted(run: RunConfig, node: NodeConfig) -> Iterator[Misfit]:
+    """The server's code is taken to be this fedlora's."""
+    for key, listed, there in (
+        ("base_model", node.accept.base_model, lambda: _digest(run)),
+        ("code", node.accept.code, code_digest),
+    ):
+        if listed and there() not in listed:
+            yield _differ(("accept", key), ", ".join(one[:12] for one in listed), there()[:12])
 
 
 def _digest(config: RunConfig | NodeConfig) -> str:

@@ -14,6 +14,7 @@ from typing import IO, Any
 
 from fedlora.disk import make_directory
 from fedlora.errors import ConfigError
+from fedlora.runs.rundir import taken
 
 log = logging.getLogger(__name__)
 
@@ -98,8 +99,8 @@ def alone(run_dir: Path) -> Iterator[None]:
         raise ConfigError(
             f"output: {run_dir} cannot be written ({error.strerror}); make it writable"
         ) from None
-    with file, held(file) as free:
-        if not free:
+    with file:
+        if not taken(file):
             raise ConfigError(f"output: {run_dir} is served by another process; stop that one first")
         yield
 

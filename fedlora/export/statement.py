@@ -32,7 +32,16 @@ def privacy_statement(summary: Mapping[str, Any]) -> Statement:
     """
     if not summary["private"]:
         return Statement(heading=NOT_PRIVATE, terms=(("Privacy", _NO_PROMISE),), not_protected=())
-    return Statement(heading=headline(summary), terms=_terms(summary), not_protected=_NOT_PROTECTED)
+    return Statement(heading=headline(summary), terms=_terms(summary), not_protected=_not_protected(summary))
+
+
+def _not_protected(summary: Mapping[str, Any]) -> tuple[str, ...]:
+    if (public := summary.get("public_records")) is None:
+        return _NOT_PROTECTED
+    return (
+        *_NOT_PROTECTED,
+        f"the labelled records of {public}, of which the first subspace was made; they must be public",
+    )
 
 
 def headline(summary: Mapping[str, Any]) -> str:

@@ -36,9 +36,16 @@ def own_adapters(run_dir: Path, client: str) -> Adapters:
     state, _ = Store(run_dir).load()
     own = personal(run_dir, client).own(run_name(config), state.round + 1)
     if own is None:
-        kept = sorted(path.name for path in (run_dir / PERSONAL).glob("*"))
-        raise ConfigError(f"{client!r} has no B of its own in {run_dir}; those who have are {kept[:8]}")
+        kept = with_own_b(run_dir)[:8]
+        raise ConfigError(f"{client!r} has no B of its own in {run_dir}; those who have are {kept}")
     return own.in_place_of(state.adapters)
+
+
+def with_own_b(run_dir: Path) -> list[str]:
+    """The clients whose B was kept, whatever else lies there."""
+    run, state = run_name(run_config(run_dir)), Store(run_dir).load()[0]
+    names = (path.name for path in (run_dir / PERSONAL).glob("*"))
+    return sorted(name for name in names if personal(run_dir, name).newest(run, state.round + 1))
 
 
 def require_own_b(run_dir: Path, clients: Iterable[str]) -> None:

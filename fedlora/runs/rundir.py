@@ -46,22 +46,24 @@ GLANCE_S = 0.5
 def locked(run_dir: Path) -> Iterator[None]:
     """No other process works on this run meanwhile."""
     with (run_dir / ".lock").open("w") as file:
-        ends = time.monotonic() + GLANCE_S
-        while not _taken(file):
-            if time.monotonic() > ends:
-                raise ConfigError(
-                    f"{run_dir} is being worked on by another process; follow it with: fedlora status {run_dir}"
-                )
-            time.sleep(GLANCE_S / 20)
+        if not taken(file):
+            raise ConfigError(
+                f"{run_dir} is being worked on by another process; follow it with: fedlora status {run_dir}"
+            )
         yield
 
 
-def _taken(file: IO[str]) -> bool:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+def taken(file: IO[str]) -> bool:
+    """Whether the lock on the file is this process's from here on, until it is closed; waits out a glance."""
+    ends = time.monotonic() + GLANCE_S
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() > ends:
+                return False
+            time.sleep(GLANCE_S / 20)
 
 
 def is_at_work(run_dir: Path) -> bool:

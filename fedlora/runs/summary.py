@@ -118,6 +118,7 @@ def run_summary(
         "method": config.method.name,
         "beta": config.method.stale.beta,
         "began_from": began_from(run_dir),
+        "public_records": getattr(config.data, "public", None),
         "seconds": round(seconds, 1),
         "client_rounds_per_second": round(sum(participations.values()) / seconds, 3) if seconds else None,
         "bytes_up_per_client_round": bytes_up,

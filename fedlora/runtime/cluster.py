@@ -83,6 +83,7 @@ def _start(runtime: Runtime, namespace: str) -> None:
             ray.init(**_here(runtime), namespace=namespace)
             return
         except Exception as error:  # of no class of its own when the raylet is the one that died
+            ray.shutdown()  # of what did come up
             if attempt == STARTS:
                 raise ConfigError(
                     f"Ray does not start on this machine, tried {STARTS} times: {error}; "

@@ -17,6 +17,7 @@ from fedlora.config.data import Docstrings
 from fedlora.config.schema import RunConfig
 from fedlora.data import load_corpus
 from fedlora.data.docstrings import DEFAULT_PACKAGES
+from fedlora.data.own import file_records
 from fedlora.data.partition import client_names, partition
 from fedlora.runtime.gpu import require_likely_gpu
 from fedlora.runtime.notes import plan_notes, unseen_classes
@@ -127,6 +128,8 @@ def _sizes(config: RunConfig, seen: Look | None) -> _Sizes:
         tokens = float(config.data.max_length or 0)
         return _Sizes(clients=counts, test=test, classes=classes, unseen=(), tokens=tokens, exact=False)
     corpus = load_corpus(config.data, config.task, config.seed)
+    if config.data.public is not None:
+        file_records(config.data.public, config.data, config.task, corpus.classes)
     parts = partition(corpus.train, config.data.partition, config.seed)
     return _Sizes(
         clients={client: len(parts[client]) for client in sorted(parts)},

@@ -10,8 +10,7 @@ from fedlora.algebra.deltas import trainable, with_rest
 from fedlora.algebra.flat import Layout
 from fedlora.federation.store import Store
 from fedlora.federation.work import work
-from fedlora.runs.own_b import own_adapters
-from fedlora.runs.rundir import PERSONAL
+from fedlora.runs.own_b import own_adapters, with_own_b
 from fedlora.runs.summary import run_summary
 from fedlora.runtime.prepare import Prepared
 from fedlora.training.client import participation
@@ -44,7 +43,7 @@ def _personal_scores(prepared: Prepared, run_dir: Path, threads: int) -> dict[st
 
     Of many clients some, evenly chosen by their names.
     """
-    clients = [path.name for path in sorted((run_dir / PERSONAL).glob("*"))]
+    clients = with_own_b(run_dir)
     scores: dict[str, float] = {}
     torch.set_num_threads(threads)
     for client in clients[:: -(-len(clients) // MOST_PERSONAL) or 1]:

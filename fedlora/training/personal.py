@@ -134,7 +134,8 @@ class Personal:
         text = json.dumps(words, sort_keys=True)
         write_durably(self._path(run, own.round), save(sites, {WORDS: text}), mode=0o600)
         for old in self._rounds(run)[:-KEPT_ROUNDS]:
-            self._path(run, old).unlink()
+            if old != own.round:  # a server may ask for an early round late
+                self._path(run, old).unlink()
 
     def _read(self, run: str, round_: int) -> OwnB:
         path = self._path(run, round_)
@@ -151,9 +152,8 @@ class Personal:
 
     def _rounds(self, run: str) -> list[int]:
         """Those whose B is kept, ascending."""
-        return sorted(
-            int(path.stem.rpartition("-")[2]) for path in self.directory.glob(f"{_of(run)}-*.safetensors")
-        )
+        numbers = (path.stem.rpartition("-")[2] for path in self.directory.glob(f"{_of(run)}-*.safetensors"))
+        return sorted(int(number) for number in numbers if number.isdecimal())
 
     def _path(self, run: str, round_: int) -> Path:
         return self.directory / f"{_of(run)}-{round_:06d}.safetensors"

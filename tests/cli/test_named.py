@@ -28,6 +28,7 @@ def home(tmp_path: Path, tiny_config: Callable[..., RunConfig]) -> Path:
 def begun(home: Path) -> Path:
     """The run directory of that config, with its zero-step model."""
     config = load_config(home / "run.yaml", ["privacy=none"])
+    (home / "run.yaml").write_text(dump_config(config))
     run_dir = Path(config.output)
     run_dir.mkdir()
     (run_dir / "config.yaml").write_text(dump_config(config))
@@ -57,6 +58,18 @@ def test_the_directory_and_its_config_stand_for_the_run_that_was_kept(home, begu
     for named in (home, home / "run.yaml", begun):
         assert main(["status", str(named)]) == 0
         assert capsys.readouterr().out.startswith(f"{begun}\n")
+
+
+def test_a_config_that_is_not_the_runs_stands_for_no_run(home, begun, capsys):
+    other = home / "run.yaml"
+    other.write_text(other.read_text().replace("seed: 7", "seed: 8"))
+    for command in (
+        ["forget", str(other), "client-0"],
+        ["resume", str(home)],
+        ["export", str(home), "--to", "x"],
+    ):
+        assert main(command) == 2
+        assert "holds the run of another config (seed is 7 there, 8 here)" in capsys.readouterr().err
 
 
 def test_a_config_that_was_not_run_yet_is_told_with_the_command_that_runs_it(home, capsys):

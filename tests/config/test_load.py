@@ -200,6 +200,7 @@ def test_another_declaration_of_tuning_is_an_error(tmp_path, value, key, says):
 def test_text_that_is_no_config_is_told_with_its_line(tmp_path, text, line, says):
     told = message(written(tmp_path, text))
     assert told.startswith(f"{tmp_path}/run.yaml:{line}: ") and says in told
+    assert "just words" not in told  # whose they may be nobody knows
 
 
 def test_files_that_cannot_be_read_are_told(tmp_path):

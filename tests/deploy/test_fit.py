@@ -86,6 +86,13 @@ def test_what_only_later_rounds_or_the_server_refuse_is_told_too(node, tiny_conf
     assert keys(tiny_config(**change), node) == [key]
 
 
+@pytest.mark.parametrize("key", ["code", "base_model"])
+def test_what_a_node_does_not_accept_is_told(node, tiny_config, key):
+    strict = node.model_copy(update={"accept": node.accept.model_copy(update={key: ["0" * 64]})})
+    assert keys(tiny_config(), strict) == [f"accept.{key}"]
+    assert isinstance(first_reply(tiny_config(), strict), Refusal)
+
+
 def test_classes_in_another_order_are_others(config, tiny_config):
     assert keys(tiny_config(), config) == ["classes"]
 

@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from fedlora.errors import ConfigError, DataError
+from fedlora.export.statement import privacy_statement
 from fedlora.methods import build
 from fedlora.runs.beginning import first_state
+from fedlora.runtime.outline import outline
 from fedlora.runtime.prepare import prepare
 from fedlora.runtime.simulate import resume, simulate
 from fedlora.training.gradients import gradient_directions
@@ -52,7 +54,7 @@ def test_such_a_run_stays_within_its_budget_and_is_resumed_without_the_file(
     config = tiny_config(data__public=str(public), **method)
     run_dir = simulate(config, tmp_path / "run", unheard)
     summary = json.loads((run_dir / "summary.json").read_text())
-    assert summary["epsilon_max"] <= 8
+    assert summary["epsilon_max"] <= 8 and str(public) in privacy_statement(summary).not_protected[-1]
     (run_dir / "summary.json").unlink()
     public.unlink()
     resume(run_dir, unheard)
@@ -66,6 +68,12 @@ def test_a_file_that_is_missing_unread_or_of_other_labels_is_named(tiny_config, 
         tiny_config(method={"name": "fedsb", "left": "gradients"}, lora__trains="core")
     with pytest.raises(ConfigError, match=r"data\.public: .*alone would read"):
         tiny_config(data__public=str(public))
+    for wrong in (str(public) + "x", str(public.parent)):
+        with pytest.raises(DataError, match="no such file"):
+            outline(tiny_config(lora__init="gradients", data__public=wrong))
+    private = tiny_config().data.train
+    with pytest.raises(ConfigError, match=r"data\.public: .* is data\.train itself"):
+        tiny_config(lora__init="gradients", data__public=private)
     with pytest.raises(DataError, match="no such file"):
         prepare(tiny_config(lora__init="gradients", data__public=str(public) + "x"), unheard).first_state()
     public.write_text(public.read_text() + "cooking\tit rains\teast\n")

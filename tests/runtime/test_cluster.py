@@ -32,6 +32,20 @@ def test_ray_is_started_again_when_its_head_or_its_raylet_did_not_come_up(tmp_pa
     assert start.asked == 3 and not ray.is_initialized()
 
 
+def test_what_came_up_of_a_start_that_failed_is_ended(tmp_path, monkeypatch):
+    """Ray starts no second time in a process that is still connected to the first."""
+    start, failures = ray.init, [RuntimeError("the last step failed")]
+
+    def half(**settings: object) -> None:
+        start(**settings)
+        if failures:
+            raise failures.pop()
+
+    monkeypatch.setattr(cluster.ray, "init", half)
+    with connected(TWO, "half", tmp_path):
+        assert ray.is_initialized() and not failures
+
+
 def test_ray_that_never_comes_up_is_one_message_that_says_what_to_do(tmp_path, monkeypatch):
     start = Failing([RuntimeError("Timed out waiting for file")] * 99)
     monkeypatch.setattr(cluster.ray, "init", start)

@@ -159,3 +159,10 @@ def test_a_runs_name_is_no_path(tmp_path, run):
     personal = kept(tmp_path, 1, run=run)
     assert personal.own(run, 2).round == 1
     assert [*tmp_path.rglob("*.safetensors")] == [*personal.directory.iterdir()]
+
+
+def test_an_early_round_that_is_asked_for_late_is_kept_and_strange_names_are_passed_over(tmp_path):
+    personal = kept(tmp_path, 8, 9, 10, 5)
+    (path,) = personal.directory.glob("*-000005.safetensors")
+    path.with_name(path.name.replace("-000005", "-000003 (copy)")).write_bytes(path.read_bytes())
+    assert personal.newest("run", 6) == 5 and personal.newest("run", 5) == 0
