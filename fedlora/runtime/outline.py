@@ -16,7 +16,7 @@ from fedlora.config.asking import expected_cohort
 from fedlora.config.data import Docstrings
 from fedlora.config.schema import RunConfig
 from fedlora.data import load_corpus
-from fedlora.data.docstrings import DEFAULT_PACKAGES
+from fedlora.data.docstrings import packages_of
 from fedlora.data.own import file_records
 from fedlora.data.partition import client_names, partition
 from fedlora.runtime.gpu import require_likely_gpu
@@ -119,12 +119,12 @@ def _seen(name: str) -> Look | None:
 
 def _sizes(config: RunConfig, seen: Look | None) -> _Sizes:
     if isinstance(config.data, Docstrings):
-        packages = config.data.packages or DEFAULT_PACKAGES
+        packages = packages_of(config.data)
         clients = getattr(config.data.partition, "clients", 1)
         each = len(packages) * config.data.max_per_class // clients
         test = config.data.max_test_examples or len(packages) * config.data.max_per_class // 5
         counts = dict.fromkeys(client_names(clients), each)
-        classes = () if config.task.causal else tuple(sorted(set(packages)))
+        classes = () if config.task.causal else tuple(packages)
         tokens = float(config.data.max_length or 0)
         return _Sizes(clients=counts, test=test, classes=classes, unseen=(), tokens=tokens, exact=False)
     corpus = load_corpus(config.data, config.task, config.seed)

@@ -1,27 +1,16 @@
 import socket
-import threading
 import time
-from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
 from fedlora.data.hub import hub_within_reach
-
-
-class Unfriendly(BaseHTTPRequestHandler):
-    def do_HEAD(self):
-        self.send_error(404)
-
-    def log_message(self, *words):
-        pass
+from tests.data.unfriendly import unfriendly_hub
 
 
 @pytest.fixture
 def endpoint():
-    server = HTTPServer(("127.0.0.1", 0), Unfriendly)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
+    with unfriendly_hub() as address:
+        yield address
 
 
 @pytest.fixture(autouse=True)

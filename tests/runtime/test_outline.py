@@ -3,8 +3,6 @@
 import json
 import subprocess
 import sys
-import threading
-from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
@@ -12,6 +10,7 @@ from fedlora.config.load import dump_config
 from fedlora.errors import ConfigError, ModelError, PrivacyError
 from fedlora.runtime.outline import outline
 from fedlora.runtime.preview import preview
+from tests.data.unfriendly import unfriendly_hub
 
 HEAVY = ("torch", "transformers", "peft", "opacus", "ray", "flwr")
 DEALT = {"kind": "quantity", "clients": 3, "alpha": 2.0, "min_examples": 40}
@@ -136,25 +135,13 @@ def test_all_linear_is_what_it_is_of_the_loaded_model(tiny_config):
         assert told.trained_parameters == measured.trained_parameters
 
 
-class Unfriendly(BaseHTTPRequestHandler):
-    """A hub that is there, and gives nothing."""
-
-    def do_HEAD(self):
-        self.send_error(404)
-
-    def log_message(self, *words):
-        pass
-
-
 @pytest.fixture
 def hub(monkeypatch):
-    server = HTTPServer(("127.0.0.1", 0), Unfriendly)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     monkeypatch.setenv("no_proxy", "*")
-    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
-    yield
-    server.shutdown()
+    with unfriendly_hub() as address:
+        monkeypatch.setenv("HF_ENDPOINT", address)
+        yield
 
 
 def test_a_model_that_the_hub_may_have_is_not_spoken_of(tiny_config, hub):
