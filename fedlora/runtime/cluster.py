@@ -87,7 +87,7 @@ def _start(runtime: Runtime, namespace: str) -> None:
             if attempt == STARTS:
                 raise ConfigError(
                     f"Ray does not start on this machine, tried {STARTS} times: {error}; "
-                    f"set runtime.kind to local, or look at its logs in /tmp/ray"
+                    "set runtime.kind to local, or look at the logs of its newest session"
                 ) from error
 
 

@@ -24,24 +24,13 @@ from fedlora.runtime.prepare import prepare
 from fedlora.runtime.simulate import resume, simulate
 from fedlora.training import client as client_module
 from fedlora.training.personal import Personal
+from tests.e2e.interrupt import Interrupt
 from tests.faults.kills import dies_after
 
 AB = {"lora__trains": "ab", "privacy__accountant": "rdp"}  # the quickest to calibrate by
 FEDSA = {**AB, "method": {"name": "fedsa"}}
 FEDIT = {**AB, "method": {"name": "fedit"}}
 CLIENTS = ("client-0", "client-1", "client-2")
-
-
-class Interrupt:
-    """A listener that does what Ctrl-C does, at the n-th event of a kind."""
-
-    def __init__(self, kind: type, at: int) -> None:
-        self.kind, self.left = kind, at
-
-    def __call__(self, event: object) -> None:
-        self.left -= isinstance(event, self.kind)
-        if self.left < 0:
-            raise KeyboardInterrupt
 
 
 def quiet(event: object) -> None:

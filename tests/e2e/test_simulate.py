@@ -13,6 +13,7 @@ from fedlora.federation.events import ClientDone, RoundDone
 from fedlora.runs.rundir import HOLDINGS, STATES
 from fedlora.runtime.preview import preview
 from fedlora.runtime.simulate import resume, simulate
+from tests.e2e.interrupt import Interrupt
 
 
 def quiet(event: object) -> None: ...
@@ -63,18 +64,6 @@ def test_equal_seeds_end_in_equal_states_and_other_seeds_do_not(tiny_config, tmp
     again = summary(simulate(config, tmp_path / "two", quiet))
     other = summary(simulate(tiny_config(seed=8), tmp_path / "three", quiet))
     assert first["state_sha256"] == again["state_sha256"] != other["state_sha256"]
-
-
-class Interrupt:
-    """A listener that does what Ctrl-C does, at the n-th event of a kind."""
-
-    def __init__(self, kind: type, at: int) -> None:
-        self.kind, self.left = kind, at
-
-    def __call__(self, event: object) -> None:
-        self.left -= isinstance(event, self.kind)
-        if self.left < 0:
-            raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize(
