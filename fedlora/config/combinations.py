@@ -11,6 +11,9 @@ from fedlora.errors import ConfigError
 if TYPE_CHECKING:
     from fedlora.config.schema import Lora, Model, Optimizer, RunConfig
 
+MOST_STEPS = 1_000_000
+"""Of one client: composing so many takes an accountant about a quarter of a minute, and then ever more."""
+
 
 def conflicts(config: "RunConfig") -> list[str]:
     """Every impossible combination, as `key: what is wrong; what to write instead`."""
@@ -20,6 +23,7 @@ def conflicts(config: "RunConfig") -> list[str]:
         *_public(config),
         *_streaming(config),
         *_cohort(config),
+        *_steps(config),
         *_method(config),
         *_own_b(config),
         *optimizer_conflicts(config.federation.optimizer, config.lora, "federation.optimizer"),
@@ -106,6 +110,17 @@ def _cohort(config: "RunConfig") -> Iterator[str]:
         yield "federation.reshuffle: true, but federation.cohort is a probability; write a number of clients, or false"
     if not isinstance(cohort, int) and clients is not None and least > clients:
         yield f"federation.min_clients: {least} answers needed of {clients} clients; write {clients} or less"
+
+
+def _steps(config: "RunConfig") -> Iterator[str]:
+    if config.privacy == "none":
+        return
+    steps, times = config.federation.local_steps, config.privacy.max_participations
+    if steps * times > MOST_STEPS:
+        yield (
+            f"federation.local_steps: {steps} steps in each of {times} participations; no budget is computed for more "
+            f"than {MOST_STEPS:,} steps of one client; lower it, or privacy.max_participations"
+        )
 
 
 def _method(config: "RunConfig") -> Iterator[str]:

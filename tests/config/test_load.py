@@ -445,6 +445,17 @@ def test_no_step_goes_further_back_than_it_came(tmp_path):
     assert load_config(path, ["federation.optimizer.proximal=0.0625"]).federation.optimizer.proximal == 0.0625
 
 
+def test_no_more_steps_than_can_be_accounted_for_are_taken(tmp_path):
+    path = written(tmp_path, RUN_YAML)
+    most = ["federation.local_steps=100000", "privacy.max_participations=10"]
+    assert load_config(path, most).federation.local_steps == 100_000
+    with pytest.raises(
+        ConfigError, match=r"federation\.local_steps: 100000 steps in each of 11 participations"
+    ):
+        load_config(path, [*most, "privacy.max_participations=11"])
+    assert load_config(path, [*most, "privacy=none"]).federation.local_steps == 100_000
+
+
 def test_rows_of_b_have_steps_of_their_own_only_where_b_is_trained(tmp_path):
     rows = ["federation.optimizer.precondition=allora", "method={name: fedsb}", "lora.trains=core"]
     with pytest.raises(ConfigError, match=r"federation\.optimizer\.precondition: .* write none or lora-pro"):

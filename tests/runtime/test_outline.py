@@ -84,6 +84,13 @@ def test_less_budget_is_more_noise(tiny_config):
         assert less is not None and more is not None and more > 2 * less
 
 
+def test_steps_without_end_are_told_in_time(tiny_config):
+    told = outline(tiny_config(federation__local_steps=500_000, privacy__max_participations=2))
+    assert all(
+        client.noise_multiplier is not None and client.noise_multiplier > 20 for client in told.clients
+    )
+
+
 def test_what_sizes_and_shapes_already_rule_out_is_refused(tiny_config):
     with pytest.raises(ModelError, match=r"lora\.target_modules: 'nowhere' matches no linear layer"):
         outline(tiny_config(lora__target_modules=["nowhere"]))
