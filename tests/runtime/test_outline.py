@@ -12,7 +12,7 @@ from fedlora.runtime.outline import outline
 from fedlora.runtime.preview import preview
 from tests.data.unfriendly import unfriendly_hub
 
-HEAVY = ("torch", "transformers", "peft", "opacus", "ray", "flwr")
+HEAVY = ("torch", "transformers", "peft", "opacus", "ray", "flwr", "scipy", "dp_accounting")
 DEALT = {"kind": "quantity", "clients": 3, "alpha": 2.0, "min_examples": 40}
 
 
