@@ -22,6 +22,7 @@ from dp_accounting.privacy_accountant import NeighboringRelation
 from dp_accounting.rdp import RdpAccountant
 
 from fedlora.errors import ConfigError, PrivacyError
+from fedlora.privacy.sampled_losses import sampled_losses
 from fedlora.values import DpEvent
 
 Accountant: TypeAlias = Literal["pld", "prv", "rdp"]
@@ -177,6 +178,8 @@ def _pld(
 ) -> privacy_loss_distribution.PrivacyLossDistribution:
     # Without sampling, n Gaussians are one Gaussian of sigma / sqrt(n), exactly.
     whole = event.sample_rate == 1
+    if relation is NeighboringRelation.ADD_OR_REMOVE_ONE and not whole:
+        return sampled_losses(event.noise_multiplier, event.sample_rate, grid).self_compose(event.steps)
     single = privacy_loss_distribution.from_gaussian_mechanism(
         standard_deviation=event.noise_multiplier / (math.sqrt(event.steps) if whole else 1.0),
         sampling_prob=event.sample_rate,

@@ -5,6 +5,7 @@ from types import ModuleType
 from typing import Any
 
 import dp_accounting
+import numpy as np
 from dp_accounting.pld import PLDAccountant, privacy_loss_distribution
 from scipy.optimize import brentq
 from scipy.stats import norm
@@ -70,6 +71,21 @@ def both_directions_are_bounded(accountants: ModuleType, calibration: ModuleType
         )
         truth = low.self_compose(steps).get_epsilon_for_delta(1e-5)
         assert accountants.epsilon([event(sigma, rate, steps)], 1e-5) >= truth
+
+
+def a_sampled_step_loses_what_the_library_says(accountants: ModuleType, calibration: ModuleType) -> None:
+    """Each way by itself; the library finds one outcome at a time."""
+    for sigma, rate in ((1.0, 0.0064), (0.5, 0.04), (0.14, 7e-4), (3.0, 0.5), (20.0, 0.9), (100.0, 1e-5)):
+        grid = accountants._grid((event(sigma, rate, 100),), sensitivity=1.0)
+        ours = accountants.sampled_losses(sigma, rate, grid)
+        theirs = privacy_loss_distribution.from_gaussian_mechanism(
+            sigma, sampling_prob=rate, value_discretization_interval=grid
+        )
+        for direction in ("_pmf_remove", "_pmf_add"):
+            mine, right = (vars(found)[direction].to_dense_pmf() for found in (ours, theirs))
+            assert (mine.size, mine._lower_loss) == (right.size, right._lower_loss)
+            assert np.abs(mine._probs - right._probs).max() < 4e-15 / grid, (sigma, rate, direction)
+            assert abs(mine._infinity_mass - right._infinity_mass) < 1e-15
 
 
 def rounds_compose_like_one_run(accountants: ModuleType, calibration: ModuleType) -> None:
@@ -166,6 +182,7 @@ CHECKS = (
     the_reference_table_holds,
     without_sampling_it_is_the_analytic_gaussian,
     both_directions_are_bounded,
+    a_sampled_step_loses_what_the_library_says,
     rounds_compose_like_one_run,
     two_mechanisms_compose_as_an_outside_accountant_says,
     events_that_cost_infinity_are_not_forgotten,

@@ -23,7 +23,7 @@ STEP = (
     "gaussian",
     "step",
 )
-ACCOUNTS = ("accountants", "calibration")
+ACCOUNTS = ("sampled_losses", "accountants", "calibration")
 
 
 @dataclass(frozen=True)
