@@ -73,7 +73,7 @@ def check(
         _check_node(config, overrides or [], form)
         return
     loaded = load_config(config, overrides or [])
-    with located(config, overrides or []), only_ours():
+    with located(config, overrides or []), only_ours(), usable(Path(loaded.output)):
         found = _previewed(loaded, measure=measure)
     value = {"config": loaded.model_dump(mode="json"), **asdict(found)}
     show(value, f"{dump_config(loaded)}\n{preview_text(found)}", form)

@@ -55,8 +55,11 @@ def run_dir_named(path: Path | None) -> Path | None:
 
 
 def kept_in(path: Path) -> Path:
-    """The run directory that is meant, where it is init's directory that is named; anything else is itself."""
-    return (path.is_dir() and run_dir_named(path)) or path
+    """The run directory that is meant, where init's directory or a run's config is named; anything else is itself."""
+    from fedlora.config.kinds import is_node
+
+    of_a_run = path.is_dir() or (path.suffix in (".yaml", ".yml") and path.is_file() and not is_node(path))
+    return (of_a_run and run_dir_named(path)) or path
 
 
 def scorable(path: Path) -> Path:

@@ -36,12 +36,24 @@ def problems(value: Any, model: type[BaseModel], path: Path = ()) -> Iterator[Pr
     names = list(model.model_fields)
     for key in value:
         if key not in names:
-            yield Problem(path=(*path, key), wrong="unknown key", mend=_mend_key(key, names, value))
+            inside = [".".join(map(str, (*path, *place))) for place in _places(key, model)]
+            mend = f"write {' or '.join(inside)}" if inside else _mend_key(key, names, value)
+            yield Problem(path=(*path, key), wrong="unknown key", mend=mend)
     for name in names:
         if name in value:
             yield from _of_annotation(value[name], fields[name], (*path, name))
         elif model.model_fields[name].is_required():
             yield Problem(path=(*path, name), wrong="missing", mend=f"write {wanted(fields[name])}")
+
+
+def _places(key: str, model: type[BaseModel]) -> list[Path]:
+    """Where in sections of this one there is such a key, if in one or two places."""
+    found: dict[Path, None] = {}
+    for name, annotation in get_type_hints(model, include_extras=True).items():
+        for section in sections_in(annotation):
+            found |= dict.fromkeys([(name, key)] if key in section.model_fields else [])
+            found |= dict.fromkeys((name, *place) for place in _places(key, section))
+    return list(found) if len(found) <= 2 else []
 
 
 def _of_annotation(value: Any, annotation: Any, path: Path) -> Iterator[Problem]:
@@ -100,12 +112,20 @@ def _mend_leaf(value: Any, annotation: Any) -> str:
 
 
 def _mend_key(key: str, names: list[str], siblings: dict[str, Any]) -> str:
+    if near := difflib.get_close_matches(key, names, n=1, cutoff=0.8):
+        return _instead(near[0], siblings)
     missing = [name for name in names if name not in siblings]
     if near := difflib.get_close_matches(key, missing, n=1, cutoff=0.5):
-        return f"write {near[0]}"
+        return _instead(near[0], siblings)
     if near := difflib.get_close_matches(key, names, n=1, cutoff=0.6):
-        return f"did you mean {near[0]}? that is set already: change it there, and remove this"
+        return _instead(near[0], siblings)
     return f"remove it; keys here are {', '.join(names)}"
+
+
+def _instead(name: str, siblings: dict[str, Any]) -> str:
+    if name in siblings:
+        return f"did you mean {name}? that is set already: change it there, and remove this"
+    return f"write {name}"
 
 
 def _nearest_of(value: Any, words: list[str]) -> str:

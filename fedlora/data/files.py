@@ -94,6 +94,8 @@ def _existing(path: str, apart_from: str | None = None) -> Path:
         raise DataError(
             f"{path}: no directory {str(file.parent)!r} (looked from {str(Path.cwd())!r}); mend the path"
         )
+    if file.is_dir():
+        raise DataError(f"{path}: a directory; name the file in it, a tsv, csv, jsonl or parquet")
     beside = sorted(other.name for other in file.parent.iterdir() if other.is_file())
     raise DataError(
         f"{path}: no such file (looked from {str(Path.cwd())!r}); that directory has "

@@ -210,7 +210,8 @@ class DeployedNode:
     def _model(self) -> AdaptedModel:
         config = self.config
         torch.set_num_threads(config.threads)
-        model = load_model(config.model, config.task, config.lora, tuple(config.classes), config.seed)
+        classes, longest = tuple(config.classes), config.data.max_length
+        model = load_model(config.model, config.task, config.lora, classes, config.seed, max_length=longest)
         model.peft_model.to(_device(config.device))
         return model
 

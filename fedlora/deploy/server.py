@@ -158,7 +158,9 @@ def _centre(config: RunConfig) -> _Centre:
     corpus = load_corpus(config.data, config.task, config.seed)
     name, max_length = config.model.name, config.data.max_length
     test = reader_of(name=name, max_length=max_length, task_cfg=config.task)(corpus.test)
-    model = load_model(config.model, config.task, config.lora, corpus.classes, config.seed)
+    model = load_model(
+        config.model, config.task, config.lora, corpus.classes, config.seed, max_length=max_length
+    )
 
     def score(adapters: Adapters) -> dict[str, Any]:
         model.load(adapters)

@@ -9,7 +9,7 @@ from fedlora.errors import ConfigError, LedgerError
 from fedlora.privacy.accountants import epsilon
 from fedlora.privacy.budget import Budget
 from fedlora.privacy.ledger import read_ledger
-from fedlora.privacy.ledger_format import Contents
+from fedlora.privacy.ledger_format import RESTORE, Contents
 from fedlora.runs.evidence import Account, account_of, accounts, noise_source, unaccounted
 from fedlora.runs.rundir import load_roster, run_config
 from fedlora.runs.summary import known_clients
@@ -52,6 +52,9 @@ def kind_of(path: Path, delta: float | None) -> str:
     kind = "run" if path.is_dir() else "node" if path.suffix in (".yaml", ".yml") else "ledger"
     if delta is not None and kind != "ledger":
         raise ConfigError(f"{path} has its own target_delta; leave --delta out, or name one ledger with it")
+    if kind == "ledger" and not path.read_bytes().startswith(b"{"):
+        named = "name a run directory, a node.yaml or a ledger"
+        raise LedgerError(f"{path}: no ledger begins so; {named}; or, if this is one: {RESTORE}")
     return kind
 
 

@@ -26,6 +26,7 @@ from fedlora.runtime.seats import model_holders, side_by_side
 from fedlora.runtime.sites import sites
 from fedlora.training.look import Look, look
 from fedlora.training.places import local, require_askable
+from fedlora.training.positions import require_positions
 
 BACKWARD_COST = 2.5
 """A training step costs about this many forward passes: one forward, and a backward without weight gradients."""
@@ -91,6 +92,8 @@ def outline(config: RunConfig) -> Preview:
     """
     require_likely_gpu(config.runtime)
     seen = _seen(config.model.name)
+    if seen is not None:
+        require_positions(seen.architecture, seen.shapes, config.data.max_length)
     sizes = _sizes(config, seen)
     processes = model_holders(config.runtime, os.cpu_count() or 1)
     trained, sent, received = (0, 0, 0) if seen is None else _numbers(config, seen, sizes)

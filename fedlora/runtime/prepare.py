@@ -135,7 +135,10 @@ def prepare(config: RunConfig, listener: Listener, shared: Shared | None = None)
     names = [member.client for member in clients.members]
     world = None if config.world is None else build_world(config.world, names, config.seed)
     listener(Stage(name=f"loading {config.model.name}"))
-    model = load_model(config.model, config.task, config.lora, clients.classes, config.seed)
+    longest = config.data.max_length
+    model = load_model(
+        config.model, config.task, config.lora, clients.classes, config.seed, max_length=longest
+    )
     return Prepared(
         config=config,
         origin=origin(config, run_name(config)),

@@ -22,6 +22,7 @@ from fedlora.training.checkpoints import load_base, quiet
 from fedlora.training.examples import intake_of
 from fedlora.training.from_adapter import read_adapter, require_sites, take_saved
 from fedlora.training.model import ADAPTER, LORA_A, LORA_B, AdaptedModel, transformer_of
+from fedlora.training.positions import require_positions
 from fedlora.training.public import make_identity_pooler
 from fedlora.training.rows_seen import require_row_a_record
 from fedlora.training.same_input import same_inputs
@@ -47,17 +48,19 @@ def load_model(
     classes: tuple[str, ...],
     seed: int,
     *,
+    max_length: int | None = None,
     any_rank: bool = False,
 ) -> AdaptedModel:
     """The base model with B = 0 and, for a classifier, its head: zero where trained, random by seed where
     frozen; or as the adapter that `lora.from_adapter` names carries it.
 
-    Equal arguments give equal weights in every process; torch's global generator is left as it was. any_rank: also one
-    that exceeds a side of a site, as an export may need it; nothing can be trained with it.
+    Equal arguments give equal weights in every process; torch's global generator is left as it was. max_length: of the
+    texts that it will be given. any_rank: also one that exceeds a side of a site, as an export may need it; nothing can
+    be trained with it.
 
     Raises:
-        ModelError: the model is not there, or has no such modules, or `lora.r` exceeds one of them, or one is not given
-            a row a record, or this machine lacks the kernels.
+        ModelError: the model is not there, or has places for fewer tokens, or has no such modules, or `lora.r` exceeds
+            one of them, or one is not given a row a record, or this machine lacks the kernels.
         ConfigError: `lora.from_adapter` names no adapter, or one that these layers, ranks or classes cannot hold.
     """
     given = None if lora_cfg.from_adapter is None else read_adapter(lora_cfg.from_adapter)
@@ -65,6 +68,7 @@ def load_model(
     with torch.random.fork_rng(devices=[]):  # transformers and PEFT draw new layers from the global generator
         torch.manual_seed(seed_for(seed, "head"))
         model, new = load_base(model_cfg, task_cfg, classes)
+        require_positions(type(model).__name__, {n: p.shape for n, p in model.named_parameters()}, max_length)
         intake = intake_of(model_cfg.name, task_cfg, model)
         if isinstance(task_cfg, schema.Classification) and task_cfg.pooler == "identity":
             new = (*new, *make_identity_pooler(model, load_tokenizer(model_cfg.name)))

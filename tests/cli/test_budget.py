@@ -50,6 +50,16 @@ def test_a_lone_ledger_tells_participations_epsilon_its_delta_and_that_the_chain
     assert (row["epsilon"], row["delta"]) == (epsilon([EVENT] * 3, 1e-7), 1e-7)
 
 
+def test_what_is_no_ledger_is_not_taken_for_a_lost_one(tmp_path, capsys):
+    path = tmp_path / "notes.txt"
+    path.write_text("Milk, bread.\n")
+    for words in (["budget", str(path)], ["budget", "verify", str(path)]):
+        assert main(words) == 3
+        told = capsys.readouterr().err
+        assert "no ledger begins so; name a run directory" in told and "if this is one: what this" in told
+        assert "Milk" not in told
+
+
 def test_a_node_tells_what_is_left_of_its_own_budget(node, ledger, capsys):
     (row,) = json.loads(told(capsys, node, "--format", "json"))
     assert (row["participations"], row["max_participations"], row["verified"]) == (3, 20, True)

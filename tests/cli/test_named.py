@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from fedlora.cli.app import main
-from fedlora.cli.run_dir import config_named, run_dir_named, scorable
+from fedlora.cli.run_dir import config_named, kept_in, run_dir_named, scorable
 from fedlora.config.load import dump_config, load_config
 from fedlora.config.schema import RunConfig
 from fedlora.errors import ConfigError
@@ -52,9 +52,15 @@ def test_a_directory_of_init_stands_for_its_config(home, capsys):
     assert "NOT PRIVATE" in capsys.readouterr().out
 
 
+def test_a_check_refuses_an_output_that_is_a_file(home, tmp_path, capsys):
+    (tmp_path / "taken").write_text("")
+    told = refused(capsys, "check", home, "--set", f"output={tmp_path / 'taken' / 'run'}")
+    assert "taken is no directory, so no run can be kept in" in told
+
+
 def test_the_directory_and_its_config_stand_for_the_run_that_was_kept(home, begun, capsys):
     assert run_dir_named(home) == run_dir_named(home / "run.yaml") == run_dir_named(begun) == begun
-    assert scorable(home) == begun
+    assert scorable(home) == kept_in(home / "run.yaml") == begun
     for named in (home, home / "run.yaml", begun):
         assert main(["status", str(named)]) == 0
         assert capsys.readouterr().out.startswith(f"{begun}\n")

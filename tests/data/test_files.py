@@ -125,6 +125,7 @@ def test_a_missing_file_names_its_neighbours(tmp_path):
     write(tmp_path / "train.tsv")
     assert "did you mean 'train.tsv'?" in message(tmp_path / "trian.tsv")
     assert "no directory" in message(tmp_path / "nowhere" / "train.tsv")
+    assert message(tmp_path).endswith("a directory; name the file in it, a tsv, csv, jsonl or parquet")
 
 
 def test_a_training_label_that_the_test_data_lack_names_file_line_and_label_and_makes_no_class(tmp_path):

@@ -128,6 +128,15 @@ def words(caught: pytest.ExceptionInfo[ModelError]) -> str:
     return said.replace("'bert.", "'").replace("'classifier', ", "")
 
 
+def test_a_text_longer_than_the_model_has_places_is_refused_by_the_check_and_by_the_run(tiny_config):
+    assert outline(tiny_config(data__max_length=64)).clients
+    for tell in (outline, lambda config: preview(config, lambda event: None)):
+        with pytest.raises(
+            ModelError, match=r"data\.max_length: 65 tokens, .* places for 64; write 64 or less"
+        ):
+            tell(tiny_config(data__max_length=65))
+
+
 def test_no_embedding_is_offered_in_place_of_an_unknown_layer(tiny_config):
     with pytest.raises(ModelError, match=r"; it has 'dense', 'key', 'query', 'value', or write all-linear$"):
         outline(tiny_config(lora__target_modules=["nowhere"]))
