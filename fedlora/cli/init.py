@@ -3,11 +3,14 @@
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from fedlora.errors import ConfigError
+
+if TYPE_CHECKING:
+    from fedlora.data.look import SplitFile
 
 
 def add_to(app: typer.Typer) -> None:
@@ -57,8 +60,9 @@ def init(
     target = directory / ("node.yaml" if node else "run.yaml")
     if target.exists():
         raise _exists(target)
+    taken = ""
     if own is not None:
-        written = _own_files(target, own, model=model, text=text or (), label=label)
+        written, taken = _own_files(target, own, model=model, text=text or (), label=label)
     else:
         written = {target: NODE_YAML if node else run_yaml(directory.resolve().name)}
     try:
@@ -74,6 +78,7 @@ def init(
         raise ConfigError(f"{target} cannot be written ({error.strerror}); name another directory") from None
     print(f"{target} written; look at it, then: fedlora {'check' if node else 'simulate'} {target}")
     if own is not None:
+        print(taken)
         test = target.with_name("test.csv")
         print(
             f"NOT PROTECTED: {test}, a tenth of your records, is scored in the open; replace it if they are private"
@@ -90,8 +95,9 @@ def _exists(path: Path) -> ConfigError:
 
 def _own_files(
     target: Path, own: Path, *, model: str | None, text: Sequence[str], label: str | None
-) -> dict[Path, str]:
-    """run.yaml and the two parts of the file, by path; run.yaml last, since it makes them a whole."""
+) -> tuple[dict[Path, str], str]:
+    """run.yaml and the two parts of the file, by path; run.yaml last, since it makes them a whole. And what of the file
+    is learnt from."""
     from fedlora.config.own_template import Own, own_yaml
     from fedlora.data.look import csv_text, look_through
     from fedlora.training.look import look
@@ -110,8 +116,17 @@ def _own_files(
         targets=("query", "value") if seen is None else seen.attention(),
         identity=seen.pooled if seen is not None else name.startswith("sentence-transformers/"),
     )
-    return {
+    written = {
         config.train: csv_text(found.header, found.train),
         config.test: csv_text(found.header, found.test),
         target: own_yaml(config),
     }
+    return written, _taken(found)
+
+
+def _taken(found: "SplitFile") -> str:
+    """Which columns are learnt from, and which are not."""
+    used = {key: [names] if isinstance(names, str) else list(names) for key, names in found.columns.items()}
+    words = ", ".join(f"{key} {' and '.join(map(repr, names))}" for key, names in used.items())
+    others = [repr(name) for name in found.header if not any(name in names for names in used.values())]
+    return f"learnt from: {words}" + (f"; not from {', '.join(others)}" if others else "")

@@ -105,7 +105,9 @@ def test_the_two_parts_hold_every_row_once_and_no_text_in_both(reviews, tmp_path
     for name in ("train.csv", "test.csv"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
     assert "NOT protected" in (tmp_path / "a" / "run.yaml").read_text()
-    assert f"NOT PROTECTED: {tmp_path / 'a' / 'test.csv'}" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert f"NOT PROTECTED: {tmp_path / 'a' / 'test.csv'}" in told
+    assert "learnt from: text 'body', label 'topic'; not from 'id', 'site'\n" in told
 
 
 def test_a_column_that_says_whose_a_record_is_makes_clients_of_its_values(reviews, tmp_path, capsys):
