@@ -37,9 +37,12 @@ def rough_noise(config: RunConfig, privacy: Privacy, records: int) -> float:
     rate = min(1.0, config.federation.batch_size / records)
     steps = privacy.max_participations * config.federation.local_steps
 
-    told = privacy.evaluation_noise  # without sampling, as `spent_on_mean` says, which would load torch
-    times = privacy.max_participations
-    beside = [] if told is None else [DpEvent(noise_multiplier=told, sample_rate=1.0, steps=times)]
+    beside = _beside(privacy)
+    if (others := rough_epsilon(beside, privacy.target_delta, privacy.accountant)) >= privacy.target_epsilon:
+        raise PrivacyError(
+            f"privacy.evaluation_noise {privacy.evaluation_noise}: the scores of {privacy.max_participations} "
+            f"participations cost epsilon {others:.4g}, all of target_epsilon {privacy.target_epsilon}; raise one"
+        )
 
     def within(sigma: float) -> bool:
         events = [DpEvent(noise_multiplier=sigma, sample_rate=rate, steps=steps), *beside]
@@ -60,11 +63,21 @@ def rough_noise(config: RunConfig, privacy: Privacy, records: int) -> float:
     while high > 1.01 * low:
         middle = math.sqrt(low * high)
         low, high = (low, middle) if within(middle) else (middle, high)
-    return _rounded_up(high)
+    return _rounded_up(max(high, NOISE[0]))
+
+
+def _beside(privacy: Privacy) -> list[DpEvent]:
+    """Scores that are told with noise: without sampling, as `spent_on_mean` says, which would load torch."""
+    if privacy.evaluation_noise is None:
+        return []
+    told = min(max(privacy.evaluation_noise, NOISE[0] / 10), NOISE[1])
+    return [DpEvent(noise_multiplier=told, sample_rate=1.0, steps=privacy.max_participations)]
 
 
 def rough_epsilon(events: Sequence[DpEvent], delta: float, accountant: str) -> float:
     """As pld tells it, which is near prv; as rdp does where that is asked for, which is larger."""
+    if not events:
+        return 0.0
     if accountant == "rdp":
         from fedlora.privacy.accountants import whole_order_epsilon
 
@@ -111,7 +124,8 @@ def _summed(found: Sequence[_Steps], delta: float) -> tuple[NDArray[Any], NDArra
         own = float(chance @ loss)
         mean += steps * own
         spread += steps * float(chance @ (loss - own) ** 2)
-        furthest = max(furthest, float(np.ptp(loss[chance > delta / (1e6 * steps)])))
+        # Three great losses may meet where there are so many steps; more of them are part of the spread.
+        furthest = max(furthest, min(steps, 3) * float(np.ptp(loss[chance > delta / (1e6 * steps)])))
     width = 2 * (WIDTH * math.sqrt(spread) + furthest)
     transform = np.ones(POINTS // 2 + 1, dtype=np.complex128)
     for loss, chance, steps in found:

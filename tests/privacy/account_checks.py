@@ -7,6 +7,7 @@ from typing import Any
 import dp_accounting
 import numpy as np
 from dp_accounting.pld import PLDAccountant, privacy_loss_distribution
+from dp_accounting.pld.privacy_loss_mechanism import AdjacencyType, GaussianPrivacyLoss
 from scipy.optimize import brentq
 from scipy.stats import norm
 
@@ -86,6 +87,12 @@ def a_sampled_step_loses_what_the_library_says(accountants: ModuleType, calibrat
             assert (mine.size, mine._lower_loss) == (right.size, right._lower_loss)
             assert np.abs(mine._probs - right._probs).max() < 4e-15 / grid, (sigma, rate, direction)
             assert abs(mine._infinity_mass - right._infinity_mass) < 1e-15
+    deltas = accountants.sampled_losses.__globals__["_deltas"]
+    for sigma, rate, step in ((1.0, 0.0064, 2e-4), (0.14, 7e-4, 2e-3), (20.0, 0.9, 1e-5), (0.2, 1e-9, 2e-4)):
+        for direction in AdjacencyType.REMOVE, AdjacencyType.ADD:
+            loss = GaussianPrivacyLoss(sigma, sampling_prob=rate, adjacency_type=direction)
+            losses = np.arange(-2000, 2000) * step
+            assert np.abs(deltas(losses, loss, sigma) - loss.get_delta_for_epsilon(losses)).max() < 2e-14
 
 
 def rounds_compose_like_one_run(accountants: ModuleType, calibration: ModuleType) -> None:

@@ -40,6 +40,8 @@ MUTATIONS = (
     Mutation("pld: outcomes from the other neighbour's", "sampled_losses", "(-0.5 if removed else 0.5)",
              "(0.5 if removed else -0.5)", LOSSES),
     Mutation("pld: outcomes in other units", "sampled_losses", "whole * sigma**2", "whole * sigma", LOSSES),
+    Mutation("pld: outcomes a little off", "sampled_losses", "whole = sign * asked", "whole = 1.0001 * sign * asked",
+             LOSSES),
     Mutation("pld: outcomes mirrored", "sampled_losses", "- sign * whole", "+ sign * whole", LOSSES),
     Mutation("pld: outcomes counted without their losses", "sampled_losses",
              "- np.exp(asked + loss", "- np.exp(loss", LOSSES),

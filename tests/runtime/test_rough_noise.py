@@ -17,6 +17,8 @@ RUNS = {
     "one step of half of them": [(0.5, 0.5, 1)],
     "strong noise": [(23.0, 16 / 300, 50)],
     "many steps": [(64.0, 0.05, 100_000)],
+    "few steps, hardly any noise": [(0.082, 0.00195, 10)],
+    "three": [(0.06, 0.005, 3)],
     "scores told beside": [(40.0, 1.0, 3), (0.8, 0.1, 6)],
 }
 
@@ -48,6 +50,22 @@ def test_noise_is_that_of_the_run_rounded_up(tiny_config, target, records):
 
 
 def test_what_no_noise_can_keep_is_told_with_its_mend(tiny_config):
-    config = given(tiny_config, privacy__target_epsilon=0.05, privacy__evaluation_noise=1.0)
-    with pytest.raises(PrivacyError, match=r"no noise keeps privacy\.target_epsilon 0\.05 over 30 steps"):
+    config = given(tiny_config, privacy__target_epsilon=1e-6)
+    with pytest.raises(PrivacyError, match=r"no noise keeps privacy\.target_epsilon 1e-06 over 30 steps"):
         rough_noise(config, config.privacy, 300)
+
+
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+@pytest.mark.parametrize("noise", [1e-200, 1e-6, 0.1, 1.0])
+def test_scores_that_cost_more_than_all_are_named(tiny_config, noise):
+    config = given(tiny_config, privacy__target_epsilon=3.0, privacy__evaluation_noise=noise)
+    with pytest.raises(
+        PrivacyError, match=r"privacy\.evaluation_noise .*: the scores of 3 participations cost"
+    ):
+        rough_noise(config, config.privacy, 300)
+
+
+def test_scores_that_say_nothing_cost_nothing(tiny_config):
+    config = given(tiny_config)
+    silent = given(tiny_config, privacy__evaluation_noise=1e300)
+    assert rough_noise(silent, silent.privacy, 300) == rough_noise(config, config.privacy, 300)
