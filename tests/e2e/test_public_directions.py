@@ -68,8 +68,9 @@ def test_a_file_that_is_missing_unread_or_of_other_labels_is_named(tiny_config, 
         tiny_config(method={"name": "fedsb", "left": "gradients"}, lora__trains="core")
     with pytest.raises(ConfigError, match=r"data\.public: .*alone would read"):
         tiny_config(data__public=str(public))
-    for wrong in (str(public) + "x", str(public.parent)):
-        with pytest.raises(DataError, match=r"no such file|a directory; name the file in it"):
+    mistaken = {f"{public}x": "no such file", str(public.parent): "a directory; name the file in it"}
+    for wrong, says in mistaken.items():
+        with pytest.raises(DataError, match=says):
             outline(tiny_config(lora__init="gradients", data__public=wrong))
     private = tiny_config().data.train
     with pytest.raises(ConfigError, match=r"data\.public: .* is data\.train itself"):
