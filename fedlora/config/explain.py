@@ -112,20 +112,13 @@ def _mend_leaf(value: Any, annotation: Any) -> str:
 
 
 def _mend_key(key: str, names: list[str], siblings: dict[str, Any]) -> str:
-    if near := difflib.get_close_matches(key, names, n=1, cutoff=0.8):
-        return _instead(near[0], siblings)
     missing = [name for name in names if name not in siblings]
-    if near := difflib.get_close_matches(key, missing, n=1, cutoff=0.5):
-        return _instead(near[0], siblings)
-    if near := difflib.get_close_matches(key, names, n=1, cutoff=0.6):
-        return _instead(near[0], siblings)
+    for meant, cutoff in ((names, 0.8), (missing, 0.5), (names, 0.6)):
+        if near := difflib.get_close_matches(key, meant, n=1, cutoff=cutoff):
+            if near[0] in siblings:
+                return f"did you mean {near[0]}? that is set already: change it there, and remove this"
+            return f"write {near[0]}"
     return f"remove it; keys here are {', '.join(names)}"
-
-
-def _instead(name: str, siblings: dict[str, Any]) -> str:
-    if name in siblings:
-        return f"did you mean {name}? that is set already: change it there, and remove this"
-    return f"write {name}"
 
 
 def _nearest_of(value: Any, words: list[str]) -> str:
