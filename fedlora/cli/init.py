@@ -60,11 +60,10 @@ def init(
     target = directory / ("node.yaml" if node else "run.yaml")
     if target.exists():
         raise _exists(target)
-    taken = ""
     if own is not None:
-        written, taken = _own_files(target, own, model=model, text=text or (), label=label)
+        written, notes = _own_files(target, own, model=model, text=text or (), label=label)
     else:
-        written = {target: NODE_YAML if node else run_yaml(directory.resolve().name)}
+        written, notes = {target: NODE_YAML if node else run_yaml(directory.resolve().name)}, []
     try:
         directory.mkdir(parents=True, exist_ok=True)
         for path, words in written.items():
@@ -77,12 +76,8 @@ def init(
     except OSError as error:
         raise ConfigError(f"{target} cannot be written ({error.strerror}); name another directory") from None
     print(f"{target} written; look at it, then: fedlora {'check' if node else 'simulate'} {target}")
-    if own is not None:
-        print(taken)
-        test = target.with_name("test.csv")
-        print(
-            f"NOT PROTECTED: {test}, a tenth of your records, is scored in the open; replace it if they are private"
-        )
+    for note in notes:
+        print(note)
 
 
 def _for_the_owner(path: str, flags: int) -> int:
@@ -95,9 +90,8 @@ def _exists(path: Path) -> ConfigError:
 
 def _own_files(
     target: Path, own: Path, *, model: str | None, text: Sequence[str], label: str | None
-) -> tuple[dict[Path, str], str]:
-    """run.yaml and the two parts of the file, by path; run.yaml last, since it makes them a whole. And what of the file
-    is learnt from."""
+) -> tuple[dict[Path, str], list[str]]:
+    """run.yaml and the two parts of the file, by path; run.yaml last, since it makes them a whole. And what to say."""
     from fedlora.config.own_template import Own, own_yaml
     from fedlora.data.look import csv_text, look_through
     from fedlora.training.look import look
@@ -121,7 +115,10 @@ def _own_files(
         config.test: csv_text(found.header, found.test),
         target: own_yaml(config),
     }
-    return written, _taken(found)
+    unprotected = (
+        f"{config.test}, a tenth of your records, is scored in the open; replace it if they are private"
+    )
+    return written, [_taken(found), f"NOT PROTECTED: {unprotected}"]
 
 
 def _taken(found: "SplitFile") -> str:
