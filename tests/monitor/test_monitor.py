@@ -300,7 +300,7 @@ def test_followers_beyond_the_limit_are_told_so_and_a_place_comes_free(run):
 def test_the_place_of_one_who_reads_nothing_comes_free_with_the_age_of_its_connection(run):
     for number in range(3, 60):
         add(run, number, rejected={f"site-{one}": "x" * 1000 for one in range(50)})
-    limits = Limits(streams=1, poll_s=0.05, connection_age_s=0.5, connection_grace_s=0.5)
+    limits = Limits(streams=1, poll_s=0.05, connection_age_s=4, connection_grace_s=0.5)
     with monitored(run, port=0, limits=limits) as bound, channel(bound) as slow:
         call = events(slow)(EventsRequest(), timeout=60)
         assert next(call).round == 0  # and no more
