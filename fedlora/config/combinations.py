@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from fedlora.config.schema import Lora, Model, Optimizer, RunConfig
 
 MOST_STEPS = 1_000_000
-"""Of one client: composing so many takes an accountant about a quarter of a minute, and then ever more."""
+"""Of one client: composing so many takes an accountant some ten seconds each time, and then ever more."""
 
 
 def conflicts(config: "RunConfig") -> list[str]:

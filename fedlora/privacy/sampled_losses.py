@@ -1,7 +1,7 @@
 """The law of what a Gaussian step on a Poisson sample may lose.
 
 dp-accounting defines it, bounds it and makes a distribution of it, but finds the outcomes that belong to losses one by
-one, in Python, which is nine tenths of its time. Here all are found at once, by the same formula.
+one, in Python, which is most of its time. Here all are found at once, by the same formula.
 """
 
 import math

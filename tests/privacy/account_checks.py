@@ -88,11 +88,19 @@ def a_sampled_step_loses_what_the_library_says(accountants: ModuleType, calibrat
             assert np.abs(mine._probs - right._probs).max() < 4e-15 / grid, (sigma, rate, direction)
             assert abs(mine._infinity_mass - right._infinity_mass) < 1e-15
     deltas = accountants.sampled_losses.__globals__["_deltas"]
-    for sigma, rate, step in ((1.0, 0.0064, 2e-4), (0.14, 7e-4, 2e-3), (20.0, 0.9, 1e-5), (0.2, 1e-9, 2e-4)):
+    for sigma, rate, step in (
+        (1.0, 0.0064, 2e-4),
+        (0.14, 7e-4, 2e-3),
+        (20.0, 0.9, 1e-5),
+        (0.2, 1e-9, 2e-4),
+        (100.0, 0.9, 3e-4),
+    ):
         for direction in AdjacencyType.REMOVE, AdjacencyType.ADD:
             loss = GaussianPrivacyLoss(sigma, sampling_prob=rate, adjacency_type=direction)
             losses = np.arange(-2000, 2000) * step
-            assert np.abs(deltas(losses, loss, sigma) - loss.get_delta_for_epsilon(losses)).max() < 2e-14
+            found = deltas(losses, loss, sigma)
+            assert found.min() >= 0 and found.max() <= 1
+            assert np.abs(found - loss.get_delta_for_epsilon(losses)).max() < 2e-14
 
 
 def rounds_compose_like_one_run(accountants: ModuleType, calibration: ModuleType) -> None:
