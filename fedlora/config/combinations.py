@@ -113,13 +113,17 @@ def _cohort(config: "RunConfig") -> Iterator[str]:
 
 
 def _steps(config: "RunConfig") -> Iterator[str]:
-    if config.privacy == "none":
-        return
-    steps, times = config.federation.local_steps, config.privacy.max_participations
+    if config.privacy != "none":
+        steps, times = config.federation.local_steps, config.privacy.max_participations
+        yield from step_conflicts(steps, times, "federation.local_steps", "privacy.max_participations")
+
+
+def step_conflicts(steps: int, times: int, key: str, times_key: str) -> Iterator[str]:
+    """Of so many steps in each of so many participations, by the keys that say them."""
     if steps * times > MOST_STEPS:
         yield (
-            f"federation.local_steps: {steps} steps in each of {times} participations; no budget is computed for more "
-            f"than {MOST_STEPS:,} steps of one client; lower it, or privacy.max_participations"
+            f"{key}: {steps} steps in each of {times} participations; no budget is computed for more than "
+            f"{MOST_STEPS:,} steps of one client; lower it, or {times_key}"
         )
 
 

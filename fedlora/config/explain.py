@@ -16,6 +16,8 @@ from fedlora.config.yaml_text import Path
 
 _SHOWN = 60
 """Characters of a wrong value that an error repeats."""
+_SYNONYMS = {"rank": "r", "learning_rate": "lr", "clip": "max_grad_norm", "epochs": "local_steps"}
+"""Names that other tools give to our keys, where no letters tell."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,11 +115,13 @@ def _mend_leaf(value: Any, annotation: Any) -> str:
 
 def _mend_key(key: str, names: list[str], siblings: dict[str, Any]) -> str:
     missing = [name for name in names if name not in siblings]
+    near = [name for name in names if name == _SYNONYMS.get(key)]
     for meant, cutoff in ((names, 0.8), (missing, 0.5), (names, 0.6)):
-        if near := difflib.get_close_matches(key, meant, n=1, cutoff=cutoff):
-            if near[0] in siblings:
-                return f"did you mean {near[0]}? that is set already: change it there, and remove this"
-            return f"write {near[0]}"
+        near = near or difflib.get_close_matches(key, meant, n=1, cutoff=cutoff)
+    if near and near[0] in siblings:
+        return f"did you mean {near[0]}? that is set already: change it there, and remove this"
+    if near:
+        return f"write {near[0]}"
     return f"remove it; keys here are {', '.join(names)}"
 
 

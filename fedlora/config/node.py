@@ -7,7 +7,13 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from fedlora.config.columns import RecordColumns, column_conflicts
-from fedlora.config.combinations import lora_conflicts, model_conflicts, optimizer_conflicts, rank_conflicts
+from fedlora.config.combinations import (
+    lora_conflicts,
+    model_conflicts,
+    optimizer_conflicts,
+    rank_conflicts,
+    step_conflicts,
+)
 from fedlora.config.data import Docstrings
 from fedlora.config.schema import Lora, Model, Optimizer
 from fedlora.config.section import Section
@@ -138,8 +144,19 @@ class NodeConfig(Section):
         own = {} if self.rank is None else {self.client: self.rank}
         of_rank = rank_conflicts(own, self.lora, self.work.optimizer, "rank") if own else ()
         of_b = _own_b_conflicts(self.work, self.lora)
+        times = self.budget.max_participations
+        of_steps = step_conflicts(
+            self.work.local_steps, times, "work.local_steps", "budget.max_participations"
+        )
         of_data = column_conflicts(self.data, self.task)
-        of_parts = [*model_conflicts(self.model), *lora_conflicts(self.lora), *of_work, *of_rank, *of_b]
+        of_parts = [
+            *model_conflicts(self.model),
+            *lora_conflicts(self.lora),
+            *of_work,
+            *of_rank,
+            *of_b,
+            *of_steps,
+        ]
         if wrong := [*of_data, *of_parts]:
             raise ValueError("\n".join(wrong))
         return self

@@ -223,6 +223,8 @@ def test_files_that_cannot_be_read_are_told(tmp_path):
         ),
         ("federation.rouns=3", "federation.rouns: unknown key; did you mean rounds? that is set already"),
         ("rounds=3", "rounds: unknown key; write federation.rounds"),
+        ("lora.rank=3", "lora.rank: unknown key; did you mean r? that is set already"),
+        ("federation.optimizer.learning_rate=3", "optimizer.learning_rate: unknown key; did you mean lr?"),
         ("federation.lr=3", "unknown key; write federation.optimizer.lr or federation.server.lr"),
         ("name=x", "name: unknown key; remove it; keys here are seed, model"),
         ("privacy.target_epsilon=[", "not readable as YAML"),
@@ -458,6 +460,14 @@ def test_no_more_steps_than_can_be_accounted_for_are_taken(tmp_path):
     ):
         load_config(path, [*most, "privacy.max_participations=11"])
     assert load_config(path, [*most, "privacy=none"]).federation.local_steps == 100_000
+
+    node = written(tmp_path, NODE_YAML)
+    most = ["work.local_steps=100000", "budget.max_participations=10"]
+    assert load_node(node, most).work.local_steps == 100_000
+    with pytest.raises(
+        ConfigError, match=r"work\.local_steps: 100000 steps .*; lower it, or budget\.max_part"
+    ):
+        load_node(node, [*most, "budget.max_participations=11"])
 
 
 def test_rows_of_b_have_steps_of_their_own_only_where_b_is_trained(tmp_path):
