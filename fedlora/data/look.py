@@ -48,13 +48,7 @@ def look_through(path: str, *, text: Sequence[str], label: str | None, causal: b
         DataError: it cannot be read, is too short, or no column looks like what is wanted.
     """
     names = column_names(path)
-    if by_semicolons(names):
-        raise DataError(f"{path}: {SEMICOLONS}")
-    for wanted in (*text, label):
-        if wanted is not None and wanted not in names:
-            raise DataError(
-                f"{path}: no column {wanted!r}; it has {shown(names)}{_pair(wanted, names) or nearest(wanted, names)}"
-            )
+    _require_columns(path, names, [name for name in (*text, label) if name is not None])
     table = load_table(path, names)
     columns = {name: _words(column) for name, column in table.columns.items()}
     count = len(next(iter(columns.values()), ()))
@@ -62,6 +56,11 @@ def look_through(path: str, *, text: Sequence[str], label: str | None, causal: b
         rows = f"{count or 'no'} row{'' if count == 1 else 's'}"
         raise DataError(
             f"{path}: {rows}; a private run needs hundreds for each owner, this at least {FEWEST_ROWS}"
+        )
+    if label is not None and (different := len(set(columns[label]))) > count // 2:
+        raise DataError(
+            f"{path}: {different} different values of {label!r} in {count} rows are no classes; name the column of "
+            "labels: --label COLUMN"
         )
     kept = _completions(names) if causal and not text else {}
     if not kept:
@@ -109,6 +108,16 @@ def _split(
                 chosen.add(text)
                 known.add(label)
     return [row for row in rows if row[0] not in chosen], [row for row in rows if row[0] in chosen]
+
+
+def _require_columns(path: str, names: Sequence[str], wanted: Sequence[str]) -> None:
+    if by_semicolons(names):
+        raise DataError(f"{path}: {SEMICOLONS}")
+    for one in wanted:
+        if one not in names:
+            raise DataError(
+                f"{path}: no column {one!r}; it has {shown(names)}{_pair(one, names) or nearest(one, names)}"
+            )
 
 
 def _pair(wanted: str, names: Sequence[str]) -> str:

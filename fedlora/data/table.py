@@ -72,5 +72,5 @@ def quoted(value: object) -> str:
 
 def nearest(name: str, names: Sequence[str]) -> str:
     """`; did you mean ...?`, or nothing where no name is near."""
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
     return f"; did you mean {close[0]!r}?" if close else ""

@@ -171,6 +171,8 @@ def test_a_file_that_cannot_be_guessed_says_what_to_name(tmp_path, text, says):
 def test_options_that_name_no_column_or_no_file_are_refused(reviews, tmp_path, capsys):
     for words, says in (
         (["--data", str(reviews), "--text", "bodi"], "no column 'bodi'"),
+        (["--data", str(reviews), "--text", "nocolumn"], "'site'\n"),  # and no guess
+        (["--data", str(reviews), "--label", "body"], "different values of 'body'"),
         (["--data", str(reviews), "--text", "body,site"], "write --text body --text site"),
         (
             ["--data", str(reviews), *["--text", "body"] * 2],
