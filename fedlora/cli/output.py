@@ -101,6 +101,7 @@ def summary_text(summary: Mapping[str, Any], run_dir: Path) -> str:
     rows = [
         ("method", METHODS.get(summary["method"], str(summary["method"]))),
         (f"test {metric}", f"{before} before, {after} after"),
+        *_nothing_learnt(metric, summary),
         *(_personal(metric, summary) if summary.get("personal") else []),
         ("privacy", headline(summary)),
         *(_terms(summary) if summary["private"] else []),
@@ -110,6 +111,17 @@ def summary_text(summary: Mapping[str, Any], run_dir: Path) -> str:
         ("report", str(run_dir / "report.html")),
     ]
     return pairs(rows)
+
+
+def _nothing_learnt(metric: str, summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What to try next where the score is no better than before."""
+    from fedlora.export.words import learnt_nothing
+
+    if not learnt_nothing(metric, summary["score_before"], summary["score"]):
+        return []
+    noise = "more records for each owner, fewer rounds or a higher epsilon leave less noise; "
+    rates = "try learning rates on public data of the kind (fedlora sweep)"
+    return [("learnt", f"nothing that shows: {noise if summary['private'] else ''}{rates}")]
 
 
 def _personal(metric: str, summary: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -11,7 +11,7 @@ from typing import Any
 from fedlora.compare.arms import Arm
 from fedlora.compare.candidates import arms_of, chosen, control_of, references
 from fedlora.compare.cells import Cell, Source, cells_of
-from fedlora.compare.comparison import HIGH_IS_GOOD, comparison
+from fedlora.compare.comparison import comparison
 from fedlora.compare.finish import Tell, Where, finish, incomplete, summary_of
 from fedlora.compare.table import markdown
 from fedlora.compare.tuning import (
@@ -28,7 +28,7 @@ from fedlora.config.schema import RunConfig
 from fedlora.disk import make_directory, write_durably
 from fedlora.errors import ConfigError, IncompleteError
 from fedlora.export.intervals import Series, interval_chart, standalone
-from fedlora.export.words import score
+from fedlora.export.words import HIGH_IS_GOOD, score
 from fedlora.runs.rundir import STATES, finished_summary, locked
 
 

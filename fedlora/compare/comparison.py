@@ -7,10 +7,10 @@ from fedlora.compare.arms import Arm
 from fedlora.compare.cells import Cell, Setting
 from fedlora.compare.statistics import CONFIDENCE, Estimate, estimate, paired
 from fedlora.compare.tuning import Choices
+from fedlora.export.words import HIGH_IS_GOOD
 
 Finished: TypeAlias = Sequence[tuple[Cell, Mapping[str, Any]]]
 """Cells with their summary.json."""
-HIGH_IS_GOOD = {"accuracy": True, "perplexity": False}
 
 
 def comparison(

@@ -9,12 +9,12 @@ from typing import Any
 
 from fedlora.compare.arms import Arm
 from fedlora.compare.cells import Cell, Source, cells_of
-from fedlora.compare.comparison import HIGH_IS_GOOD
 from fedlora.compare.finish import Tell, Where, finish
 from fedlora.compare.grid import Axis, Setting, axes_of, checked, settings_of
 from fedlora.compare.statistics import CONFIDENCE, estimate
 from fedlora.compare.sweep_page import csv_text, html_page
 from fedlora.disk import make_directory, write_durably
+from fedlora.export.words import HIGH_IS_GOOD
 from fedlora.runs.rundir import STATES, finished_summary, locked
 
 

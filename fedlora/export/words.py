@@ -2,6 +2,9 @@
 
 import math
 
+HIGH_IS_GOOD = {"accuracy": True, "perplexity": False}
+"""What is better of each metric."""
+
 
 def epsilon(value: float | None) -> str:
     """Rounded up to three decimals, or digits if it is small: never less than what was spent. A dash for nothing."""
@@ -23,6 +26,13 @@ def score(metric: str, value: float | None) -> str:
     if value is None:
         return "-"
     return f"{100 * value:.1f} %" if metric == "accuracy" else f"{value:.4g}"
+
+
+def learnt_nothing(metric: str, before: float | None, after: float | None) -> bool:
+    """Whether the score is no better than before."""
+    if before is None or after is None:
+        return False
+    return after <= before if HIGH_IS_GOOD.get(metric, True) else after >= before
 
 
 def duration(seconds: float) -> str:

@@ -131,6 +131,27 @@ def test_the_final_table_says_unit_replace_one_noise_and_tuning(summary, not_pri
     assert "replace-one" not in summary_text(not_private, tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("metric", "before", "after", "learnt"),
+    [
+        ("accuracy", 0.25, 0.25, False),
+        ("accuracy", 0.25, 0.26, True),
+        ("perplexity", 9.0, 9.0, False),
+        ("perplexity", 9.0, 8.9, True),
+        ("accuracy", None, 0.3, True),
+    ],
+)
+def test_the_final_table_says_what_to_try_where_nothing_was_learnt(
+    summary, not_private, tmp_path, metric, before, after, learnt
+):
+    scores = {"metric": metric, "score_before": before, "score": after}
+    told = summary_text({**summary, **scores}, tmp_path)
+    assert ("nothing that shows: more records for each owner" in told) is not learnt
+    assert (
+        "nothing that shows: try learning rates" in summary_text({**not_private, **scores}, tmp_path)
+    ) is not learnt
+
+
 def test_the_time_that_is_told_says_that_it_is_of_the_rounds(summary, rounds, tmp_path):
     told = {**summary, "seconds": 75.2}
     assert "1 min 15 s in rounds, without loading, calibrating and writing" in summary_text(told, tmp_path)
