@@ -176,18 +176,16 @@ def _pld_epsilon(events: tuple[DpEvent, ...], delta: float, adjacency: str, coar
 def _pld(
     event: DpEvent, relation: NeighboringRelation, grid: float
 ) -> privacy_loss_distribution.PrivacyLossDistribution:
+    if event.sample_rate < 1:
+        step = sampled_losses(event.noise_multiplier, event.sample_rate, grid, relation)
+        return step.self_compose(event.steps)
     # Without sampling, n Gaussians are one Gaussian of sigma / sqrt(n), exactly.
-    whole = event.sample_rate == 1
-    if relation is NeighboringRelation.ADD_OR_REMOVE_ONE and not whole:
-        return sampled_losses(event.noise_multiplier, event.sample_rate, grid).self_compose(event.steps)
-    single = privacy_loss_distribution.from_gaussian_mechanism(
-        standard_deviation=event.noise_multiplier / (math.sqrt(event.steps) if whole else 1.0),
-        sampling_prob=event.sample_rate,
+    return privacy_loss_distribution.from_gaussian_mechanism(
+        standard_deviation=event.noise_multiplier / math.sqrt(event.steps),
         pessimistic_estimate=True,
         value_discretization_interval=grid,
         neighboring_relation=relation,
     )
-    return single if whole else single.self_compose(event.steps)
 
 
 def _grid(events: tuple[DpEvent, ...], sensitivity: float) -> float:

@@ -6,6 +6,7 @@ from typing import Any
 
 import dp_accounting
 import numpy as np
+from dp_accounting import NeighboringRelation
 from dp_accounting.pld import PLDAccountant, privacy_loss_distribution
 from dp_accounting.pld.privacy_loss_mechanism import AdjacencyType, GaussianPrivacyLoss
 from scipy.optimize import brentq
@@ -62,6 +63,8 @@ def without_sampling_it_is_the_analytic_gaussian(accountants: ModuleType, calibr
     for sigma, steps in ((1.5, 1), (10.0, 25)):
         wanted = gaussian_epsilon(sigma / math.sqrt(steps), 1e-5)
         assert wanted - 1e-9 <= accountants.epsilon([event(sigma, 1.0, steps)], 1e-5) <= wanted + 1e-3
+        twice = accountants.epsilon([event(2 * sigma, 1.0, steps)], 1e-5, "pld", "replace-one")
+        assert wanted - 1e-9 <= twice <= wanted + 1e-3
 
 
 def both_directions_are_bounded(accountants: ModuleType, calibration: ModuleType) -> None:
@@ -74,19 +77,27 @@ def both_directions_are_bounded(accountants: ModuleType, calibration: ModuleType
         assert accountants.epsilon([event(sigma, rate, steps)], 1e-5) >= truth
 
 
+WAYS = {
+    NeighboringRelation.ADD_OR_REMOVE_ONE: (AdjacencyType.REMOVE, AdjacencyType.ADD),
+    NeighboringRelation.REPLACE_ONE: (AdjacencyType.REPLACE,),
+}
+
+
 def a_sampled_step_loses_what_the_library_says(accountants: ModuleType, calibration: ModuleType) -> None:
     """Each way by itself; the library finds one outcome at a time."""
     for sigma, rate in ((1.0, 0.0064), (0.5, 0.04), (0.14, 7e-4), (3.0, 0.5), (20.0, 0.9), (100.0, 1e-5)):
-        grid = accountants._grid((event(sigma, rate, 100),), sensitivity=1.0)
-        ours = accountants.sampled_losses(sigma, rate, grid)
-        theirs = privacy_loss_distribution.from_gaussian_mechanism(
-            sigma, sampling_prob=rate, value_discretization_interval=grid
-        )
-        for direction in ("_pmf_remove", "_pmf_add"):
-            mine, right = (vars(found)[direction].to_dense_pmf() for found in (ours, theirs))
-            assert (mine.size, mine._lower_loss) == (right.size, right._lower_loss)
-            assert np.abs(mine._probs - right._probs).max() < 4e-15 / grid, (sigma, rate, direction)
-            assert abs(mine._infinity_mass - right._infinity_mass) < 1e-15
+        for relation, directions in WAYS.items():
+            grid = accountants._grid((event(sigma, rate, 100),), sensitivity=len(directions))
+            ours = accountants.sampled_losses(sigma, rate, grid, relation)
+            theirs = privacy_loss_distribution.from_gaussian_mechanism(
+                sigma, sampling_prob=rate, value_discretization_interval=grid, neighboring_relation=relation
+            )
+            assert ours._symmetric is theirs._symmetric
+            for direction in ("_pmf_remove", "_pmf_add"):
+                mine, right = (vars(found)[direction].to_dense_pmf() for found in (ours, theirs))
+                assert (mine.size, mine._lower_loss) == (right.size, right._lower_loss)
+                assert np.abs(mine._probs - right._probs).max() < 4e-15 / grid, (sigma, rate, direction)
+                assert abs(mine._infinity_mass - right._infinity_mass) < 1e-15
     deltas = accountants.sampled_losses.__globals__["_deltas"]
     for sigma, rate, step in (
         (1.0, 0.0064, 2e-4),
@@ -95,7 +106,7 @@ def a_sampled_step_loses_what_the_library_says(accountants: ModuleType, calibrat
         (0.2, 1e-9, 2e-4),
         (100.0, 0.9, 3e-4),
     ):
-        for direction in AdjacencyType.REMOVE, AdjacencyType.ADD:
+        for direction in AdjacencyType:
             loss = GaussianPrivacyLoss(sigma, sampling_prob=rate, adjacency_type=direction)
             losses = np.arange(-2000, 2000) * step
             found = deltas(losses, loss, sigma)
