@@ -49,6 +49,7 @@ def interrupted(config_file: Path, directory: Path) -> None:
         sweep(Sweep(source=Source(path=config_file), grids=[GRID], seeds=1, where=where), tell)
 
 
+@pytest.mark.slow  # Ray starts twice; a comparison does the same
 def test_a_sweep_that_is_interrupted_goes_on_and_ends_as_one_that_is_left_alone(
     config_file, tmp_path, capsys, workers
 ):

@@ -86,6 +86,7 @@ def test_a_private_core_sends_its_numbers_only_and_exports_a_plain_adapter(tiny_
     assert (written["r"], written["peft_type"]) == (2, "LORA")
 
 
+@pytest.mark.slow  # Ray starts
 def test_cores_end_in_one_state_in_every_runtime_with_memory_and_late_replies(tiny_config, tmp_path):
     changes = {**CORE, "method": {**CORE["method"], "stale": {"beta": 0.5}}}
     local, first = ran(tiny_config(**changes), tmp_path / "local")

@@ -86,6 +86,7 @@ def test_the_servers_b_is_the_mean_of_what_clients_keep_and_a_run_costs_what_fed
     assert f"{100 * summary['personal_mean']:.1f} % in the mean of 3" in summary_text(summary, run_dir)
 
 
+@pytest.mark.slow  # Ray starts
 def test_ray_ends_in_the_state_and_the_bs_of_the_local_reference(tiny_config, tmp_path):
     simulate(tiny_config(**FEDSA), tmp_path / "local", quiet)
     ray = {"kind": "ray", "workers": 2, "clients_together": 2}

@@ -26,6 +26,7 @@ def rounds_of(run_dir):
     return [json.loads(line) for line in (run_dir / "rounds.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow  # Ray starts
 def test_unequal_ranks_end_in_one_state_in_every_runtime_and_cost_what_equal_ones_cost(
     tiny_config, tmp_path, caplog
 ):
