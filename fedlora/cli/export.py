@@ -96,11 +96,12 @@ def _exported(
 ) -> str | None:
     """The directory holds the export; what options a server is to be started with, if one was named."""
     from fedlora.export.peft_directory import as_peft, write_adapter
-    from fedlora.runs.rundir import adapters_of, run_config
+    from fedlora.runs.rundir import run_config
     from fedlora.runs.summary import summary_so_far
+    from fedlora.runs.trained import trained_adapters
 
     summary, config = summary_so_far(run_dir), run_config(run_dir)
-    adapters, classes = adapters_of(run_dir)
+    adapters, classes = trained_adapters(run_dir)
     if client is not None:
         from fedlora.runs.own_b import own_adapters
 

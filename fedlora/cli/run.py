@@ -156,14 +156,9 @@ def _to_the_end(run_dir: Path, work: "Callable[[Listener], Path]", form: Format)
     from fedlora.cli.progress import watching
     from fedlora.export.deliver import deliver
     from fedlora.federation.events import Stage
-    from fedlora.runs.rundir import (
-        adapters_of,
-        finished_summary,
-        require_simulation,
-        run_config,
-        run_rounds,
-    )
+    from fedlora.runs.rundir import finished_summary, require_simulation, run_config, run_rounds
     from fedlora.runs.summary import summary_so_far
+    from fedlora.runs.trained import trained_adapters
 
     require_simulation(run_dir)
     was_finished = finished_summary(run_dir) is not None
@@ -176,7 +171,7 @@ def _to_the_end(run_dir: Path, work: "Callable[[Listener], Path]", form: Format)
                 config=run_config(run_dir),
                 summary=summary,
                 rounds=run_rounds(run_dir),
-                trained=lambda: adapters_of(run_dir),
+                trained=lambda: trained_adapters(run_dir),
                 say=lambda words: listener(Stage(name=words)),
             )
     except KeyboardInterrupt:

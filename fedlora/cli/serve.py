@@ -178,15 +178,16 @@ def _deliver(run_dir: Path, config: "RunConfig") -> None:
     if (run_dir / "adapter").exists() and (run_dir / "report.html").exists():
         return
     from fedlora.export.deliver import deliver
-    from fedlora.runs.rundir import adapters_of, run_rounds
+    from fedlora.runs.rundir import run_rounds
     from fedlora.runs.summary import summary_so_far
+    from fedlora.runs.trained import trained_adapters
 
     deliver(
         run_dir,
         config=config,
         summary=summary_so_far(run_dir),
         rounds=run_rounds(run_dir),
-        trained=lambda: adapters_of(run_dir),
+        trained=lambda: trained_adapters(run_dir),
         say=logging.getLogger("fedlora").info,
     )
 
@@ -194,7 +195,8 @@ def _deliver(run_dir: Path, config: "RunConfig") -> None:
 def _checked(config: "RunConfig") -> Path:
     """The run's directory, which holds no other run; the config is one that can be served."""
     from fedlora.config.combinations import require_servable
-    from fedlora.config.load import load_config, require_same
+    from fedlora.config.load import require_same
+    from fedlora.runs.rundir import load_roster, run_config
 
     require_servable(config)
     if len(config.tracking) > 1:  # what is imported for it takes a second
@@ -202,11 +204,10 @@ def _checked(config: "RunConfig") -> Path:
 
         require_trackers(config.tracking)
     run_dir = Path(config.output)
-    held = run_dir / "config.yaml"
-    if held.exists():
-        if not (run_dir / "roster.json").exists():
+    if (run_dir / "config.yaml").exists():
+        if load_roster(run_dir) is None:
             raise ConfigError(f"output: {run_dir} holds a simulation; choose another output")
-        require_same(load_config(held, []), config, run_dir)
+        require_same(run_config(run_dir), config, run_dir)
     return run_dir
 
 

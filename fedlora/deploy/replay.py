@@ -11,7 +11,8 @@ from fedlora.federation.store import Store, state_digest
 from fedlora.methods import build
 from fedlora.runs.beginning import first_state, origin
 from fedlora.runs.forgetting import forgotten
-from fedlora.runs.rundir import SPENT, adapters_of, load_roster, run_config
+from fedlora.runs.rundir import SPENT, load_roster, run_config
+from fedlora.runs.trained import trained_adapters
 from fedlora.training.load import load_model
 from fedlora.values import Reply, ServerState, TrainRequest
 
@@ -31,7 +32,7 @@ def replay(run_dir: Path) -> Iterator[tuple[int, str]]:
             f"{run_dir}: the updates of {gone} are erased, so its rounds cannot be played again; "
             "replay another run"
         )
-    _, classes = adapters_of(run_dir)
+    _, classes = trained_adapters(run_dir)
     model = load_model(config.model, config.task, config.lora, classes, config.seed)
     method = build(config.method, config.lora, config.seed)
     last, _ = Store(run_dir).load()

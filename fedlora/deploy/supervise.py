@@ -236,7 +236,7 @@ class Supervisor:
             self.worker.end(signal.SIGTERM)
 
     def _is_finished(self) -> bool:
-        # Its being there is enough, since it is written durably; to read it would take rundir, which imports torch.
+        # Its being there is enough, since it is written durably.
         return (self.run_dir / "summary.json").exists() and not self.worker.is_at_work()
 
     def _count_rounds(self) -> int:

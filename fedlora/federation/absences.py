@@ -6,6 +6,8 @@ from fedlora.config.schema import Federation
 from fedlora.errors import FedLoraError, IncompleteError, PrivacyError
 from fedlora.values import RefusalReason, RoundReport
 
+MISSED = "missed.json"
+"""In the run directory: the last such round."""
 SHOWN = 5
 """Names behind one reason; a round may ask thousands."""
 _BACK = "resume the run when clients are back"

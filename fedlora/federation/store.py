@@ -24,6 +24,7 @@ from torch import Tensor
 from fedlora.algebra.digest import adapters_of, digest, named_tensors, under
 from fedlora.disk import append_durably, fsync, whole_lines, write_durably
 from fedlora.errors import ConfigError, GuardError, IncompleteError
+from fedlora.federation.absences import MISSED
 from fedlora.federation.absorb import Absorbed, forget
 from fedlora.federation.memory import StaleMemory
 from fedlora.federation.record import Kept
@@ -32,7 +33,6 @@ from fedlora.values import FRAME, Delta, Gauges, Own, Recurrence, RoundPlan, Rou
 log = logging.getLogger(__name__)
 
 FORMAT = 1
-MISSED = "missed.json"
 KEPT_CHECKPOINTS = 2
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from fedlora.errors import FedLoraError, IncompleteError
-from fedlora.federation.store import MISSED
+from fedlora.federation.absences import MISSED
 from fedlora.runs.rundir import SPENT, run_rounds
 from fedlora.runs.summary import run_status
 

@@ -1,4 +1,4 @@
-"""What lies in a run directory, read without starting anything."""
+"""What lies in a run directory, read without starting anything, and without torch."""
 
 import fcntl
 import json
@@ -13,9 +13,9 @@ from fedlora.config.load import load_config
 from fedlora.config.schema import RunConfig
 from fedlora.disk import whole_lines, write_durably
 from fedlora.errors import ConfigError
-from fedlora.federation.store import MISSED, Store
+from fedlora.federation.absences import MISSED
 from fedlora.runs.partition_picture import PARTITION
-from fedlora.values import Adapters, Member
+from fedlora.values import Member
 
 SPENT = "spent.jsonl"
 """What nodes said they spent, in a server's run."""
@@ -187,18 +187,6 @@ def newest_round(run_dir: Path, lines: list[dict[str, Any]]) -> dict[str, Any] |
     missed = _words(path, "round", "remove it") if path.exists() else None
     newest = missed if missed is not None and missed["round"] > lines[-1]["round"] else lines[-1]
     return {name: newest[name] for name in NEWEST} if newest["round"] else None
-
-
-def adapters_of(run_dir: Path) -> tuple[Adapters, tuple[str, ...]]:
-    """The newest adapters and the class names of a run."""
-    run_config(run_dir)
-    state, _ = Store(run_dir).load()
-    path = run_dir / "classes.json"
-    try:
-        classes = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"{path} is damaged ({_first(error)}); restore it") from None
-    return state.adapters, tuple(classes)
 
 
 def run_diagnostics(run_dir: Path) -> dict[str, Any] | None:

@@ -8,7 +8,8 @@ from fedlora.config.located import flat
 from fedlora.config.schema import RunConfig
 from fedlora.errors import ConfigError
 from fedlora.federation.events import Listener
-from fedlora.runs.rundir import adapters_of, run_config
+from fedlora.runs.rundir import run_config
+from fedlora.runs.trained import trained_adapters
 from fedlora.runtime.prepare import Prepared, prepare
 from fedlora.training.tasks import evaluate
 
@@ -25,7 +26,7 @@ def load_run(path: Path, prepared: Prepared) -> None:
         ConfigError: the run trained another model, or tells other classes apart, than the config says.
     """
     _require_same(path, run_config(path), prepared.config)
-    adapters, classes = adapters_of(path)
+    adapters, classes = trained_adapters(path)
     if classes != prepared.clients.classes:
         theirs, ours = list(classes), list(prepared.clients.classes)
         raise ConfigError(f"{path} tells {theirs} apart, the data {ours}; use the same labels")

@@ -26,8 +26,8 @@ from fedlora.export.peft_directory import as_peft, load_adapter, peft_lora, rank
 from fedlora.export.vllm import require_servable_by_vllm
 from fedlora.methods import build
 from fedlora.runs.beginning import first_state
-from fedlora.runs.rundir import adapters_of
 from fedlora.runs.summary import summary_so_far
+from fedlora.runs.trained import trained_adapters
 from fedlora.runtime.simulate import simulate
 from fedlora.training.load import load_model
 
@@ -100,7 +100,7 @@ def causal(tiny_config, tmp_path) -> Callable[..., RunConfig]:
 
 
 def exported(config: RunConfig, run_dir: Path, to: Path, **how: bool):
-    adapters, classes = adapters_of(run_dir)
+    adapters, classes = trained_adapters(run_dir)
     summary = summary_so_far(run_dir)
     write_adapter(to, config=config, adapters=adapters, classes=classes, summary=summary, **how)
     return adapters
@@ -189,8 +189,8 @@ def test_rounded_weights_and_recomputed_layers_train_a_language_model(causal, de
     base = simulate(causal(decoders["llama"]), tmp_path / "base", quiet)
     recomputed = causal(decoders["llama"], model__gradient_checkpointing=True)
     again = simulate(recomputed, tmp_path / "again", quiet)
-    for site, factors in adapters_of(base)[0].sites.items():
-        torch.testing.assert_close(adapters_of(again)[0].sites[site].b, factors.b, rtol=1e-4, atol=1e-5)
+    for site, factors in trained_adapters(base)[0].sites.items():
+        torch.testing.assert_close(trained_adapters(again)[0].sites[site].b, factors.b, rtol=1e-4, atol=1e-5)
     for bits in ("int8", "nf4"):
         config = causal(decoders["llama"], model__quantization=bits)
         run_dir = simulate(config, tmp_path / bits, quiet)

@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 
 from fedlora.cli.app import main
 from fedlora.config.load import dump_config
-from fedlora.runs.rundir import adapters_of, run_rounds, run_samples
+from fedlora.runs.rundir import run_rounds, run_samples
+from fedlora.runs.trained import trained_adapters
 
 COLOURS = ["red", "blue", "green", "pink"]
 SAID = ["apple", "sky", "leaf", "rose"]
@@ -80,7 +81,7 @@ def test_instructions_are_learned_in_private_and_the_run_shows_what_the_model_sa
     assert rounds[-1]["epsilon_max"] <= 8.0
     samples = run_samples(run_dir)
     assert len(samples) == 3
-    _, b = next(iter(adapters_of(run_dir)[0].sites.items()))
+    _, b = next(iter(trained_adapters(run_dir)[0].sites.items()))
     assert b.b.any()
     report = (run_dir / "report.html").read_text()
     assert "What the model says" in report and "After training" in report

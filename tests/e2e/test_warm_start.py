@@ -18,8 +18,8 @@ from fedlora.export.card import model_card
 from fedlora.export.peft_directory import write_adapter
 from fedlora.methods import build
 from fedlora.runs.beginning import first_state
-from fedlora.runs.rundir import adapters_of
 from fedlora.runs.summary import summary_so_far
+from fedlora.runs.trained import trained_adapters
 from fedlora.runtime.simulate import resume, simulate
 from fedlora.training.checkpoints import base_digest
 from fedlora.training.load import load_model
@@ -135,7 +135,7 @@ def test_a_core_holds_the_product_between_frames_of_its_own(tiny_config, tiny_en
 
 def test_what_one_run_leaves_another_begins_with_and_both_say_so(tiny_config, tmp_path):
     first = simulate(tiny_config(), tmp_path / "first", quiet)
-    before, (trained, classes) = summary_so_far(first), adapters_of(first)
+    before, (trained, classes) = summary_so_far(first), trained_adapters(first)
     write_adapter(first / "adapter", config=tiny_config(), adapters=trained, classes=classes, summary=before)
     config = tiny_config(federation__rounds=1, lora__from_adapter=str(first / "adapter"))
     second = simulate(config, tmp_path / "second", quiet)

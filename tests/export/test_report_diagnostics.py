@@ -17,7 +17,8 @@ from fedlora.export.grids import size_chart
 from fedlora.export.report import report_html
 from fedlora.export.report_adapter import site_labels
 from fedlora.export.report_signal import signal_by_client
-from fedlora.runs.rundir import adapters_of, run_diagnostics
+from fedlora.runs.rundir import run_diagnostics
+from fedlora.runs.trained import trained_adapters
 from fedlora.training.load import load_model
 from fedlora.training.public import frozen_weight
 from fedlora.values import Adapters, Factors
@@ -150,7 +151,7 @@ def delivered(run_dir, tiny_config, tmp_path):
 def test_a_delivered_run_was_measured_and_the_numbers_are_those_of_its_adapter(delivered, tiny_config):
     told = run_diagnostics(delivered)
     assert told is not None and told["directions"] == 2
-    (adapters, classes), config = adapters_of(delivered), tiny_config()
+    (adapters, classes), config = trained_adapters(delivered), tiny_config()
     model = load_model(config.model, config.task, config.lora, classes, config.seed)
     layers = model.layers()
     assert sorted(told["sites"]) == sorted(layers) and len(layers) == 4
@@ -187,7 +188,7 @@ def test_the_report_reads_what_was_measured_and_an_old_runs_has_no_such_section(
 
 def test_a_core_is_measured_as_the_product_it_stands_for(tiny_config, delivered, monkeypatch):
     """And weights beyond what is cheap are left alone: their sites have a spectrum only."""
-    (adapters, classes), config = adapters_of(delivered), tiny_config()
+    (adapters, classes), config = trained_adapters(delivered), tiny_config()
     cores = {}
     for site, factors in adapters.sites.items():
         left, core = torch.linalg.qr(factors.b)

@@ -5,9 +5,9 @@ import json
 import pytest
 
 from fedlora.errors import IncompleteError, PrivacyError
-from fedlora.federation.absences import SHOWN, by_reason
+from fedlora.federation.absences import MISSED, SHOWN, by_reason
 from fedlora.federation.loop import line_zero, rounds
-from fedlora.federation.store import MISSED, Store
+from fedlora.federation.store import Store
 from fedlora.values import Origin, Refusal, RefusalReason
 from tests.federation.answering import ones
 

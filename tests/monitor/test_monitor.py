@@ -28,7 +28,7 @@ from fedlora.config.load import dump_config
 from fedlora.config.schema import RunConfig
 from fedlora.disk import write_durably
 from fedlora.errors import ConfigError, FedLoraError, IncompleteError, LedgerError
-from fedlora.federation.store import MISSED
+from fedlora.federation.absences import MISSED
 from fedlora.monitor import metrics as monitor_metrics
 from fedlora.monitor import view as monitor_view
 from fedlora.monitor.address import MonitorAddress, monitor_address

@@ -223,6 +223,16 @@ def test_help_and_check_import_no_torch_and_check_prints_a_plan(tiny_config, tmp
     assert "noise, about" in done.stdout and "estimates from sizes and shapes" in done.stdout
 
 
+def test_whoever_only_reads_a_run_or_sees_to_its_process_imports_no_torch():
+    light = ("runs.rundir", "deploy.worker", "deploy.supervise", "monitor.client")
+    loaded = "; ".join(f"import fedlora.{name}" for name in light)
+    program = (
+        f"import sys\n{loaded}\nprint([name for name in ('torch', 'transformers') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
 def test_the_quick_plan_says_of_the_promise_what_the_exact_one_says(tiny_config):
     partition = {"kind": "iid", "clients": 4}
     config = tiny_config(

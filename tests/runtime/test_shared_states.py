@@ -12,7 +12,8 @@ from torch.testing import assert_close
 
 from fedlora.errors import ConfigError
 from fedlora.federation.events import Event
-from fedlora.runs.rundir import HOLDINGS, adapters_of
+from fedlora.runs.rundir import HOLDINGS
+from fedlora.runs.trained import trained_adapters
 from fedlora.runtime.host import Host
 from fedlora.runtime.prepare import Prepared, Shared, prepare
 from fedlora.runtime.simulate import simulate
@@ -40,7 +41,7 @@ def files(directory: Path) -> list[str]:
 
 def numbers(run_dir: Path) -> dict[str, torch.Tensor]:
     """All that was trained."""
-    adapters, _ = adapters_of(run_dir)
+    adapters, _ = trained_adapters(run_dir)
     return {**{site: factors.b for site, factors in adapters.sites.items()}, **adapters.head}
 
 
