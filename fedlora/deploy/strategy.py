@@ -201,7 +201,7 @@ class FedLoraStrategy(Strategy):
             self.origin.run,
             len(self.members),
             self.federation.cohort,
-            type(self.method).__name__,
+            self.method.name,
         )
 
     def _heard(self, planned: RoundPlan, messages: Iterable[Message]) -> list[Reply]:

@@ -119,6 +119,13 @@ def test_whatever_a_node_does_the_round_ends_and_the_report_says_who_was_absent(
     assert report.refused == dict.fromkeys(["site-1", "site-2", "site-3"], "failed")
 
 
+def test_the_summary_names_the_method(caplog):
+    caplog.set_level("INFO", logger="fedlora")
+    with plain([partial(honest, "site-0"), partial(honest, "site-1")]) as (_, strategy):
+        strategy.summary()
+    assert "run r: 2 members, cohort 2, ffa" in caplog.text
+
+
 def test_too_few_answers_end_the_run_with_the_state_of_the_round_before():
     with plain([breaks, breaks]) as (grid, strategy):
         before = state_digest(strategy.state)
