@@ -93,13 +93,14 @@ def first_rows(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def summary_text(summary: Mapping[str, Any], run_dir: Path) -> str:
     """The final table of a run."""
-    from fedlora.export.statement import METHODS, headline
+    from fedlora.config.method import title_of
+    from fedlora.export.statement import headline
     from fedlora.export.words import duration, score
 
     metric = str(summary["metric"])
     before, after = score(metric, summary["score_before"]), score(metric, summary["score"])
     rows = [
-        ("method", METHODS.get(summary["method"], str(summary["method"]))),
+        ("method", title_of(summary["method"])),
         (f"test {metric}", f"{before} before, {after} after"),
         *_nothing_learnt(metric, summary),
         *(_personal(metric, summary) if summary.get("personal") else []),

@@ -1,9 +1,10 @@
 """The methods of a run: which factors move, where, and how updates mix. One section a published method.
 
+title: what reports call it, as its paper writes it.
 trains: what `lora.trains` has to be.
 """
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, get_args
 
 from pydantic import Field
 
@@ -40,6 +41,7 @@ class FedSvd(Section):
     """FedSVD (arXiv 2505.12805): average B, then refactorise so that A has orthonormal rows."""
 
     name: Literal["fedsvd"]
+    title: ClassVar = "FedSVD"
     trains: ClassVar = "b"
     refactor_every: Annotated[int, Field(ge=1)] = 1
     """Rounds between two refactorisations."""
@@ -56,6 +58,7 @@ class Ffa(Section):
     """FFA-LoRA (arXiv 2403.12313): A stays as `lora.init` drew it, B is averaged."""
 
     name: Literal["ffa"]
+    title: ClassVar = "FFA-LoRA"
     trains: ClassVar = "b"
     stale: Stale = Stale(beta=0.0)
 
@@ -64,6 +67,7 @@ class FedSb(Section):
     """Fed-SB (arXiv 2502.15436): an r x r core between A and a left frame, both frozen, is averaged."""
 
     name: Literal["fedsb"]
+    title: ClassVar = "Fed-SB"
     trains: ClassVar = "core"
     left: Literal["orthonormal", "principal", "gradients"] = "principal"
     """The left frame: random orthonormal columns, or the first left singular vectors of the frozen weight, or of its
@@ -76,6 +80,7 @@ class SvFit(Section):
     are trained and averaged."""
 
     name: Literal["svfit"]
+    title: ClassVar = "SVFit"
     trains: ClassVar = "singular-values"
     stale: Stale = Stale(beta=0.0)
 
@@ -84,6 +89,7 @@ class FedAvg(Section):
     """Plain federated LoRA: A stays as PEFT draws it (Kaiming), B is averaged, nothing is refactorised."""
 
     name: Literal["fedavg"]
+    title: ClassVar = "FedAvg of LoRA B"
     trains: ClassVar = "b"
     stale: Stale = Stale(beta=0.0)
 
@@ -93,6 +99,7 @@ class FedAsk(Section):
     either side."""
 
     name: Literal["fedask"]
+    title: ClassVar = "FedASK"
     trains: ClassVar = "b"
     stale: Stale = Stale(beta=0.0)
 
@@ -101,6 +108,7 @@ class FedIt(Section):
     """FedIT (arXiv 2305.05644): A and B are trained, each is averaged by itself."""
 
     name: Literal["fedit"]
+    title: ClassVar = "FedIT"
     trains: ClassVar = "ab"
     stale: Stale = Stale(beta=0.0)
 
@@ -109,6 +117,7 @@ class FedSa(Section):
     """FedSA-LoRA (arXiv 2410.01463): A and B are trained, A is averaged, and each client goes on from its own B."""
 
     name: Literal["fedsa"]
+    title: ClassVar = "FedSA-LoRA"
     trains: ClassVar = "ab"
     stale: Stale = Stale(beta=0.0)
 
@@ -117,6 +126,7 @@ class FedEx(Section):
     """FedEx-LoRA (arXiv 2410.09432): FedIT, and the weight takes up what the product of the means lacks."""
 
     name: Literal["fedex"]
+    title: ClassVar = "FedEx-LoRA"
     trains: ClassVar = "ab"
     stale: Stale = Stale(beta=0.0)
 
@@ -125,6 +135,7 @@ class FLora(Section):
     """FLoRA (arXiv 2409.05976): the products are added to the weight, and A and B begin anew in each round."""
 
     name: Literal["flora"]
+    title: ClassVar = "FLoRA"
     trains: ClassVar = "ab"
     stale: Stale = Stale(beta=0.0)
 
@@ -133,6 +144,7 @@ class FlexLora(Section):
     """FlexLoRA (arXiv 2402.11505): the mean of the products, cut to rank r."""
 
     name: Literal["flexlora"]
+    title: ClassVar = "FlexLoRA"
     trains: ClassVar = "ab"
     stale: Stale = Stale(beta=0.0)
 
@@ -141,6 +153,7 @@ class Fair(Section):
     """LoRA-FAIR (arXiv 2411.14961): FedIT, and a correction of B that brings B A near the mean of the products."""
 
     name: Literal["lora-fair"]
+    title: ClassVar = "LoRA-FAIR"
     trains: ClassVar = "ab"
     penalty: Annotated[float, Field(gt=0)] = 0.01
     """On the squared length of the correction."""
@@ -151,6 +164,7 @@ class RoLora(Section):
     """RoLoRA (arXiv 2502.01755): B is trained and averaged in odd rounds, A in even ones."""
 
     name: Literal["rolora"]
+    title: ClassVar = "RoLoRA"
     trains: ClassVar = "ab"
     refactor: bool = False
     """After each round the side that the next one freezes is made orthonormal, and the other takes the singular
@@ -162,6 +176,7 @@ class Periodic(Section):
     """PeriodicLoRA (arXiv 2402.16141): B is averaged; now and then the weight takes up B A, and A is drawn anew."""
 
     name: Literal["periodic"]
+    title: ClassVar = "PeriodicLoRA"
     trains: ClassVar = "b"
     restart_every: Annotated[int, Field(ge=1)]
     """Rounds between two such restarts."""
@@ -172,6 +187,7 @@ class Switch(Section):
     """SwitchLoRA (arXiv 2406.06564): the same with the weakest rows of A alone."""
 
     name: Literal["switch"]
+    title: ClassVar = "SwitchLoRA"
     trains: ClassVar = "b"
     restart_every: Annotated[int, Field(ge=1)]
     """Rounds between two switches."""
@@ -198,3 +214,10 @@ Method = Annotated[
     | Switch,
     Field(discriminator="name"),
 ]
+
+
+def title_of(name: str) -> str:
+    """The title of the method that a config calls `name`; a name that no method has, as it is."""
+    sections = get_args(get_args(Method)[0])
+    titles = {get_args(section.model_fields["name"].annotation)[0]: section.title for section in sections}
+    return titles.get(name, name)

@@ -4,9 +4,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from fedlora.config.data import Files, HuggingFace
+from fedlora.config.method import title_of
 from fedlora.config.schema import RunConfig
 from fedlora.export.report_clients import CLIENT_HEADS, MOST_ROWS, client_rows, dearest
-from fedlora.export.statement import METHODS, Statement, began_text, privacy_statement
+from fedlora.export.statement import Statement, began_text, privacy_statement
 from fedlora.export.words import number, score
 
 PIPELINES = {"sequence-classification": "text-classification", "image-classification": "image-classification"}
@@ -122,7 +123,7 @@ def _usage_on_images(config: RunConfig, merged: bool) -> str:
 
 
 def _training(config: RunConfig, summary: Mapping[str, Any]) -> str:
-    metric, method = str(summary["metric"]), METHODS.get(summary["method"], summary["method"])
+    metric, method = str(summary["metric"]), title_of(summary["method"])
     rows = (
         ("Base model", _base(config)),
         (

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fedlora.config.load import dump_config
+from fedlora.config.method import title_of
 from fedlora.config.schema import RunConfig
 from fedlora.disk import write_durably
 from fedlora.errors import ConfigError
@@ -21,7 +22,7 @@ from fedlora.export.report_samples import what_it_says
 from fedlora.export.report_score import score_over_rounds
 from fedlora.export.report_signal import signal_by_client
 from fedlora.export.report_staleness import staleness_by_client
-from fedlora.export.statement import METHODS, NOT_PRIVATE, privacy_statement, reservation
+from fedlora.export.statement import NOT_PRIVATE, privacy_statement, reservation
 from fedlora.export.words import bytes_text, duration, epsilon, number, score
 from fedlora.privacy.noise import BY_THE_NODES
 
@@ -109,7 +110,7 @@ def _head(summary: Mapping[str, Any], config: RunConfig | None) -> str:
 
 
 def _method(summary: Mapping[str, Any]) -> str:
-    return METHODS.get(summary["method"], str(summary["method"]))
+    return title_of(summary["method"])
 
 
 def _rounds_of(summary: Mapping[str, Any], config: RunConfig) -> str:

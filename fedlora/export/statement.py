@@ -179,16 +179,6 @@ def _evaluation(evaluation: Mapping[str, Any] | None) -> str:
     )
 
 
-METHODS = {
-    "fedsvd": "FedSVD",
-    "ffa": "FFA-LoRA",
-    "fedsb": "Fed-SB",
-    "svfit": "SVFit",
-    "fedavg": "FedAvg of LoRA B",
-    "fedsa": "FedSA-LoRA",
-}
-"""Names as the papers write them."""
-
 _ACCOUNTANTS = {
     "pld": ("privacy loss distributions", "dp-accounting"),
     "prv": ("privacy random variables", "opacus"),

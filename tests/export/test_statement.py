@@ -1,8 +1,11 @@
 """The privacy statement says what the ledgers hold, in words that a person can follow, and nothing else."""
 
+from typing import get_args
+
 import pytest
 
 from fedlora.cli.output import summary_text
+from fedlora.config.method import Method, title_of
 from fedlora.export.card import model_card
 from fedlora.export.report import report_html
 from fedlora.export.statement import privacy_statement, tuning_text
@@ -167,3 +170,15 @@ def test_accuracy_that_clients_told_is_a_curve_with_its_caveat(summary, rounds):
     html = report_html(summary, told)
     assert "as told with noise" in html and "80.0 %" in html and "client-1 110.0 %" in html
     assert html.count('id="told-title"') == html.count('id="score-title"') == 1
+
+
+def test_card_report_and_table_name_every_method_by_its_title(summary, tiny_config, tmp_path):
+    sections = get_args(get_args(Method)[0])
+    assert len({vars(section)["title"] for section in sections}) == len(sections)
+    for section in sections:
+        (name,) = get_args(section.model_fields["name"].annotation)
+        assert title_of(name) == section.title != name
+        named = {**summary, "method": name}
+        for told in (model_card(tiny_config(), named), report_html(named, []), summary_text(named, tmp_path)):
+            assert section.title in told
+    assert title_of("of-a-later-version") == "of-a-later-version"
