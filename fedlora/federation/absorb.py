@@ -1,4 +1,4 @@
-"""The server's states: the first one, the next one after a round, and those around a change of the roster.
+"""The server's states: the first one, the next one after a round, and the one without a client that left.
 
 Pure: state in, state out. What the replies of a round amount to, `gather` says.
 """
@@ -45,7 +45,6 @@ def start(
     head: Mapping[str, Tensor],
     lora_cfg: schema.Lora,
     method: Method,
-    seed: int,
     dtype: torch.dtype,
     public: Mapping[Site, Public] | None = None,
     products: Mapping[Site, Factors] | None = None,
@@ -60,7 +59,6 @@ def start(
         head: starting values of a trained head; empty if there is none.
         lora_cfg: `r`, `rank_pattern` and `lora_alpha` are read.
         method: its subspace gives the first factors.
-        seed: of the run.
         dtype: of every tensor of the state.
         public: of each site, what the method's subspace looks at.
         products: of some sites, the B A to begin with, at this run's scale; of no higher rank than the site's.
@@ -75,7 +73,7 @@ def start(
                 f"lora.r {r} exceeds a side of {site!r}, {tuple(shapes[site])}; lower it to {min(shapes[site])} or less"
             )
     sites = {
-        site: method.subspace.first(site, shapes[site], r, seed, dtype, (public or {}).get(site))
+        site: method.subspace.first(site, shapes[site], r, dtype, (public or {}).get(site))
         for site, r in ranks.items()
     }
     for site, product in (products or {}).items():
@@ -159,11 +157,6 @@ def forget(
     if client not in state.remembered:
         return after  # no sum holds anything of it
     return replace(after, recurrence=Recurrence(), moments=())
-
-
-def admit(state: ServerState, weight: float) -> ServerState:
-    """The state once a new client holds a share of `weight`: other shares, and so the memory, shrink."""
-    return replace(state, memory=scale(state.memory, 1 - weight))
 
 
 def _in_new_frame(*, round: int, adapters: Adapters) -> ServerState:

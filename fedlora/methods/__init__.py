@@ -25,8 +25,8 @@ from fedlora.methods.switch import switch
 __all__ = ["Method", "build"]
 
 
-def build(method_cfg: config.Method, lora_cfg: Lora, seed: int = 0) -> Method:
-    """The method that the config names, ready for every round. seed: of what it draws later than the first A."""
+def build(method_cfg: config.Method, lora_cfg: Lora, seed: int) -> Method:
+    """The method that the config names, ready for every round. seed: of the run, for what its subspace draws."""
     method = _named(method_cfg, lora_cfg)
     return replace(method, subspace=replace(method.subspace, seed=seed))
 

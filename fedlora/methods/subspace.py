@@ -51,7 +51,7 @@ class Subspace:
         side; or to the side that the next round trains, so that the frozen one is orthonormal.
     restart_every: rounds after which the product goes into the rest and new directions are drawn; None: never.
     restart_rows: how many directions do, the weakest; None: all.
-    seed: of the new directions.
+    seed: of the run, for all that is drawn; `methods.build` sets it.
     """
 
     init: Init
@@ -70,7 +70,6 @@ class Subspace:
         site: Site,
         shape: tuple[int, int],
         r: int,
-        seed: int,
         dtype: torch.dtype,
         public: Public | None = None,
     ) -> Factors:
@@ -83,7 +82,6 @@ class Subspace:
             site: names the streams of the draws.
             shape: (d_out, d_in).
             r: rank, of A and of the left frame.
-            seed: of the run.
             dtype: of the result.
             public: what `init` and `left` look at.
 
@@ -92,10 +90,10 @@ class Subspace:
         """
         d_out, d_in = shape
         public = public or Public()
-        a = self._first_a(seed_for(seed, "first-a", site), (r, d_in), public)
+        a = self._first_a(seed_for(self.seed, "first-a", site), (r, d_in), public)
         if self.left is None:
             return Factors(a=a.to(dtype), b=torch.zeros(d_out, r, dtype=dtype))
-        left = self._left(seed_for(seed, "left", site), (r, d_out), public).T.contiguous().to(dtype)
+        left = self._left(seed_for(self.seed, "left", site), (r, d_out), public).T.contiguous().to(dtype)
         core = torch.zeros(1 if self.diagonal else r, r, dtype=dtype)
         return Factors(a=a.to(dtype), b=core, left=left)
 

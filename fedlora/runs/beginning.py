@@ -34,7 +34,6 @@ def first_state(config: RunConfig, model: AdaptedModel, method: Method) -> Serve
         head=model.head(),
         lora_cfg=config.lora,
         method=method,
-        seed=config.seed,
         dtype=next(iter(model.trained.values())).dtype,
         public=public_facts(config, model, method.subspace),
         products=None if given is None else read_adapter(given).at_scale(model.scale),

@@ -84,7 +84,7 @@ def test_what_a_node_leaves_behind_is_proved(node, capsys, tiny_config):
     config = load_node(node, ["reply_quantum_s=0", "evaluation_noise=30"])
     run = tiny_config()
     model = load_model(config.model, config.task, config.lora, tuple(config.classes), 0)
-    state = first_state(run, model, build(run.method, run.lora))
+    state = first_state(run, model, build(run.method, run.lora, run.seed))
     own = origin(run, "r")
     request = TrainRequest(
         run="r",

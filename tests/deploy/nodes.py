@@ -35,8 +35,7 @@ def first_request(config: NodeConfig) -> TrainRequest:
         model.shapes(),
         head=model.head(),
         lora_cfg=config.lora,
-        method=build(methods.get(config.lora.trains, Ffa(name="ffa")), config.lora),
-        seed=3,
+        method=build(methods.get(config.lora.trains, Ffa(name="ffa")), config.lora, 3),
         dtype=torch.float32,
     )
     return TrainRequest(

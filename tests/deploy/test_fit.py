@@ -33,7 +33,7 @@ def node(config, tmp_path) -> NodeConfig:
 def first_reply(run: RunConfig, node: NodeConfig) -> Reply:
     """What the node says to the first request of this run's server."""
     model = load_model(run.model, run.task, run.lora, tuple(node.classes), run.seed)
-    method = build(run.method, run.lora)
+    method = build(run.method, run.lora, run.seed)
     own, asked = origin(run, "r"), work(1, run.federation, method)
     state = first_state(run, model, method)
     request = TrainRequest(

@@ -66,7 +66,7 @@ def served(tmp_path, tiny_config, tiny_encoder, topic_files):
     (run_dir / "config.yaml").write_text(dump_config(config))
     (run_dir / "classes.json").write_text(json.dumps(CLASSES))
     model = load_model(config.model, config.task, config.lora, CLASSES, config.seed)
-    first = first_state(config, model, build(config.method, config.lora))
+    first = first_state(config, model, build(config.method, config.lora, config.seed))
 
     def live(hears: int | None = None) -> tuple[Sites, list[tuple[int, str]]]:
         store, sites, done = Store(run_dir), Sites(nodes, hears), []
@@ -75,7 +75,7 @@ def served(tmp_path, tiny_config, tiny_encoder, topic_files):
         try:
             for state, _ in rounds(
                 store.recover(), origin=origin(config, roster.run), seed=config.seed,
-                members=roster.members, method=build(config.method, config.lora),
+                members=roster.members, method=build(config.method, config.lora, config.seed),
                 federation=config.federation, cohort=Reported(sites, Journal(run_dir / SPENT), SOUNDNESS), store=store,
                 score=lambda adapters: {},
             ):  # fmt: skip

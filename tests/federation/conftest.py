@@ -1,10 +1,11 @@
 """A small federation without models: clients answer with whatever the test says."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 
+from fedlora.algebra.deltas import scale
 from fedlora.config import schema
 from fedlora.config.method import FedAvg, FedSvd, Ffa, Stale
 from fedlora.federation.absorb import Absorbed, absorb, start
@@ -40,11 +41,15 @@ class Lab:
     def method(self, name="fedsvd", beta=0.0, init="orthonormal", smoothing=0.9, **more) -> Method:
         kinds = {"fedsvd": FedSvd, "ffa": Ffa, "fedavg": FedAvg}
         stale = Stale(beta=beta, smoothing=smoothing)
-        return build(kinds[name](name=name, stale=stale, **more), self.lora(init))
+        return build(kinds[name](name=name, stale=stale, **more), self.lora(init), 7)
 
-    def start(self, method, dtype=torch.float64, seed=7) -> ServerState:
+    def start(self, method, dtype=torch.float64) -> ServerState:
         head = {"weight": torch.zeros(2, 4)}
-        return start(SHAPES, head=head, lora_cfg=self.lora(), method=method, seed=seed, dtype=dtype)
+        return start(SHAPES, head=head, lora_cfg=self.lora(), method=method, dtype=dtype)
+
+    def admit(self, state, weight) -> ServerState:
+        """The state once a new client holds a share of `weight`: other shares, and so the memory, shrink."""
+        return replace(state, memory=scale(state.memory, 1 - weight))
 
     def members(self, count, examples=10) -> list[Member]:
         return [Member(client=f"client-{index}", examples=examples * (index + 1)) for index in range(count)]

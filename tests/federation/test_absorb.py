@@ -49,9 +49,7 @@ def test_the_first_state_changes_nothing(lab):
 
 def test_a_rank_that_no_site_can_hold_is_a_config_error(lab):
     with pytest.raises(ConfigError, match=r"lora\.r 3 .*'small'.*\(7, 2\).*2"):
-        start(
-            {"small": (7, 2)}, head={}, lora_cfg=lab.lora(), method=lab.method(), seed=7, dtype=torch.float32
-        )
+        start({"small": (7, 2)}, head={}, lora_cfg=lab.lora(), method=lab.method(), dtype=torch.float32)
 
 
 @pytest.mark.parametrize("init", ["orthonormal", "kaiming"])

@@ -31,9 +31,9 @@ def frames():
 
 def begun(method, trains):
     lora = Lora(r=RANK, lora_alpha=RANK, target_modules=["query"], init="principal", trains=trains)
-    built = build(method, lora)
+    built = build(method, lora, 7)
     state = start(
-        SHAPES, head={"weight": torch.zeros(2, 4)}, lora_cfg=lora, method=built, seed=7, dtype=torch.float32,
+        SHAPES, head={"weight": torch.zeros(2, 4)}, lora_cfg=lora, method=built, dtype=torch.float32,
         public=frames(),
     )  # fmt: skip
     return built, state

@@ -30,7 +30,7 @@ def cost_of_a_round(lab, directory, count, weighting):
     federation = lab.federation(cohort=COHORT, rounds=ROUNDS, weighting=weighting)
     method = lab.method(beta=0.3)
     shapes = {"x": (6, 5)}
-    state = start(shapes, head={}, lora_cfg=lab.lora(), method=method, seed=7, dtype=torch.float32)
+    state = start(shapes, head={}, lora_cfg=lab.lora(), method=method, dtype=torch.float32)
     store = Store(directory)
     store.begin(state, line_zero({}))
     played = rounds(

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fedlora.federation.absorb import admit, forget
+from fedlora.federation.absorb import forget
 from fedlora.federation.plan import plan
 from fedlora.federation.remembered import Remembered
 from fedlora.values import Gauges, Member
@@ -78,7 +78,7 @@ class Federation:
             new = JOINS[round_]
             self.members[new] = Member(client=new, examples=25)
             if self.faithful_roster:
-                self.state = admit(self.state, self.weight(new))
+                self.state = self.lab.admit(self.state, self.weight(new))
 
     def round(self):
         self.change_roster(self.state.round + 1)
@@ -195,7 +195,7 @@ def test_forgetting_leaves_the_memory_as_if_the_client_had_never_been(lab):
         torch.testing.assert_close(left.memory.sites[site], others.state.memory.sites[site])
         assert torch.equal(left.adapters.sites[site].b, everyone.state.adapters.sites[site].b)
     assert left.remembered == others.state.remembered
-    back = admit(left, 1 / 3)
+    back = lab.admit(left, 1 / 3)
     planned = plan(back, lab.members(3), run="run", federation=federation, seed=7)
     again = lab.absorb(
         back,

@@ -31,7 +31,7 @@ def falling(lab, **changes):
 
 
 def method_of(lab, **stale):
-    return build(FedSvd(name="fedsvd", stale=Stale(**stale)), lab.lora("kaiming"))
+    return build(FedSvd(name="fedsvd", stale=Stale(**stale)), lab.lora("kaiming"), 7)
 
 
 def mifa(lab):

@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 from fedlora.algebra.deltas import add, scale
 from fedlora.algebra.mixing import RunningMix
-from fedlora.federation.absorb import admit, forget
+from fedlora.federation.absorb import forget
 from fedlora.federation.memory import StaleMemory
 from fedlora.federation.plan import weights
 from fedlora.values import FRAME, Member, RoundPlan
@@ -38,7 +38,7 @@ class Server:
     def step(self, what):
         if what == "join":
             self.members.append(Member(client=f"new-{next(self.names)}", examples=25))
-            self.state = admit(self.state, self.weight[self.members[-1].client])
+            self.state = self.lab.admit(self.state, self.weight[self.members[-1].client])
         elif what in ("leave", "forget") and len(self.members) > 1:
             self.gone(self.members[len(self.members) // 2].client, what)
         elif isinstance(what, list):

@@ -23,10 +23,10 @@ def lora(init="orthonormal"):
 def adapters(init="kaiming"):
     """Two sites after some training: B is not zero."""
     generator = torch.Generator().manual_seed(0)
-    subspace = Subspace(init=init, refactor_every=None)
+    subspace = Subspace(init=init, refactor_every=None, seed=7)
     sites = {
         site: Factors(
-            a=subspace.first(site, (9, 16), 4, 7, torch.float64).a,
+            a=subspace.first(site, (9, 16), 4, torch.float64).a,
             b=torch.randn(9, 4, generator=generator, dtype=torch.float64),
         )
         for site in ("x", "y")
@@ -38,9 +38,9 @@ def adapters(init="kaiming"):
 @pytest.mark.parametrize("init", ["orthonormal", "kaiming"])
 def test_a_method_is_what_its_paper_says(init, beta):
     stale = Stale(beta=beta)
-    svd = build(FedSvd(name="fedsvd", refactor_every=3, stale=stale), lora(init))
-    ffa = build(Ffa(name="ffa", stale=stale), lora(init))
-    avg = build(FedAvg(name="fedavg", stale=stale), lora(init))
+    svd = build(FedSvd(name="fedsvd", refactor_every=3, stale=stale), lora(init), 0)
+    ffa = build(Ffa(name="ffa", stale=stale), lora(init), 0)
+    avg = build(FedAvg(name="fedavg", stale=stale), lora(init), 0)
     assert [method.name for method in (svd, ffa, avg)] == ["fedsvd", "ffa", "fedavg"]
     assert {method.trains for method in (svd, ffa, avg)} == {"b"}
     assert {method.mixing for method in (svd, ffa, avg)} == {Mixing(beta=beta)}
@@ -50,26 +50,26 @@ def test_a_method_is_what_its_paper_says(init, beta):
 
 
 def test_fedavg_is_ffa_with_pefts_a():
-    avg = build(FedAvg(name="fedavg"), lora("orthonormal"))
-    ffa = build(Ffa(name="ffa"), lora("kaiming"))
+    avg = build(FedAvg(name="fedavg"), lora("orthonormal"), 0)
+    ffa = build(Ffa(name="ffa"), lora("kaiming"), 0)
     assert (avg.trains, avg.subspace, avg.mixing) == (ffa.trains, ffa.subspace, ffa.mixing)
 
 
 @pytest.mark.parametrize("init", ["orthonormal", "kaiming"])
 def test_the_first_a_depends_on_seed_and_site_alone(init):
-    subspace = Subspace(init=init, refactor_every=1)
-    first = subspace.first("x", (16, 16), 4, 7, torch.float64).a
+    subspace, other = (Subspace(init=init, refactor_every=1, seed=seed) for seed in (7, 8))
+    first = subspace.first("x", (16, 16), 4, torch.float64).a
     torch.rand(5)  # the ambient generator plays no part
-    assert torch.equal(subspace.first("x", (16, 16), 4, 7, torch.float64).a, first)
-    assert not torch.equal(subspace.first("y", (16, 16), 4, 7, torch.float64).a, first)
-    assert not torch.equal(subspace.first("x", (16, 16), 4, 8, torch.float64).a, first)
-    assert torch.equal(subspace.first("x", (16, 16), 4, 7, torch.float32).a, first.float())
+    assert torch.equal(subspace.first("x", (16, 16), 4, torch.float64).a, first)
+    assert not torch.equal(subspace.first("y", (16, 16), 4, torch.float64).a, first)
+    assert not torch.equal(other.first("x", (16, 16), 4, torch.float64).a, first)
+    assert torch.equal(subspace.first("x", (16, 16), 4, torch.float32).a, first.float())
 
 
 def test_the_first_a_has_the_law_it_is_named_after():
     n = 1024
     orthonormal, kaiming = (
-        Subspace(init=init, refactor_every=None).first("x", (n, n), 64, 1, torch.float64).a
+        Subspace(init=init, refactor_every=None, seed=1).first("x", (n, n), 64, torch.float64).a
         for init in ("orthonormal", "kaiming")
     )
     assert_close(orthonormal @ orthonormal.T, torch.eye(64, dtype=torch.float64))
@@ -83,7 +83,7 @@ def test_the_first_a_is_bounded_as_peft_draws_it():
     generator = torch.Generator().manual_seed(0)
     drawn = torch.empty(8, 100)
     torch.nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=generator)
-    ours = Subspace(init="kaiming", refactor_every=None).first("x", (100, 100), 8, 0, torch.float32).a
+    ours = Subspace(init="kaiming", refactor_every=None).first("x", (100, 100), 8, torch.float32).a
     assert_close(ours.std(), drawn.std(), rtol=0.1, atol=0)
     assert_close(ours.abs().max(), drawn.abs().max(), rtol=0.05, atol=0)
 
@@ -104,7 +104,7 @@ def test_public_rows_are_taken_as_they_are():
         ("gradients", known.gradient_rows),
     )
     for init, rows in chosen:
-        first = Subspace(init=init, refactor_every=None).first("x", (9, 16), 4, 0, torch.float64, known)
+        first = Subspace(init=init, refactor_every=None).first("x", (9, 16), 4, torch.float64, known)
         assert torch.equal(first.a, rows)
         assert torch.equal(first.b, torch.zeros(9, 4, dtype=torch.float64))
         assert first.left is None
@@ -113,38 +113,38 @@ def test_public_rows_are_taken_as_they_are():
 @pytest.mark.parametrize("init", ["centred", "principal", "activations", "gradients"])
 def test_what_is_not_known_of_a_site_is_an_error(init):
     with pytest.raises(ShapeError, match=r"lower lora\.r"):
-        Subspace(init=init, refactor_every=None).first("x", (9, 16), 4, 0, torch.float64)
+        Subspace(init=init, refactor_every=None).first("x", (9, 16), 4, torch.float64)
     with pytest.raises(ShapeError, match=r"lower lora\.r"):
-        Subspace(init=init, refactor_every=None).first("x", (9, 20), 4, 0, torch.float64, public(9, 16, 3))
+        Subspace(init=init, refactor_every=None).first("x", (9, 20), 4, torch.float64, public(9, 16, 3))
 
 
 @pytest.mark.parametrize("left", ["orthonormal", "principal", "gradients"])
 def test_a_core_begins_at_zero_between_two_orthonormal_frames(left):
     known = public(9, 16, 4)
-    subspace = Subspace(init="orthonormal", left=left, refactor_every=None)
-    first = subspace.first("x", (9, 16), 4, 7, torch.float64, known)
+    subspace = Subspace(init="orthonormal", left=left, refactor_every=None, seed=7)
+    first = subspace.first("x", (9, 16), 4, torch.float64, known)
     assert torch.equal(first.b, torch.zeros(4, 4, dtype=torch.float64))
     assert_close(first.left.T @ first.left, torch.eye(4, dtype=torch.float64))
-    whole_b = Subspace(init="orthonormal", refactor_every=None).first("x", (9, 16), 4, 7, torch.float64)
+    whole_b = Subspace(init="orthonormal", refactor_every=None, seed=7).first("x", (9, 16), 4, torch.float64)
     assert torch.equal(first.a, whole_b.a)
     if left != "orthonormal":
         columns = known.weight_columns if left == "principal" else known.gradient_columns
         assert torch.equal(first.left, columns.T)
     else:
-        assert not torch.equal(subspace.first("y", (9, 16), 4, 7, torch.float64, known).left, first.left)
+        assert not torch.equal(subspace.first("y", (9, 16), 4, torch.float64, known).left, first.left)
 
 
 def test_fed_sb_trains_the_core_and_turns_nothing():
-    method = build(FedSb(name="fedsb", left="orthonormal"), lora("principal"))
+    method = build(FedSb(name="fedsb", left="orthonormal"), lora("principal"), 0)
     assert (method.name, method.trains, method.mixing) == ("fedsb", "core", Mixing(beta=0.0))
     assert method.subspace == Subspace(init="principal", left="orthonormal", refactor_every=None)
 
 
 def test_svfit_trains_the_diagonal_between_the_weights_own_directions():
-    method = build(SvFit(name="svfit"), lora("principal"))
+    method = build(SvFit(name="svfit"), lora("principal"), 7)
     assert (method.name, method.trains, method.mixing) == ("svfit", "singular-values", Mixing(beta=0.0))
     known = public(9, 16, 4)
-    first = method.subspace.first("x", (9, 16), 4, 7, torch.float64, known)
+    first = method.subspace.first("x", (9, 16), 4, torch.float64, known)
     assert torch.equal(first.a, known.weight_rows) and torch.equal(first.left, known.weight_columns.T)
     assert torch.equal(first.b, torch.zeros(1, 4, dtype=torch.float64))
     assert method.subspace.refactor_every is None
@@ -182,9 +182,9 @@ def test_a_threshold_shortens_every_singular_value_and_drops_the_small_ones():
 
 
 def test_the_config_says_the_threshold():
-    method = build(FedSvd(name="fedsvd", soft_threshold=0.25), lora())
+    method = build(FedSvd(name="fedsvd", soft_threshold=0.25), lora(), 0)
     assert method.subspace == Subspace(init="orthonormal", refactor_every=1, soft_threshold=0.25)
-    assert build(FedSvd(name="fedsvd"), lora()).subspace.soft_threshold == 0
+    assert build(FedSvd(name="fedsvd"), lora(), 0).subspace.soft_threshold == 0
 
 
 PLAN = RoundPlan(
@@ -236,10 +236,10 @@ def test_only_a_positive_beta_remembers():
 
 
 def test_the_dense_route_keeps_the_product_and_loses_the_rows_that_b_does_not_use():
-    dense = build(FedSvd(name="fedsvd", route="dense"), lora("orthonormal")).subspace
-    lq = build(FedSvd(name="fedsvd"), lora("orthonormal")).subspace
+    dense = build(FedSvd(name="fedsvd", route="dense"), lora("orthonormal"), 0).subspace
+    lq = build(FedSvd(name="fedsvd"), lora("orthonormal"), 0).subspace
     draw = torch.Generator().manual_seed(2)
-    a = dense.first("x", (9, 16), 4, 7, torch.float64).a
+    a = dense.first("x", (9, 16), 4, torch.float64).a
     b = torch.randn(9, 4, generator=draw, dtype=torch.float64)
     thin = b.clone()
     thin[:, 2:] = 0.0

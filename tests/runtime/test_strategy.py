@@ -97,8 +97,8 @@ def plain(
     work: Federation = WORK,
 ) -> Iterator[tuple[Grid, FedLoraStrategy]]:
     """A strategy over one layer of three outputs and four inputs, and a node for each answer."""
-    method = build(Ffa(name="ffa"), LORA)
-    first = start({"layer": (3, 4)}, head={}, lora_cfg=LORA, method=method, seed=3, dtype=torch.float32)
+    method = build(Ffa(name="ffa"), LORA, 3)
+    first = start({"layer": (3, 4)}, head={}, lora_cfg=LORA, method=method, dtype=torch.float32)
     with federation(answers, names, echoes) as grid:
         nodes = Nodes(grid, lambda hello: True)
         meet(nodes, lambda hellos: len(hellos) == len(answers))

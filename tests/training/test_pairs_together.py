@@ -55,7 +55,7 @@ def nodes(model):
 
 def request(model):
     state = start(
-        model.shapes(), head=model.head(), lora_cfg=LORA, method=build(Ffa(name="ffa"), LORA), seed=3,
+        model.shapes(), head=model.head(), lora_cfg=LORA, method=build(Ffa(name="ffa"), LORA, 3),
         dtype=torch.float32,
     )  # fmt: skip
     work = LocalWork(steps=1, learning_rate=1.0)
