@@ -1,4 +1,4 @@
-"""One fingerprint for named tensors."""
+"""Adapters as named tensors and back, and one fingerprint for what is named."""
 
 import hashlib
 from collections.abc import Mapping

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
-from fedlora.config.yaml_text import Path
+from fedlora.config.yaml_text import KeyPath
 
 _SHOWN = 60
 """Characters of a wrong value that an error repeats."""
@@ -24,12 +24,12 @@ _SYNONYMS = {"rank": "r", "learning_rate": "lr", "clip": "max_grad_norm", "epoch
 class Problem:
     """One thing to mend: where, what is wrong, what to write instead."""
 
-    path: Path
+    path: KeyPath
     wrong: str
     mend: str
 
 
-def problems(value: Any, model: type[BaseModel], path: Path = ()) -> Iterator[Problem]:
+def problems(value: Any, model: type[BaseModel], path: KeyPath = ()) -> Iterator[Problem]:
     """Everything in `value` that keeps it from being a `model`, top to bottom; combinations apart."""
     if not isinstance(value, dict):
         yield Problem(path=path, wrong=f"{shown(value)} is not a section", mend=f"write {wanted(model)}")
@@ -48,9 +48,9 @@ def problems(value: Any, model: type[BaseModel], path: Path = ()) -> Iterator[Pr
             yield Problem(path=(*path, name), wrong="missing", mend=f"write {wanted(fields[name])}")
 
 
-def _places(key: str, model: type[BaseModel]) -> list[Path]:
+def _places(key: str, model: type[BaseModel]) -> list[KeyPath]:
     """Where in sections of this one there is such a key, if in one or two places."""
-    found: dict[Path, None] = {}
+    found: dict[KeyPath, None] = {}
     for name, annotation in get_type_hints(model, include_extras=True).items():
         for section in sections_in(annotation):
             found |= dict.fromkeys([(name, key)] if key in section.model_fields else [])
@@ -58,7 +58,7 @@ def _places(key: str, model: type[BaseModel]) -> list[Path]:
     return list(found) if len(found) <= 2 else []
 
 
-def _of_annotation(value: Any, annotation: Any, path: Path) -> Iterator[Problem]:
+def _of_annotation(value: Any, annotation: Any, path: KeyPath) -> Iterator[Problem]:
     branches, tag = _branches(annotation), _tag(annotation)
     sections = [branch for branch in branches if _is_section(branch)]
     if tag is not None:
@@ -69,7 +69,7 @@ def _of_annotation(value: Any, annotation: Any, path: Path) -> Iterator[Problem]
         yield from _of_leaf(value, annotation, path)
 
 
-def _of_tagged(value: Any, sections: list[Any], tag: str, path: Path) -> Iterator[Problem]:
+def _of_tagged(value: Any, sections: list[Any], tag: str, path: KeyPath) -> Iterator[Problem]:
     """The tag (`kind`, `name`, `source`) picks the section whose keys are then looked at."""
     choices = {str(get_args(section.model_fields[tag].annotation)[0]): section for section in sections}
     allowed = ", ".join(choices)
@@ -86,7 +86,7 @@ def _of_tagged(value: Any, sections: list[Any], tag: str, path: Path) -> Iterato
             yield _with_owner(problem, path, tag, choices)
 
 
-def _with_owner(problem: Problem, path: Path, tag: str, choices: dict[str, Any]) -> Problem:
+def _with_owner(problem: Problem, path: KeyPath, tag: str, choices: dict[str, Any]) -> Problem:
     """The problem, saying so where the unknown key belongs to a sibling section."""
     key = problem.path[-1]
     owners = [name for name, section in choices.items() if key in section.model_fields]
@@ -96,7 +96,7 @@ def _with_owner(problem: Problem, path: Path, tag: str, choices: dict[str, Any])
     return Problem(path=problem.path, wrong="unknown key", mend=mend)
 
 
-def _of_leaf(value: Any, annotation: Any, path: Path) -> Iterator[Problem]:
+def _of_leaf(value: Any, annotation: Any, path: KeyPath) -> Iterator[Problem]:
     try:
         TypeAdapter(annotation, config=ConfigDict(strict=True, allow_inf_nan=False)).validate_python(value)
     except ValidationError:

@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from pathlib import Path as FilePath
+from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
@@ -13,7 +13,7 @@ from fedlora.config.explain import Problem, problems, shown
 from fedlora.config.node import NodeConfig
 from fedlora.config.schema import RunConfig
 from fedlora.config.section import Section
-from fedlora.config.yaml_text import Path, parse, render
+from fedlora.config.yaml_text import KeyPath, parse, render
 from fedlora.errors import ConfigError
 
 _Kind = TypeVar("_Kind", bound=Section)
@@ -57,7 +57,7 @@ _SINCE: dict[tuple[str, ...], Any] = {
 was."""
 
 
-def load_config(path: FilePath | str, overrides: Sequence[str] = ()) -> RunConfig:
+def load_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
     """The run that a YAML file describes, with the overrides put in its place.
 
     Args:
@@ -67,20 +67,20 @@ def load_config(path: FilePath | str, overrides: Sequence[str] = ()) -> RunConfi
     Raises:
         ConfigError: all that is wrong, one `FILE:LINE: key: what is wrong; what to write instead` a line.
     """
-    return _load(RunConfig, FilePath(path), overrides)
+    return _load(RunConfig, Path(path), overrides)
 
 
-def load_node(path: FilePath | str, overrides: Sequence[str] = ()) -> NodeConfig:
+def load_node(path: Path | str, overrides: Sequence[str] = ()) -> NodeConfig:
     """The node that a data owner's YAML file describes; errors as in `load_config`."""
-    return _load(NodeConfig, FilePath(path), overrides)
+    return _load(NodeConfig, Path(path), overrides)
 
 
-def origins_of(path: FilePath | str, overrides: Sequence[str] = ()) -> dict[Path, str]:
+def origins_of(path: Path | str, overrides: Sequence[str] = ()) -> dict[KeyPath, str]:
     """Where each key was written: `FILE:LINE`, or the `--set` that overrode it."""
-    return _read(FilePath(path), overrides)[1]
+    return _read(Path(path), overrides)[1]
 
 
-def origin_of(path: Path, origins: Mapping[Path, str]) -> str:
+def origin_of(path: KeyPath, origins: Mapping[KeyPath, str]) -> str:
     """Where a key was written, or for a missing one the nearest section around it."""
     return next(origins[path[:depth]] for depth in range(len(path), -1, -1) if path[:depth] in origins)
 
@@ -101,7 +101,7 @@ def config_digest(config: RunConfig) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def require_same(held: RunConfig, given: RunConfig, run_dir: FilePath) -> None:
+def require_same(held: RunConfig, given: RunConfig, run_dir: Path) -> None:
     """Refuses a config that computes another run than the one that a directory holds, and names the keys.
 
     Raises:
@@ -154,7 +154,7 @@ def json_schema() -> dict[str, Any]:
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "fedlora run.yaml"}
 
 
-def _load(kind: type[_Kind], path: FilePath, overrides: Sequence[str]) -> _Kind:
+def _load(kind: type[_Kind], path: Path, overrides: Sequence[str]) -> _Kind:
     value, origins = _read(path, overrides)
     for look in (problems, _conflicting):  # values by themselves, then together
         if found := list(look(value, kind)):
@@ -173,9 +173,9 @@ def _conflicting(value: dict[str, Any], model: type[Section]) -> Iterator[Proble
 def _blamed(
     found: Sequence[Problem],
     look: Callable[[dict[str, Any]], Iterable[Problem]],
-    path: FilePath,
+    path: Path,
     overrides: Sequence[str],
-    origins: Mapping[Path, str],
+    origins: Mapping[KeyPath, str],
 ) -> list[tuple[str, Problem]]:
     """Each problem and where it comes from: where its key was written, or the override that is to blame.
 
@@ -196,7 +196,7 @@ def _blamed(
     ]
 
 
-def _read(path: FilePath, overrides: Sequence[str]) -> tuple[dict[str, Any], dict[Path, str]]:
+def _read(path: Path, overrides: Sequence[str]) -> tuple[dict[str, Any], dict[KeyPath, str]]:
     """The values, overrides in their place, and where each key was written."""
     document = parse(_text(path), str(path))
     value = {} if document.value is None else document.value
@@ -209,7 +209,7 @@ def _read(path: FilePath, overrides: Sequence[str]) -> tuple[dict[str, Any], dic
     return value, origins
 
 
-def _text(path: FilePath) -> str:
+def _text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -220,7 +220,7 @@ def _text(path: FilePath) -> str:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}); name a YAML file") from None
 
 
-def _override(value: dict[str, Any], origins: dict[Path, str], override: str) -> None:
+def _override(value: dict[str, Any], origins: dict[KeyPath, str], override: str) -> None:
     """Puts one `key=value` into `value`, and its own text in place of the file's lines in `origins`."""
     origin = OVERRIDE + override
     name, equals, text = override.partition("=")

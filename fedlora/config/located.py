@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from fedlora.config.load import OVERRIDE, load_config, origin_of, origins_of
-from fedlora.config.yaml_text import Path as Written
+from fedlora.config.yaml_text import KeyPath
 from fedlora.errors import ConfigError, LedgerError, PrivacyError
 
 Key: TypeAlias = tuple[str, ...]
@@ -40,7 +40,7 @@ def _located(message: str, key: Key, known: Iterable[Key], origin: str) -> str:
     return f"{origin}: {message}" if names_one else f"{origin}: {'.'.join(key)}: {message}"
 
 
-def _at_fault(message: str, known: Mapping[Key, Any], origins: Mapping[Written, str]) -> Key | None:
+def _at_fault(message: str, known: Mapping[Key, Any], origins: Mapping[KeyPath, str]) -> Key | None:
     spoken_of = _spoken_of(message, known)
     overridden = [key for key in known if origin_of(key, origins).startswith(OVERRIDE)]
     if not spoken_of or spoken_of[0] in overridden:

@@ -15,7 +15,7 @@ from yaml.reader import ReaderError
 
 from fedlora.errors import ConfigError
 
-Path: TypeAlias = tuple[str | int, ...]
+KeyPath: TypeAlias = tuple[str | int, ...]
 """Keys and list positions from the top of the document."""
 
 # The core schema of YAML 1.2.2, section 10.3.2, in the order in which it is tried.
@@ -85,7 +85,7 @@ class Document:
     """A parsed YAML text: its value, and the line (from 1) of every key and list item in it."""
 
     value: Any
-    lines: Mapping[Path, int]
+    lines: Mapping[KeyPath, int]
 
 
 def parse(text: str, source: str) -> Document:
@@ -102,7 +102,7 @@ def parse(text: str, source: str) -> Document:
     try:
         loader = _Loader(text)
         root = loader.get_single_node()
-        lines: dict[Path, int] = {(): 1}
+        lines: dict[KeyPath, int] = {(): 1}
         return Document(value=None if root is None else _value(loader, root, (), lines, source), lines=lines)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
@@ -122,7 +122,7 @@ def parse(text: str, source: str) -> Document:
         loader.dispose()
 
 
-def _value(loader: _Loader, node: yaml.Node, path: Path, lines: dict[Path, int], source: str) -> Any:
+def _value(loader: _Loader, node: yaml.Node, path: KeyPath, lines: dict[KeyPath, int], source: str) -> Any:
     """The node as plain data; `lines` gains an entry for every key and item below it."""
     if node.tag not in _TAGS:
         line = node.start_mark.line + 1
@@ -144,7 +144,9 @@ def _value(loader: _Loader, node: yaml.Node, path: Path, lines: dict[Path, int],
         ) from None
 
 
-def _mapping(loader: _Loader, node: yaml.MappingNode, path: Path, lines: dict[Path, int], source: str) -> Any:
+def _mapping(
+    loader: _Loader, node: yaml.MappingNode, path: KeyPath, lines: dict[KeyPath, int], source: str
+) -> Any:
     found: dict[str, Any] = {}
     for key_node, value_node in node.value:
         line = key_node.start_mark.line + 1

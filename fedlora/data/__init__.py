@@ -1,4 +1,4 @@
-"""Text in, arrays out: sources, partitions, tokens."""
+"""Text or images in, arrays out: sources, partitions, tokens."""
 
 from typing import assert_never
 

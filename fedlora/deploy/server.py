@@ -65,7 +65,6 @@ def serve(grid: Grid, config: RunConfig, stored: Stored = lambda state: None) ->
         grid: Flower's, connected.
         config: `data` names the public test records and the classes, `data.partition.clients` the number of
             nodes to wait for, `privacy` the report's delta and accountant; the rest is as in a simulation.
-
         stored: see `federation.loop`.
 
     Raises:

@@ -146,11 +146,13 @@ class Supervisor:
             return
         try:
             stat = self.nodes.stat()
-            if self._keys_of == (version := (stat.st_mtime_ns, stat.st_ino)):
+            version = (stat.st_mtime_ns, stat.st_ino)
+            if self._keys_of == version:
                 return
             self.keys = nodes_to_register(self.nodes)
         except (ConfigError, OSError) as error:
-            if self._keys_of == (version := (0, 0)):
+            version = (0, 0)
+            if self._keys_of == version:
                 return
             log.error("%s; the nodes known before stay", error)
         new = [name for name, key in self.keys.items() if control.register(name, key)]

@@ -23,8 +23,8 @@ from transformers import (
 from fedlora.config import schema
 from fedlora.errors import ModelError
 from fedlora.kernels.quantised import FORMATS
-from fedlora.training.frames import load_recipe
 from fedlora.training.from_adapter import adapter_digest
+from fedlora.training.image_recipe import load_recipe
 from fedlora.training.places import cached, not_found, packaged, require_askable
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}

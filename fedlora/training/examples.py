@@ -10,7 +10,7 @@ from fedlora.data.images import images_of
 from fedlora.data.records import Examples, Records
 from fedlora.data.tokenise import tokenise
 from fedlora.training.checkpoints import locate
-from fedlora.training.frames import load_recipe
+from fedlora.training.image_recipe import load_recipe
 from fedlora.training.intake import Intake
 from fedlora.training.pixels import pixel_intake
 from fedlora.training.tokens import load_tokenizer, token_intake

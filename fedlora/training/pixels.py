@@ -16,8 +16,8 @@ from transformers import PreTrainedModel
 from fedlora.data.images import CHANNELS
 from fedlora.data.records import Examples
 from fedlora.errors import ModelError
-from fedlora.training.frames import RECIPE, Recipe, load_recipe
 from fedlora.training.hearing import hear
+from fedlora.training.image_recipe import RECIPE, Recipe, load_recipe
 
 MADE_UP, PUBLIC = 3, 16
 """Images of a probe; and of what shows a model's layers their common input, thousands of patches at the usual size."""

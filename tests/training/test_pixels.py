@@ -27,7 +27,7 @@ from fedlora.errors import ModelError
 from fedlora.privacy.direct_engine import DirectEngine
 from fedlora.privacy.opacus_engine import OpacusEngine
 from fedlora.training.batches import ALONE, micro_batches
-from fedlora.training.frames import RECIPE, load_recipe
+from fedlora.training.image_recipe import RECIPE, load_recipe
 from fedlora.training.load import load_model
 from fedlora.training.pixels import pixel_values
 from fedlora.training.prefix import frozen_prefix
