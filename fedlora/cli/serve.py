@@ -1,29 +1,24 @@
-"""The command of the server: a run that is submitted, worked on and submitted again until it is finished.
+"""The command of the server: a run that is submitted, worked on and submitted again until it is finished."""
 
-`python -m fedlora.cli.serve` is the process that works on it, which only the command itself starts.
-"""
-
-import json
 import logging
-import os
-import signal
 import sys
-import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
+from typing import TYPE_CHECKING, Annotated, TypeAlias
 
 import typer
 
-from fedlora.cli.node import _log_to_stderr, _secret, _tls
+from fedlora.cli.attached import log_to_stderr, read_secret, read_tls, require_address
 from fedlora.cli.output import ConfigArgument, SetOption, only_ours
+from fedlora.cli.serve_process import deliver_missing
 from fedlora.errors import ConfigError
 
 if TYPE_CHECKING:
     from fedlora.config.schema import RunConfig
 
-WORK = (sys.executable, "-m", "fedlora.cli.serve")
+WORK = (sys.executable, "-m", "fedlora.cli.serve_process")
+"""The process that works on the run."""
 
 _SuperLink: TypeAlias = Annotated[
     str, typer.Option("--superlink", metavar="HOST:PORT", help="The SuperLink's control and runtime APIs.")
@@ -91,9 +86,9 @@ def serve(
     config = load_config(path, given)
     with located(path, given):
         run_dir = _checked(config)
-    _require_address(superlink)
-    secret, tls = _secret(secret_file), _tls(root_certificates)
-    _log()
+    require_address("--superlink", superlink, example="127.0.0.1:8000")
+    secret, tls = read_secret(secret_file), read_tls(root_certificates)
+    log_to_stderr()
     from fedlora.deploy.worker import Worker, alone, until_told  # light: a signal is heard from here on
 
     with only_ours(), until_told(), alone(run_dir), _metrics(run_dir, metrics_port):
@@ -116,7 +111,7 @@ def serve(
             bundle=lambda name: bundle(app, name),
             nodes=nodes,
         ).run()
-        _deliver(run_dir, config)
+        deliver_missing(run_dir, config)
         logging.getLogger(__name__).info("finished: %s", run_dir)
 
 
@@ -132,64 +127,6 @@ def _metrics(run_dir: Path, port: int | None) -> Iterator[None]:
     with metrics_served(View(run_dir), "127.0.0.1", port) as bound:
         logging.getLogger(__name__).info("figures for Prometheus at http://127.0.0.1:%d/metrics", bound)
         yield
-
-
-def work(order: dict[str, Any]) -> int:
-    """The exit status of the process that works on a run: what the stock ServerApp does, with our own code only."""
-    os.set_inheritable(order["held"], False)
-    # Flower's client sends SIGINT to end us; a parent in the background may have had it ignored.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    _log()
-    from fedlora.cli.app import explain
-
-    try:
-        _work(order["config"], order["set"], order)
-        return 0
-    except (Exception, KeyboardInterrupt) as error:
-        message, status = explain(error)
-        if status == 1:
-            traceback.print_exc()
-        if isinstance(error, KeyboardInterrupt):
-            message = "the SuperLink has given this run up"
-        logging.getLogger(__name__).error("%s", message)
-        return status
-
-
-def _work(path: str, overrides: Sequence[str], order: dict[str, Any]) -> None:
-    from fedlora.config.load import load_config
-    from fedlora.config.located import located
-    from fedlora.deploy.server_task import server_task
-
-    certificates = None if order["certificates"] is None else Path(order["certificates"]).read_bytes()
-    with server_task(order["superlink"], certificates, order["token"]) as grid:
-        from fedlora.deploy.server import (
-            serve as serve_run,
-        )  # imports torch: the SuperLink knows of us by now
-        from fedlora.export.deliver import delivering
-
-        config = load_config(path, overrides)
-        with located(path, overrides):
-            stored = delivering(Path(config.output), config, logging.getLogger("fedlora").info)
-            _deliver(serve_run(grid, config, stored), config)
-
-
-def _deliver(run_dir: Path, config: "RunConfig") -> None:
-    """The adapter and the report are there, whichever process died before it had written them."""
-    if (run_dir / "adapter").exists() and (run_dir / "report.html").exists():
-        return
-    from fedlora.export.deliver import deliver
-    from fedlora.runs.rundir import run_rounds
-    from fedlora.runs.summary import summary_so_far
-    from fedlora.runs.trained import trained_adapters
-
-    deliver(
-        run_dir,
-        config=config,
-        summary=summary_so_far(run_dir),
-        rounds=run_rounds(run_dir),
-        trained=lambda: trained_adapters(run_dir),
-        say=logging.getLogger("fedlora").info,
-    )
 
 
 def _checked(config: "RunConfig") -> Path:
@@ -209,20 +146,3 @@ def _checked(config: "RunConfig") -> Path:
             raise ConfigError(f"output: {run_dir} holds a simulation; choose another output")
         require_same(run_config(run_dir), config, run_dir)
     return run_dir
-
-
-def _log() -> None:
-    _log_to_stderr()
-    logging.getLogger("alembic").setLevel(logging.WARNING)  # Flower's database, which is nowhere near here
-
-
-def _require_address(address: str) -> None:
-    host, _, port = address.rpartition(":")
-    if not host or "/" in host or not (port.isdigit() and 0 < int(port) < 65536):
-        raise ConfigError(
-            f"--superlink {address!r}: not HOST:PORT; write for example --superlink 127.0.0.1:8000"
-        )
-
-
-if __name__ == "__main__":
-    raise SystemExit(work(json.loads(sys.stdin.readline() or "null") or sys.exit(1)))
