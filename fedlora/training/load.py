@@ -9,7 +9,6 @@ from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fedlora.config import schema
 from fedlora.config.ranks import matching, rank_of
@@ -24,6 +23,7 @@ from fedlora.training.from_adapter import read_adapter, require_sites, take_save
 from fedlora.training.model import ADAPTER, LORA_A, LORA_B, AdaptedModel, transformer_of
 from fedlora.training.positions import require_positions
 from fedlora.training.public import make_identity_pooler
+from fedlora.training.recompute import recompute_layers
 from fedlora.training.rows_seen import require_row_a_record
 from fedlora.training.same_input import same_inputs
 from fedlora.training.singular_values import train_singular_values
@@ -101,7 +101,7 @@ def load_model(
     peft_model.eval()  # whatever was put in since
     require_row_a_record(peft_model, trained, inputs)
     if model_cfg.gradient_checkpointing:
-        _recompute_layers(peft_model)
+        recompute_layers(peft_model)
     return AdaptedModel(
         peft_model=peft_model,
         sites=tuple(layers),
@@ -142,21 +142,6 @@ def _uses_onednn(kernels: str) -> bool:
             "write kernels: auto"
         )
     return kernels != "torch" and available()
-
-
-def _recompute_layers(peft_model: PeftModel) -> None:
-    """Every layer of the stack runs again in the backward pass, and keeps only what enters it."""
-    layers = [module for module in peft_model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    if not layers:
-        name = type(transformer_of(peft_model)).__name__
-        raise ModelError(
-            f"model.gradient_checkpointing: transformers cannot recompute {name}'s layers; write false"
-        )
-    peft_model.gradient_checkpointing_enable({"use_reentrant": False})
-    for layer in layers:
-        layer.training = (
-            True  # which it asks for; what is inside stays in evaluation mode, so no dropout wakes
-        )
 
 
 def _head_layers(model: PreTrainedModel, classes: int) -> dict[str, nn.Linear]:

@@ -14,6 +14,8 @@ from transformers import (
     LlamaForCausalLM,
     ModernBertConfig,
     ModernBertForMaskedLM,
+    OPTConfig,
+    OPTForCausalLM,
     RobertaConfig,
     RobertaModel,
     XLNetConfig,
@@ -23,6 +25,9 @@ from transformers import (
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
 MARKS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2}
 GPT = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 40, "bos_token_id": 1, "eos_token_id": 2}
+OPT = {"hidden_size": 16, "word_embed_proj_dim": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "ffn_dim": 32,
+       "max_position_embeddings": 40, "dropout": 0.1, "attention_dropout": 0.1, "init_std": 0.2,
+       "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
 
 
 def _tiny_models():
@@ -37,6 +42,7 @@ def _tiny_models():
     yield "modernbert", ModernBertForMaskedLM(ModernBertConfig(vocab_size=60, **SIZES, **MARKS))
     yield "llama", LlamaForCausalLM(LlamaConfig(vocab_size=60, **SIZES))
     yield "gpt2", GPT2LMHeadModel(GPT2Config(vocab_size=60, **GPT))
+    yield "opt", OPTForCausalLM(OPTConfig(vocab_size=60, **OPT))
     yield "xlnet", XLNetLMHeadModel(XLNetConfig(vocab_size=60, d_model=16, n_layer=2, n_head=2, d_inner=32))
 
 
