@@ -244,6 +244,11 @@ def _kernels(config: "RunConfig") -> Iterator[str]:
         yield (
             "model.gradient_checkpointing: cannot be combined with runtime.cache_prefix; write false for one of them"
         )
+    if config.model.gradient_checkpointing and config.privacy != "none" and config.privacy.engine == "opacus":
+        yield (
+            "privacy.engine: opacus counts a layer that runs again as used twice, but model.gradient_checkpointing is "
+            "true; write engine: direct, or gradient_checkpointing: false"
+        )
 
 
 def _images(config: "RunConfig") -> Iterator[str]:

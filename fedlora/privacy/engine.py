@@ -34,7 +34,8 @@ class Engine(Protocol):
                 its loss, and are clipped as one.
 
         Raises:
-            PrivacyError: something is trainable that would not be clipped, or examples cannot be told apart.
+            PrivacyError: something is trainable that would not be clipped, or examples cannot be told apart. It says
+                nothing of how many there are, since how many were drawn is secret.
         """
         ...
 
@@ -88,7 +89,7 @@ def require_per_record(losses: Tensor) -> None:
     """Passes only losses of shape (n,) that depend on something trained."""
     if losses.ndim != 1:
         raise PrivacyError(
-            f"losses have shape {tuple(losses.shape)}, need (n,), one for each record; "
+            f"losses have {losses.ndim} axes, need one, (n,), with one loss for each record; "
             "average inside a record, never over the batch"
         )
     if not losses.requires_grad:

@@ -82,8 +82,7 @@ def _join_sequences(trained: Mapping[str, nn.Parameter], sequences_per_record: i
         rows = parameter.grad_sample  # pyright: ignore[reportAttributeAccessIssue]
         if rows is not None and len(rows) % sequences_per_record:
             raise PrivacyError(
-                f"{name!r} has {len(rows)} rows, which are no records of {sequences_per_record} sequences; give all of "
-                "each"
+                f"{name!r} has rows that are no records of {sequences_per_record} sequences; give all of each"
             )
         if rows is not None:
             parameter.grad_sample = rows.unflatten(0, (-1, sequences_per_record)).sum(dim=1)  # pyright: ignore
@@ -91,13 +90,11 @@ def _join_sequences(trained: Mapping[str, nn.Parameter], sequences_per_record: i
 
 def _zero_non_finite(trained: Mapping[str, nn.Parameter], records: int) -> None:
     samples = {name: p.grad_sample for name, p in trained.items()}  # pyright: ignore
-    wrong = {
-        name: g if g is None else len(g) for name, g in samples.items() if g is None or len(g) != records
-    }
+    wrong = sorted(name for name, g in samples.items() if g is None or len(g) != records)
     if wrong:
         raise PrivacyError(
-            f"{records} losses but rows of gradients {wrong}; the loss must pass every trained layer, "
-            "and the first axis must count examples"
+            f"{wrong} have no rows of gradients, or more or fewer than there are losses; the loss must pass every "
+            "trained layer, and the first axis must count examples"
         )
     sizes = torch.stack([norms(sample.flatten(start_dim=1)) for sample in samples.values()])
     finite = torch.isfinite(sizes).all(dim=0)

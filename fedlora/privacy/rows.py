@@ -85,7 +85,7 @@ class Rows:
             )
         if len(self.rows) != examples:
             raise PrivacyError(
-                f"{examples} losses but {len(self.rows)} rows of gradients; the first axis must count examples "
+                "more or fewer losses than rows of gradients; the first axis must count examples "
                 "(do not flatten tokens into the batch)"
             )
         return self.rows
@@ -99,7 +99,7 @@ class Rows:
             return rows
         if len(rows) % self._each:
             raise PrivacyError(
-                f"{name!r} saw {len(rows)} rows, which are no records of {self._each} sequences; give all of each"
+                f"{name!r} saw rows that are no records of {self._each} sequences; give all of each"
             )
         return rows.unflatten(0, (-1, self._each)).flatten(1, -2)
 
@@ -111,7 +111,7 @@ class Rows:
             )
         if len(self.rows) != len(dy):
             raise PrivacyError(
-                f"{name!r} saw {len(dy)} rows, others of the same microbatch {len(self.rows)}; "
+                f"{name!r} saw more or fewer rows than others of the same microbatch; "
                 "the first axis must count its examples wherever a layer is used"
             )
         place = self._columns.part(self.rows, name)

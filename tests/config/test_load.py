@@ -324,6 +324,11 @@ def test_a_dumped_config_loads_back_to_an_equal_one(tmp_path):
             "cannot be combined with runtime.cache_prefix",
         ),
         (
+            ["model.gradient_checkpointing=true", "privacy.engine=opacus"],
+            "privacy.engine: opacus counts a layer that runs again as used twice, but model.gradient_checkpointing is "
+            "true; write engine: direct, or gradient_checkpointing: false",
+        ),
+        (
             ["model.quantization=nf4", "model.dtype=float64"],
             "model.dtype: float64, but nf4 keeps no such digits; write float32 or bfloat16",
         ),

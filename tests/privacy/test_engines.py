@@ -1,6 +1,7 @@
 """Both engines compute the definition, and refuse what they cannot bound."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -218,6 +219,22 @@ def test_losses_that_mix_records_are_refused(engine):
     for losses in wrong:
         with pytest.raises(PrivacyError):
             engine.clipped_sum(case.model, case.trained, [losses], 1.0)
+
+
+@engines
+def test_no_refusal_tells_how_many_records_were_drawn(engine):
+    model = nn.ModuleDict({"one": nn.Linear(3, 2), "two": nn.Linear(2, 2)})
+    drawn = torch.randn(74, 3)
+    wrong = [
+        (lambda: model["two"](model["one"](drawn)).reshape(37, -1).sum(dim=1), 1),
+        (lambda: model["two"](model["one"](drawn).reshape(37, 2, 2)).sum(dim=(1, 2)), 1),
+        (lambda: model["two"](model["one"](drawn)).sum(dim=1), 3),
+        (lambda: model["two"](model["one"](drawn))[:, :1], 1),
+    ]
+    for losses, each in wrong:
+        with pytest.raises(PrivacyError) as refusal:
+            engine.clipped_sum(model, trainable(model), [losses], 1.0, each)
+        assert not {"74", "37"} & set(re.findall(r"\d+", str(refusal.value)))
 
 
 @engines
