@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, set_peft_model_state_dict
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -60,7 +60,7 @@ def write_adapter(
 
     Raises:
         ConfigError: there is something in `directory`, or it cannot be written.
-        FedLoraError: what was written gives other logits; it is deleted again.
+        FedLoraError: what was written gives other logits, or holds another A, B or head; it is deleted again.
     """
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise ConfigError(f"{directory} is there already and is left alone; name a directory that is not")
@@ -209,9 +209,11 @@ def _write(
     if classes:
         (aside / "classes.json").write_text(json.dumps(classes) + "\n", encoding="utf-8")
     _require_equal(wanted, _logits(again, inputs), limits[DTYPES[config.model.dtype]])
+    if isinstance(again, PeftModel):
+        _require_same_tensors(model.peft_model, again)
 
 
-def _adapter_again(directory: Path, config: RunConfig, classes: tuple[str, ...]) -> nn.Module:
+def _adapter_again(directory: Path, config: RunConfig, classes: tuple[str, ...]) -> PeftModel:
     with torch.random.fork_rng(devices=[]):  # layers that the checkpoint lacks are drawn, then overwritten
         base, _ = load_base(config.model, config.task, classes)
         with quiet():
@@ -236,5 +238,21 @@ def _require_equal(wanted: Tensor, got: Tensor, tolerance: float) -> None:
     if not difference <= bound:
         raise FedLoraError(
             f"loaded again, the export gives logits that differ by {difference:.3g} (allowed {bound:.3g}); "
+            f"it was deleted, the run is untouched: report this with its config.yaml"
+        )
+
+
+def _require_same_tensors(live: PeftModel, again: PeftModel) -> None:
+    """Every A and B, and the head, is that of `live`, to the bit once rounded to the type it was loaded in.
+
+    In bfloat16 the rounding of logits hides all of a small B.
+    """
+    wanted, got = (get_peft_model_state_dict(model, save_embedding_layers=False) for model in (live, again))
+    same = {
+        name for name, value in got.items() if name in wanted and torch.equal(wanted[name].to(value), value)
+    }
+    if wrong := sorted((wanted.keys() | got.keys()) - same):
+        raise FedLoraError(
+            f"loaded again, the export holds other values in {len(wrong)} of its tensors, such as {wrong[0]!r}; "
             f"it was deleted, the run is untouched: report this with its config.yaml"
         )

@@ -16,12 +16,12 @@ from fedlora.values import Adapters, Factors
 CLASSES = ("kitchen", "music", "weather")
 
 
-def trained(config) -> tuple[object, Adapters]:
+def trained(config, b_std=1.0) -> tuple[object, Adapters]:
     """The run's model, moved: nothing in A, B or head is zero."""
     model = load_model(config.model, config.task, config.lora, CLASSES, config.seed)
     draw = torch.Generator().manual_seed(3)
     sites = {
-        site: Factors(a=torch.randn(r_in, generator=draw), b=torch.randn(out_r, generator=draw))
+        site: Factors(a=torch.randn(r_in, generator=draw), b=torch.randn(out_r, generator=draw) * b_std)
         for site, (r_in, out_r) in (
             (site, ((config.lora.r, d_in), (d_out, config.lora.r)))
             for site, (d_out, d_in) in model.shapes().items()
@@ -118,19 +118,56 @@ def test_what_does_not_fit_is_refused_with_the_mend(tiny_config, summary, tmp_pa
         load_adapter(path, model, CLASSES)
 
 
-def test_a_file_that_gives_other_logits_never_counts_as_written(tiny_config, summary, tmp_path, monkeypatch):
-    config = tiny_config()
-    _, adapters = trained(config)
+def flaw_in_the_file(monkeypatch, change):
+    """What PEFT saves from here on is what `change` makes of its tensors."""
     save = PeftModel.save_pretrained
 
     def flawed(self, directory, **options):
         save(self, directory, **options)
         path = f"{directory}/adapter_model.safetensors"
-        state = load_file(path)
-        name = next(name for name in state if "lora_B" in name)
-        save_file({**state, name: state[name] * 1.01}, path)
+        save_file(change(load_file(path)), path)
 
     monkeypatch.setattr(PeftModel, "save_pretrained", flawed)
+
+
+def test_a_file_that_gives_other_logits_never_counts_as_written(tiny_config, summary, tmp_path, monkeypatch):
+    config = tiny_config()
+    _, adapters = trained(config)
+
+    def scaled(state):
+        name = next(name for name in state if "lora_B" in name)
+        return {**state, name: state[name] * 1.01}
+
+    flaw_in_the_file(monkeypatch, scaled)
     with pytest.raises(FedLoraError, match="logits that differ"):
         write_adapter(tmp_path / "a", config=config, adapters=adapters, classes=CLASSES, summary=summary)
     assert [p for p in tmp_path.iterdir() if p.name.lstrip(".").startswith("a")] == []
+
+
+def zeroed(state, part):
+    return {name: value * (part not in name) for name, value in state.items()}
+
+
+def one_entry_moved(state, part):
+    """By a hundredth of itself, which no rounding to bfloat16 takes back."""
+    name = next(name for name in state if part in name)
+    value = state[name].clone()
+    value.view(-1)[0] *= 1.01
+    return {**state, name: value}
+
+
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [(zeroed, "lora_B"), *((one_entry_moved, part) for part in ("lora_A", "lora_B", "classifier.weight"))],
+)
+def test_in_bfloat16_what_logits_do_not_show_is_refused_all_the_same(
+    tiny_config, summary, tmp_path, monkeypatch, change, part
+):
+    config = tiny_config(model__dtype="bfloat16")
+    _, adapters = trained(config, b_std=0.001)
+    whole = {"config": config, "adapters": adapters, "classes": CLASSES, "summary": summary}
+    assert write_adapter(tmp_path / "whole", **whole).is_dir()
+    flaw_in_the_file(monkeypatch, lambda state: change(state, part))
+    with pytest.raises(FedLoraError, match=rf"holds other values in \d+ of its tensors, such as '.*{part}"):
+        write_adapter(tmp_path / "a", **whole)
+    assert [path.name for path in tmp_path.iterdir() if path.name.lstrip(".").startswith("a")] == []
