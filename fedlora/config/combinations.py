@@ -21,6 +21,7 @@ def conflicts(config: "RunConfig") -> list[str]:
         *column_conflicts(config.data, config.task),
         *_labels(config),
         *_public(config),
+        *_test(config),
         *_streaming(config),
         *_cohort(config),
         *_steps(config),
@@ -73,6 +74,18 @@ def _public(config: "RunConfig") -> Iterator[str]:
         yield f"data.public: {given} is data.train itself, whose records are private; name a file of nobody's"
     elif given is not None and not readers:
         yield f"data.public: {given}, which lora.init: gradients alone would read; write null, or that"
+
+
+def _test(config: "RunConfig") -> Iterator[str]:
+    """What is told of test records is exact, and no epsilon covers it."""
+    data = config.data
+    if config.privacy == "none":
+        return
+    why = "whose records are private, and scores, losses and samples of test records are exact"
+    if data.source == "files" and _is_same_file(data.test, data.train):
+        yield f"data.test: {data.test} is data.train itself, {why}; name a file of public records"
+    if data.source == "huggingface" and data.test_split == data.train_split:
+        yield f"data.test_split: {data.test_split} is data.train_split itself, {why}; name a split of public records"
 
 
 def _is_same_file(one: str, other: str | None) -> bool:

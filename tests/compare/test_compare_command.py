@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -184,8 +185,9 @@ def test_a_cell_that_fails_is_told_and_the_others_go_on(config_file, tmp_path, c
 def test_arms_are_tuned_on_the_proxy_and_cells_have_what_was_chosen(
     config_file, tiny_config, topic_files, tmp_path, capfd, workers
 ):
-    proxy = tmp_path / "proxy.yaml"
-    proxy.write_text(dump_config(tiny_config(**SMALL, data__train=str(topic_files[1]))))
+    proxy, public = tmp_path / "proxy.yaml", tmp_path / "proxy.tsv"
+    shutil.copy(topic_files[1], public)
+    proxy.write_text(dump_config(tiny_config(**SMALL, data__train=str(public))))
     given = [
         "--methods",
         "ffa-head,config",
@@ -217,7 +219,7 @@ def test_arms_are_tuned_on_the_proxy_and_cells_have_what_was_chosen(
         assert run_config(to / "cells" / f"{name}-epsnone-seed7").federation.optimizer.lr == rate
     for number, trial in enumerate(tried, 1):
         run = to / "trials" / f"ffa-head-trial{number}"
-        assert run_config(run).data.train == str(topic_files[1])
+        assert run_config(run).data.train == str(public)
         assert (finished_summary(run) or {})["score"] == trial["score"]
     assert "of 9 trials the best is lr" in err
 

@@ -1,6 +1,7 @@
 """Trials: as many for each arm, around its own setting, on other data or paid for."""
 
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -34,10 +35,11 @@ def source(tiny_config, tmp_path) -> Source:
 
 @pytest.fixture
 def proxy(tiny_config, topic_files, tmp_path) -> Path:
-    """The test records as training data, over four clients."""
+    """A copy of the test records as training data, over four clients."""
     partition = {"kind": "iid", "clients": 4}
-    path = tmp_path / "proxy.yaml"
-    config = tiny_config(data__train=str(topic_files[1]), data__partition=partition, federation__rounds=99)
+    path, train = tmp_path / "proxy.yaml", tmp_path / "proxy.tsv"
+    shutil.copy(topic_files[1], train)
+    config = tiny_config(data__train=str(train), data__partition=partition, federation__rounds=99)
     path.write_text(dump_config(config))
     return path
 

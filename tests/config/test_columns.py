@@ -1,5 +1,7 @@
 """A task says which columns it reads; what does not fit is told with the key and the next move, of a run and a node."""
 
+from pathlib import Path
+
 import pytest
 
 from fedlora.config.columns import form_of, read_columns
@@ -112,6 +114,17 @@ def test_a_stream_needs_to_know_how_much_to_read(tmp_path):
     with pytest.raises(ConfigError, match=r"data\.max_train_examples: missing, but data\.streaming is true"):
         run(tmp_path, HUB + "streaming: true}")
     assert run(tmp_path, HUB + "streaming: true, max_train_examples: 9}").data.max_train_examples == 9
+
+
+def test_private_records_are_no_test_records(tmp_path):
+    """Scores, losses and samples of test records are told exactly; without privacy that is nobody's secret."""
+    same, split = ("data.text=t", f"data.test={Path.cwd()}/./a.jsonl"), HUB + "test_split: train}"
+    with pytest.raises(ConfigError, match=r"data\.test: .*a\.jsonl is data\.train itself, .*; name a file"):
+        run(tmp_path, *same)
+    with pytest.raises(ConfigError, match=r"data\.test_split: train is data\.train_split itself, .*; name"):
+        run(tmp_path, split)
+    assert run(tmp_path, *same, "privacy=none").data.test.endswith("a.jsonl")
+    assert run(tmp_path, split, "privacy=none").data.test_split == "train"
 
 
 def test_new_keys_at_their_defaults_leave_a_run_what_it_was_and_others_do_not(tmp_path):

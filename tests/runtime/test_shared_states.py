@@ -84,7 +84,8 @@ def test_runs_of_any_seed_method_and_split_find_the_same_files_and_other_data_ha
         ).states
         assert np.array_equal(held.states.of(held.offsets), states.of(held.offsets))
     iid = {"kind": "iid", "clients": 3}
-    prepare(upper(tiny_config, data__train=str(topic_files[1]), data__partition=iid), unheard, shared)
+    scored_on_itself = {"data__train": str(topic_files[1]), "privacy": "none"}
+    prepare(upper(tiny_config, **scored_on_itself, data__partition=iid), unheard, shared)
     assert len(files(shared.directory)) == len(made) + 1
 
 
