@@ -162,7 +162,9 @@ def _read(data: Data) -> list[tuple[object, ...]]:
     """All that a run on this data learns from or is scored on."""
     read = [_private(data)]
     if isinstance(data, Files):
-        read.append(("files", Path(data.test).resolve()))
+        read.append(_file(data.test))
+    if isinstance(data, Files | HuggingFace) and data.public is not None:
+        read.append(_file(data.public))
     return read
 
 
@@ -170,8 +172,12 @@ def _private(data: Data) -> tuple[object, ...]:
     """What tells training records apart."""
     match data:
         case Files():
-            return ("files", Path(data.train).resolve())
+            return _file(data.train)
         case HuggingFace():
             return ("huggingface", data.path, data.name)
         case Docstrings():
             return ("docstrings",)
+
+
+def _file(path: str) -> tuple[object, ...]:
+    return ("files", Path(path).expanduser().resolve())

@@ -120,7 +120,7 @@ def test_a_budget_without_trials_takes_what_was_chosen_for_the_one_that_had_them
 
 
 def test_a_proxy_of_the_runs_own_data_is_refused(source, tiny_config, topic_files, tmp_path):
-    """Also one that is only scored on it: a score of private records is not private."""
+    """Also one that is only scored on it, or made of it what it begins with: neither is private."""
     with pytest.raises(ConfigError, match=r"its data is the run's own.*--tune-on-data"):
         trials_of(source, METHODS[0], Tuning(trials=2, proxy=source.path), 8.0, Path("d"))
     scored = tmp_path / "scored.yaml"
@@ -128,6 +128,12 @@ def test_a_proxy_of_the_runs_own_data_is_refused(source, tiny_config, topic_file
     scored.write_text(dump_config(tiny_config(data__train=test, data__test=train)))
     with pytest.raises(ConfigError, match="its data is the run's own"):
         trials_of(source, METHODS[0], Tuning(trials=2, proxy=scored), 8.0, Path("d"))
+    begun = {"lora__init": "gradients", "data__train": f"{tmp_path}/other.tsv"}
+    own = tmp_path / "own.yaml"
+    own.write_text(dump_config(tiny_config(lora__init="gradients", data__public=test)))
+    scored.write_text(dump_config(tiny_config(**begun, data__public=train)))
+    with pytest.raises(ConfigError, match="its data is the run's own"):
+        trials_of(Source(path=own), METHODS[1], Tuning(trials=2, proxy=scored), 8.0, Path("d"))
 
 
 def test_the_best_is_chosen_by_the_metrics_own_direction_and_a_diverged_run_never(source, proxy):
