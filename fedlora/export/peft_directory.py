@@ -21,7 +21,7 @@ from fedlora.disk import fsync
 from fedlora.errors import ConfigError, FedLoraError
 from fedlora.export.card import model_card
 from fedlora.training.checkpoints import DTYPES, auto_class, load_base, quiet
-from fedlora.training.from_adapter import peft_scale
+from fedlora.training.from_adapter import peft_scale, require_plain_lora
 from fedlora.training.load import load_model
 from fedlora.training.model import ADAPTER, AdaptedModel, transformer_of
 from fedlora.values import Adapters
@@ -148,7 +148,8 @@ def load_adapter(directory: Path, model: AdaptedModel, classes: tuple[str, ...])
         classes: those of the data, compared with the ones the adapter was trained for.
 
     Raises:
-        ConfigError: no adapter there, or one for other layers, ranks or classes.
+        ConfigError: no adapter there, or one for other layers, ranks or classes, or one that is more than products
+            beside the base model's own weights.
     """
     try:
         config = json.loads((directory / "adapter_config.json").read_text(encoding="utf-8"))
@@ -157,6 +158,7 @@ def load_adapter(directory: Path, model: AdaptedModel, classes: tuple[str, ...])
         raise ConfigError(
             f"{directory} is neither a run nor a PEFT adapter ({error}); name one of the two"
         ) from None
+    require_plain_lora(str(directory), config)
     for site in model.sites:
         if not math.isclose(theirs := peft_scale(config, site), model.scale):
             scale = f"lora_alpha {config['lora_alpha']} / r {config['r']}, a factor {theirs:g} at {site!r}"

@@ -24,6 +24,7 @@ from fedlora.training.targets import is_within
 from fedlora.values import Factors, Site
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+KEY = "lora.from_adapter:"
 PREFIX, A_OF, B_OF = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
 
 HARMLESS = frozenset({
@@ -83,7 +84,7 @@ def read_adapter(directory: str) -> PublicAdapter:
         classes = _classes(path / "classes.json")
     except (OSError, ValueError, SafetensorError) as error:
         raise ConfigError(_unreadable(path, error)) from None
-    _require_plain(directory, config)
+    require_plain_lora(f"{KEY} {directory}", config)
     sites = {site: _factors(directory, tensors, site, peft_scale(config, site)) for site in _sites(tensors)}
     if not sites:
         raise ConfigError(_refused(directory, "has no lora_A.weight at all", "name a LoRA of PEFT's"))
@@ -185,24 +186,30 @@ def peft_scale(config: Mapping[str, Any], site: Site) -> float:
     return alpha / math.sqrt(r) if config.get("use_rslora") else alpha / r
 
 
-def _require_plain(directory: str, config: Any) -> None:
-    """Refuses all that is more than products beside the checkpoint's own weights."""
+def require_plain_lora(named: str, config: Any) -> None:
+    """Passes an adapter that is products beside the checkpoint's own weights, and no more.
+
+    Args:
+        named: the adapter as a message begins with it.
+        config: what its adapter_config.json holds.
+
+    Raises:
+        ConfigError: it is more, or no LoRA.
+    """
     kind = config.get("peft_type") if isinstance(config, dict) else None
     if kind != "LORA" or not {"r", "lora_alpha"} <= config.keys():
-        raise ConfigError(_refused(directory, f"has peft_type {kind!r}", "name one of LORA"))
+        raise ConfigError(f"{named} has peft_type {kind!r}; name one of LORA")
     if config.get("bias", "none") != "none":
-        raise ConfigError(
-            _refused(directory, f"has bias: {config['bias']}", 'train it again with bias="none"')
-        )
+        raise ConfigError(f'{named} has bias: {config["bias"]}; train it again with bias="none"')
     if config.get("use_dora"):
         mend = "merge it into the base model and name that as model.name"
-        raise ConfigError(_refused(directory, "is a DoRA, whose magnitudes no B A holds", mend))
+        raise ConfigError(f"{named} is a DoRA, whose magnitudes no B A holds; {mend}")
     if (init := config.get("init_lora_weights")) not in LEAVES_THE_BASE:
         mend = "save it with path_initial_model_for_weight_conversion, which makes a plain LoRA of it"
-        raise ConfigError(_refused(directory, f"began as {init!r}, which changes the base model", mend))
+        raise ConfigError(f"{named} began as {init!r}, which changes the base model; {mend}")
     more = sorted(key for key in config.keys() - HARMLESS - {"bias", "use_dora"} if config[key])
     if more:
-        raise ConfigError(_refused(directory, f"says {more[0]}: {config[more[0]]}", "name a plain LoRA"))
+        raise ConfigError(f"{named} says {more[0]}: {config[more[0]]}; name a plain LoRA")
 
 
 def _classes(path: Path) -> tuple[str, ...] | None:
@@ -220,4 +227,4 @@ def _unreadable(path: Path, error: Exception) -> str:
 
 
 def _refused(directory: str, what: str, mend: str) -> str:
-    return f"lora.from_adapter: {directory} {what}; {mend}"
+    return f"{KEY} {directory} {what}; {mend}"

@@ -118,6 +118,29 @@ def test_what_does_not_fit_is_refused_with_the_mend(tiny_config, summary, tmp_pa
         load_adapter(path, model, CLASSES)
 
 
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ({"init_lora_weights": "pissa"}, "began as 'pissa', which changes the base model; save it with"),
+        ({"init_lora_weights": "olora"}, "began as 'olora', which changes the base model; save it with"),
+        ({"use_dora": True}, "is a DoRA"),
+        ({"peft_type": "IA3"}, "has peft_type 'IA3'"),
+    ],
+)
+def test_an_adapter_that_is_more_than_a_product_is_not_put_beside_this_base(
+    tiny_config, summary, tmp_path, words, told
+):
+    """Its B A beside the checkpoint's own weights is not the model that was trained."""
+    config = tiny_config()
+    model, adapters = trained(config)
+    path = write_adapter(tmp_path / "a", config=config, adapters=adapters, classes=CLASSES, summary=summary)
+    written = json.loads((path / "adapter_config.json").read_text())
+    (path / "adapter_config.json").write_text(json.dumps({**written, **words}))
+    with pytest.raises(ConfigError, match=told) as caught:
+        load_adapter(path, model, CLASSES)
+    assert str(caught.value).startswith(f"{path} ")
+
+
 def flaw_in_the_file(monkeypatch, change):
     """What PEFT saves from here on is what `change` makes of its tensors."""
     save = PeftModel.save_pretrained
