@@ -3,12 +3,15 @@
 from enum import StrEnum
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from fedlora.cli.output import Format, FormatOption, RunDirArgument, only_ours, show
 from fedlora.errors import ConfigError
+
+if TYPE_CHECKING:
+    from fedlora.export.push import Pushed
 
 
 def add_to(app: typer.Typer) -> None:
@@ -41,7 +44,12 @@ def export(
         Server | None, typer.Option("--for", help="Check first what this server asks of an adapter.")
     ] = None,
     push: Annotated[
-        str | None, typer.Option("--push", metavar="OWNER/NAME", help="Upload it, with its card, to the hub.")
+        str | None,
+        typer.Option(
+            "--push",
+            metavar="OWNER/NAME",
+            help="Upload it, with its card, to the hub, in place of what is there.",
+        ),
     ] = None,
     private: Annotated[
         bool, typer.Option("--private/--public", help="Who may see what --push uploads.")
@@ -62,19 +70,20 @@ def export(
             _require_pushable(push)
         directory = Path(scratch) / "adapter" if to is None else to
         served = _exported(run_dir, directory, client=client, merge=merge, server=server)
-        address = None if push is None else _pushed(directory, push, private=private)
+        there = None if push is None else _pushed(directory, push, private=private)
     kind = "merged model" if merge else "adapter"
     kind += "" if client is None else f" with the B of {client}"
     where = str(push if to is None else to)
     lines = [f"{where}: {kind} written, loaded again, logits equal"]
     lines += [] if served is None else [f"vllm serve BASE {served} --lora-modules NAME={where}"]
-    lines += [] if address is None else [f"pushed to {address}, {'private' if private else 'public'}"]
+    lines += [] if there is None else [f"pushed to {there.address}, {_seen(there, private=private)}"]
     value = {
         "directory": None if to is None else str(to),
         "client": client,
         "merged": merge,
         "serve": served,
-        "pushed": address,
+        "pushed": None if there is None else there.address,
+        "private": None if there is None else there.private,
     }
     show(value, "\n".join(lines), form)
 
@@ -85,10 +94,17 @@ def _require_pushable(repository: str) -> None:
     require_pushable(repository)
 
 
-def _pushed(directory: Path, repository: str, *, private: bool) -> str:
+def _pushed(directory: Path, repository: str, *, private: bool) -> "Pushed":
     from fedlora.export.push import push
 
     return push(directory, repository, private=private)
+
+
+def _seen(there: "Pushed", *, private: bool) -> str:
+    """Who sees it; and, where --public was said in vain, where that is changed. private: as asked for."""
+    if not there.private:
+        return "public"
+    return "private" if private else f"which stays private; make it public at {there.address}/settings"
 
 
 def _exported(

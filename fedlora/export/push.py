@@ -1,5 +1,6 @@
 """What was exported, on the hub: private unless said otherwise, and never where more may see it than asked for."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import HfApi, get_token
@@ -8,6 +9,14 @@ from huggingface_hub.utils import validate_repo_id
 
 from fedlora.data.hub import hub_within_reach
 from fedlora.errors import ConfigError, IncompleteError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pushed:
+    """address: of the repository. private: whether only its owner sees it, as the hub says, whatever was asked for."""
+
+    address: str
+    private: bool
 
 
 def require_pushable(repository: str) -> None:
@@ -34,13 +43,15 @@ def require_pushable(repository: str) -> None:
         )
 
 
-def push(directory: Path, repository: str, *, private: bool) -> str:
-    """The address of the repository, whose files are now those of the directory, its card included.
+def push(directory: Path, repository: str, *, private: bool) -> Pushed:
+    """Where the repository is, whose files are now those of the directory, its card included, and no others.
+
+    What was there before is in its history. Its .gitattributes, which is the hub's, stays.
 
     Args:
         directory: as `write_adapter` left it.
         repository: OWNER/NAME; made if it is not there.
-        private: whether only its owner may see it.
+        private: whether only its owner may see it. One that is there and is private stays so.
 
     Raises:
         ConfigError: the repository is public already, and private was asked for.
@@ -49,15 +60,21 @@ def push(directory: Path, repository: str, *, private: bool) -> str:
     api = HfApi()
     try:
         address = api.create_repo(repository, private=private, exist_ok=True)
-        if private and not api.repo_info(repository).private:
+        is_private = bool(api.repo_info(repository).private)
+        if private and not is_private:
             raise ConfigError(
                 f"--push: {repository} is there already and is public; name another one, or say --public if it may be"
             )
-        api.upload_folder(repo_id=repository, folder_path=directory, commit_message="An adapter by fedlora")
+        api.upload_folder(
+            repo_id=repository,
+            folder_path=directory,
+            commit_message="An adapter by fedlora",
+            delete_patterns="*",  # transformers would load an older adapter onto a merged model
+        )
     except (HfHubHTTPError, OSError) as error:
         said = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise IncompleteError(
             f"--push: the hub refused {repository} ({said}); nothing here is lost: give the command again, with a "
             "token that may write there"
         ) from error
-    return str(address)
+    return Pushed(address=str(address), private=is_private)

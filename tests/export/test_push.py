@@ -12,6 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from fedlora.cli.export import _seen
+from fedlora.export.push import Pushed
+
 CODE = """
 import sys
 from pathlib import Path
@@ -19,7 +22,8 @@ from fedlora.errors import FedLoraError
 from fedlora.export.push import push, require_pushable
 try:
     require_pushable(sys.argv[2])
-    print(push(Path(sys.argv[1]), sys.argv[2], private=sys.argv[3] == "private"))
+    there = push(Path(sys.argv[1]), sys.argv[2], private=sys.argv[3] == "private")
+    print(there.address, "private" if there.private else "public")
 except FedLoraError as error:
     print(error)
     sys.exit(error.exit_status)
@@ -29,7 +33,7 @@ except FedLoraError as error:
 class Hub(BaseHTTPRequestHandler):
     """Takes what a client says, and answers as the hub does."""
 
-    public, refuses = False, False
+    public, refuses, holds = False, False, ()
     heard: list[tuple[str, str, str | None, bytes]]
 
     def _answer(self, words: object, status: int = 200) -> None:
@@ -48,6 +52,10 @@ class Hub(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self.server.heard.append(("GET", self.path, self.headers.get("Authorization"), b""))
+        if "/tree/" in self.path:
+            held = [{"type": "file", "path": path, "size": 1, "oid": "0" * 40} for path in self.server.holds]
+            self._answer(held)
+            return
         siblings: list[object] = []
         self._answer({"id": "a/b", "private": not self.server.public, "siblings": siblings, "sha": "0" * 40})
 
@@ -77,7 +85,7 @@ class Hub(BaseHTTPRequestHandler):
 @pytest.fixture
 def hub() -> Iterator[ThreadingHTTPServer]:
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.heard, server.public, server.refuses = [], False, False
+    server.heard, server.public, server.refuses, server.holds = [], False, False, ()
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     yield server
@@ -114,23 +122,44 @@ def asked(hub, end: str) -> list[bytes]:
     return [body for _, path, _, body in hub.heard if end in path]
 
 
+def committed(hub) -> list[tuple[str, dict[str, str]]]:
+    """Of all commits, the lines that the hub acts by: what is done, and to what."""
+    lines = [json.loads(line) for body in asked(hub, "/commit/") for line in body.splitlines()]
+    return [(line["key"], line["value"]) for line in lines]
+
+
 @pytest.mark.parametrize("who", ["private", "public"])
 def test_every_file_arrives_with_its_card_in_a_repository_of_the_visibility_asked_for(hub, adapter, who):
     hub.public = who == "public"
     done = pushed(hub, adapter, who)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.strip() == f"http://127.0.0.1:{hub.server_port}/a/b"
+    assert done.stdout.strip() == f"http://127.0.0.1:{hub.server_port}/a/b {who}"
     (made,) = map(json.loads, asked(hub, "/repos/create"))
     assert (made["name"], made["organization"]) == ("b", "a")
     assert made.get("private", made.get("visibility") == "private") is (who == "private")
-    lines = [json.loads(line) for body in asked(hub, "/commit/") for line in body.splitlines()]
     files = {
-        line["value"]["path"]: base64.b64decode(line["value"]["content"])
-        for line in lines
-        if line["key"] == "file"
+        value["path"]: base64.b64decode(value["content"]) for key, value in committed(hub) if key == "file"
     }
     assert files == {path.name: path.read_bytes() for path in adapter.iterdir()}
     assert {token for _, path, token, _ in hub.heard if "commit" in path} == {"Bearer hf_secret"}
+
+
+def test_what_an_older_push_left_is_gone(hub, adapter):
+    """Beside a merged model, an older adapter would be loaded onto it."""
+    hub.holds = (".gitattributes", "README.md", "adapter_config.json", "old/model.safetensors")
+    done = pushed(hub, adapter)
+    assert done.returncode == 0, done.stdout + done.stderr
+    gone = [value["path"] for key, value in committed(hub) if key == "deletedFile"]
+    assert sorted(gone) == ["adapter_config.json", "old/model.safetensors"]
+
+
+def test_the_visibility_that_is_told_is_the_repositorys_own(hub, adapter):
+    done = pushed(hub, adapter, "public")  # where a private one is
+    assert done.returncode == 0 and done.stdout.strip().endswith("/a/b private")
+    said = _seen(Pushed(address="http://hub/a/b", private=True), private=False)
+    assert said == "which stays private; make it public at http://hub/a/b/settings"
+    assert _seen(Pushed(address="http://hub/a/b", private=True), private=True) == "private"
+    assert _seen(Pushed(address="http://hub/a/b", private=False), private=False) == "public"
 
 
 def test_nothing_private_goes_where_everybody_looks(hub, adapter):
