@@ -9,7 +9,7 @@ from fedlora.errors import ConfigError, IncompleteError
 from fedlora.federation.loop import line_zero, rounds
 from fedlora.federation.store import Store, state_digest
 from fedlora.methods import build
-from fedlora.runs.beginning import first_state, origin
+from fedlora.runs.beginning import first_state, origin, require_beginning
 from fedlora.runs.forgetting import forgotten
 from fedlora.runs.rundir import SPENT, load_roster, run_config
 from fedlora.runs.trained import trained_adapters
@@ -21,7 +21,7 @@ def replay(run_dir: Path) -> Iterator[tuple[int, str]]:
     """Round and `state_sha256` of each round that the run has completed; nothing in the directory is changed.
 
     Raises:
-        ConfigError: the directory holds no run of a server.
+        ConfigError: the directory holds no run of a server, or what it began from holds other files now.
         IncompleteError: no round is completed, or an update that was heard is missing or damaged.
     """
     config, roster = run_config(run_dir), load_roster(run_dir)
@@ -32,6 +32,7 @@ def replay(run_dir: Path) -> Iterator[tuple[int, str]]:
             f"{run_dir}: the updates of {gone} are erased, so its rounds cannot be played again; "
             "replay another run"
         )
+    require_beginning(config, run_dir)
     _, classes = trained_adapters(run_dir)
     model = load_model(config.model, config.task, config.lora, classes, config.seed)
     method = build(config.method, config.lora, config.seed)

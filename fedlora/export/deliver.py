@@ -10,6 +10,7 @@ from fedlora.export.diagnose import write_diagnostics
 from fedlora.export.peft_directory import write_adapter
 from fedlora.export.report import write_report
 from fedlora.export.samples import asks_for_samples, write_samples
+from fedlora.runs.beginning import require_beginning
 from fedlora.runs.partition_picture import load_picture
 from fedlora.runs.rundir import DIAGNOSTICS, SAMPLES, run_diagnostics, run_rounds, run_samples
 from fedlora.runs.summary import summary_so_far
@@ -89,6 +90,7 @@ def delivering(run_dir: Path, config: RunConfig, say: Callable[[str], None]) -> 
         if every is None or state.round == 0 or state.round % every or directory.exists():
             return
         say(f"writing the adapter of round {state.round}")
+        require_beginning(config, run_dir)
         classes = tuple(json.loads((run_dir / "classes.json").read_text(encoding="utf-8")))
         # A round that was not scored has no score; the summary would tell an earlier one's.
         summary = {**summary_so_far(run_dir), "score": run_rounds(run_dir)[-1].get("score")}

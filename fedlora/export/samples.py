@@ -39,7 +39,9 @@ def write_samples(target: Path, config: RunConfig, adapters: Adapters) -> None:
     assert config.data.max_length is not None, "config/columns.py asks for it"
     test = load_corpus(config.data, task, config.seed).test
     asked = test.select(np.arange(min(task.samples, len(test))))
-    model = load_model(config.model, task, config.lora, (), config.seed)
+    # What an adapter that the run began from has to say is in `adapters`, whatever lies there now.
+    lora_cfg = config.lora.model_copy(update={"from_adapter": None})
+    model = load_model(config.model, task, lora_cfg, (), config.seed)
     model.load(adapters)
     lines = []
     for prompt in prompts(asked, tokenizer, config.data.max_length, task):

@@ -48,18 +48,27 @@ def record_beginning(config: RunConfig, run_dir: Path) -> None:
     """
     if (given := config.lora.from_adapter) is None:
         return
-    words = {
-        "name": Path(given).resolve().name,
-        "sha256": read_adapter(given).sha256,
-        "files": adapter_digest(given),
-    }
-    known = began_from(run_dir)
-    if known is None:
+    require_beginning(config, run_dir)
+    if began_from(run_dir) is None:
+        words = {
+            "name": Path(given).resolve().name,
+            "sha256": read_adapter(given).sha256,
+            "files": adapter_digest(given),
+        }
         write_durably(run_dir / BEGAN_FROM, json.dumps(words, indent=2) + "\n")
-    elif known["files"] != words["files"]:
+
+
+def require_beginning(config: RunConfig, run_dir: Path) -> None:
+    """Passes a run that began from the bytes that lie there now, or from none, or has not said yet from which.
+
+    Raises:
+        ConfigError: it began from others.
+    """
+    given, known = config.lora.from_adapter, began_from(run_dir)
+    if given is not None and known is not None and adapter_digest(given) != known["files"]:
         raise ConfigError(
-            f"lora.from_adapter: {given} holds other files now than when {run_dir} began (SHA-256 {words['sha256']}, "
-            f"then {known['sha256']}); restore it, or choose another output"
+            f"lora.from_adapter: {given} holds other files now than when {run_dir} began (SHA-256 "
+            f"{read_adapter(given).sha256}, then {known['sha256']}); restore it, or begin anew in another output"
         )
 
 

@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 
 from fedlora.cli.app import main
 from fedlora.config.load import dump_config
-from fedlora.runs.rundir import run_rounds, run_samples
+from fedlora.export.samples import write_samples
+from fedlora.runs.rundir import run_config, run_rounds, run_samples
 from fedlora.runs.trained import trained_adapters
 
 COLOURS = ["red", "blue", "green", "pink"]
@@ -83,6 +84,10 @@ def test_instructions_are_learned_in_private_and_the_run_shows_what_the_model_sa
     assert len(samples) == 3
     _, b = next(iter(trained_adapters(run_dir)[0].sites.items()))
     assert b.b.any()
+    config, begun = run_config(run_dir), {"from_adapter": str(tmp_path / "gone")}
+    config = config.model_copy(update={"lora": config.lora.model_copy(update=begun)})
+    write_samples(tmp_path / "again.jsonl", config, trained_adapters(run_dir)[0])
+    assert (tmp_path / "again.jsonl").read_bytes() == (run_dir / "samples.jsonl").read_bytes()
     report = (run_dir / "report.html").read_text()
     assert "What the model says" in report and "After training" in report
     assert MARKUP not in report and "&lt;b&gt;" in report

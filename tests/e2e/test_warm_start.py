@@ -12,10 +12,14 @@ from torch.testing import assert_close
 from transformers import AutoModelForSequenceClassification, GPT2Config, GPT2LMHeadModel
 
 from fedlora.algebra.factors import change, whole
+from fedlora.cli.app import main
+from fedlora.config.load import dump_config
 from fedlora.config.method import FedSb
 from fedlora.errors import ConfigError
 from fedlora.export.card import model_card
+from fedlora.export.deliver import delivering
 from fedlora.export.peft_directory import write_adapter
+from fedlora.federation.store import Store
 from fedlora.methods import build
 from fedlora.runs.beginning import first_state
 from fedlora.runs.summary import summary_so_far
@@ -170,6 +174,29 @@ def test_other_bytes_are_another_beginning(tiny_config, tiny_encoder, tmp_path):
     assert base_digest(config.model, config.lora) != before
     with pytest.raises(ConfigError, match="holds other files now than when"):
         resume(tmp_path / "run", quiet)
+
+
+def test_a_finished_runs_model_is_not_made_of_other_bytes_than_it_began_from(
+    tiny_config, tiny_encoder, tmp_path, capsys
+):
+    """The head that PEFT's classifier carries is read again by whoever loads the run's model."""
+    given, run_dir = by_peft(tiny_encoder, tmp_path / "lora"), tmp_path / "run"
+    config = tiny_config(lora__from_adapter=str(given), federation__rounds=1, export_every=1)
+    simulate(config, run_dir, quiet)
+    (tmp_path / "again.yaml").write_text(dump_config(config))
+    state, _ = Store(run_dir).load()
+    weights = given / "adapter_model.safetensors"
+    before = weights.read_bytes()
+    save_file({name: tensor * 2 for name, tensor in load_file(weights).items()}, weights)
+    to = str(tmp_path / "out")
+    for words in (["export", "--to", to], ["evaluate", str(tmp_path / "again.yaml")], ["resume"]):
+        assert main([words[0], str(run_dir), *words[1:]]) == 2
+        assert "holds other files now than when" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="holds other files now than when"):
+        delivering(run_dir, config, quiet)(state)
+    assert not any((run_dir / name).exists() for name in ("adapter", "adapters")) and not Path(to).exists()
+    weights.write_bytes(before)
+    assert main(["export", str(run_dir), "--to", to]) == 0
 
 
 def rewritten(given: Path, **words: object) -> None:
