@@ -78,8 +78,9 @@ class Accepted(Section):
     code: Annotated[list[Sha256], Field(min_length=1)] | None = None
     """Digests of fedlora itself, this node's own and the server's; null: any."""
     base_model: Annotated[list[Sha256], Field(min_length=1)] | None = None
-    """Digests of the weights file, quantised ones with how; null: whatever `model` names here, which the server's must
-    equal anyway."""
+    """Digests of the weights file; together with how they are quantised, the adapter of `lora.from_adapter`, keys of
+    `task` other than their defaults, and what is frozen as `seed` draws it, where there is any of it. null: whatever
+    this file comes to, which the server's must equal anyway."""
 
 
 class NodeConfig(Section):
@@ -99,7 +100,8 @@ class NodeConfig(Section):
     """This node trains, clips, noises and sends only so many columns of every B, the first ones; the run's
     `federation.ranks` must say the same of it. null: all `lora.r`."""
     seed: Annotated[int, Field(ge=0)] = 0
-    """Of a frozen head, then the run's own seed. Draws and noise never come from it."""
+    """Of a frozen head, and of a pooler that the checkpoint lacks: where there is one, the run's own seed, or requests
+    are refused. Draws and noise never come from it."""
     work: Work
     ledger: str
     """Path of the append-only record of everything spent. Losing it means losing the guarantee: back it up.

@@ -31,7 +31,8 @@ class Model(Section):
     name: str
     """A Hugging Face id or a local directory."""
     dtype: Literal["float32", "float64", "bfloat16"] = "float32"
-    """Of the frozen weights. Per-example gradients and their norms are float32 or wider anyway."""
+    """Of the frozen weights. Per-example gradients and their norms are float32 or wider anyway. It only rounds, so
+    server and nodes may differ in it."""
     quantization: Literal["none", "int8", "nf4"] = "none"
     """Of the frozen linear layers inside the encoder or decoder, rounded after loading: nf4, 4.5 bits a number
     (QLoRA's, without double quantisation); int8, 8 bits and one scale a row. Weights only: products are in `dtype`, B

@@ -1,6 +1,6 @@
 """Whether a data owner's node would take part in a run: what one would refuse of the other, before either starts."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,9 +16,11 @@ from fedlora.data import load_corpus
 from fedlora.data.docstrings import packages_of
 from fedlora.errors import ModelError
 from fedlora.runs.budgets import node_ledger
+from fedlora.training.agreed import OF_NO_LOSS, agreed_digest, drawn
 from fedlora.training.checkpoints import base_digest
+from fedlora.training.places import local
 
-_FREE = ("init", "from_adapter", "samples", "sample_tokens")
+_FREE = ("init", "from_adapter", *OF_NO_LOSS)
 """Keys of `lora` and `task` that a node does not need: a request brings what they decide, or the digest tells it."""
 
 
@@ -60,26 +62,37 @@ def _model(run: RunConfig, node: NodeConfig) -> Iterator[Misfit]:
         return config.model.name, config.model.quantization, config.lora.from_adapter
 
     if named(run) != named(node):
-        ours, theirs = (_digest(config) for config in (node, run))
+        ours, theirs = (_digest(config, _base) for config in (node, run))
         if ours != theirs:
             yield _differ(("model",), f"base model {ours[:12]}", f"{theirs[:12]} ({run.model.name})")
-    if getattr(node.task, "head", "") == "frozen" and node.seed != run.seed:
-        yield _differ(("seed",), node.seed, f"{run.seed}, from which a frozen head is drawn")
+    ours, theirs = (_drawn(config) for config in (node, run))
+    if None not in (ours, theirs) and ours != theirs:
+        yield _differ(("seed",), ours, theirs)
 
 
 def _accepted(run: RunConfig, node: NodeConfig) -> Iterator[Misfit]:
     """The server's code is taken to be this fedlora's."""
     for key, listed, there in (
-        ("base_model", node.accept.base_model, lambda: _digest(run)),
+        ("base_model", node.accept.base_model, lambda: _digest(run, agreed_digest)),
         ("code", node.accept.code, code_digest),
     ):
         if listed and there() not in listed:
             yield _differ(("accept", key), ", ".join(one[:12] for one in listed), there()[:12])
 
 
-def _digest(config: RunConfig | NodeConfig) -> str:
+def _base(config: RunConfig | NodeConfig) -> str:
+    return base_digest(config.model, config.lora, config.task)
+
+
+def _drawn(config: RunConfig | NodeConfig) -> str | None:
+    """As `drawn`, as far as it can be told without asking the hub for the model."""
+    here = getattr(config.task, "head", "") == "frozen" or local(config.model.name) is not None
+    return drawn(config) if here else None
+
+
+def _digest(config: RunConfig | NodeConfig, of: Callable[[RunConfig | NodeConfig], str]) -> str:
     try:
-        return base_digest(config.model, config.lora, config.task)
+        return of(config)
     except ModelError as error:
         raise ModelError(f"{error}; or check where both base models are, since they differ by name") from None
 

@@ -28,7 +28,7 @@ from fedlora.privacy.ledger_mark import marked, require_reached
 from fedlora.privacy.noise import OsEntropyNoise
 from fedlora.privacy.outbox import Kept, Outbox
 from fedlora.privacy.sampling import poisson
-from fedlora.training.checkpoints import base_digest
+from fedlora.training.agreed import agreed_digest
 from fedlora.training.client import Node, calibrated, participation, request_digest, train, work_digest
 from fedlora.training.examples import reader_of
 from fedlora.training.load import load_model
@@ -191,13 +191,15 @@ class DeployedNode:
         return None
 
     def _foreign(self, request: TrainRequest) -> str | None:
-        """Why its code or its base model is not what this node accepts; None if they are."""
-        accepted, model = (
-            self.config.accept,
-            base_digest(self.config.model, self.config.lora, self.config.task),
-        )
-        if request.base_model != model or model not in (accepted.base_model or [model]):
-            return f"base model {request.base_model!r}, here {model}, accept.base_model {accepted.base_model}"
+        """Why its code, its base model or its task is not what this node accepts; None if they are."""
+        accepted, model = self.config.accept, agreed_digest(self.config)
+        if request.base_model != model:
+            return (
+                f"base model {request.base_model!r}, here {model}; make model, task, lora.from_adapter and, where a "
+                "head or pooler is drawn from it, seed agree with the run's"
+            )
+        if model not in (accepted.base_model or [model]):
+            return f"base model {model}, accept.base_model {accepted.base_model}"
         for whose, code in (("this node's", code_digest()), ("the server's", request.code)):
             if code not in (accepted.code or [code]):
                 return f"{whose} code is {code!r}, accept.code {accepted.code}"

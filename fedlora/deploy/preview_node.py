@@ -15,7 +15,7 @@ from fedlora.errors import ConfigError, LedgerError, PrivacyError
 from fedlora.privacy.accountants import epsilon
 from fedlora.privacy.calibration import check_delta
 from fedlora.runs.budgets import node_budget
-from fedlora.training.checkpoints import base_digest
+from fedlora.training.agreed import agreed_digest
 from fedlora.training.client import participation
 
 
@@ -64,7 +64,7 @@ def preview_node(path: Path, overrides: Sequence[str] = ()) -> NodePreview:
     with at("budget", "target_epsilon"):
         sampling, mechanism = own_terms(config)
     with at("model", "name"):
-        base_model = base_digest(config.model, config.lora, config.task)
+        base_model = agreed_digest(config)
     with at("data"):
         records = _count(config)
     with at("declared_records"):

@@ -15,7 +15,7 @@ from fedlora.federation.absorb import start
 from fedlora.methods import Method
 from fedlora.methods.subspace import Public, Subspace
 from fedlora.runs.rundir import BEGAN_FROM, began_from
-from fedlora.training.checkpoints import base_digest
+from fedlora.training.agreed import agreed_digest
 from fedlora.training.examples import reader_of
 from fedlora.training.from_adapter import adapter_digest, read_adapter
 from fedlora.training.gradients import gradient_directions
@@ -111,4 +111,4 @@ def _public_examples(config: RunConfig, model: AdaptedModel) -> Examples:
 
 def origin(config: RunConfig, run: str) -> Origin:
     """What every request of this run says of where it comes from."""
-    return Origin(run=run, base_model=base_digest(config.model, config.lora, config.task), code=code_digest())
+    return Origin(run=run, base_model=agreed_digest(config), code=code_digest())

@@ -40,7 +40,8 @@ class Origin:
 class TrainRequest:
     """One client's work in one round. Idempotent: asked twice, it is released once.
 
-    base_model: SHA-256 of the frozen weights that the adapters belong to. code: of the server's fedlora.
+    base_model: SHA-256 of the frozen weights that the adapters belong to, and of what else a loss comes from. code: of
+        the server's fedlora.
     """
 
     run: str

@@ -12,7 +12,7 @@ from fedlora.deploy.node import DeployedNode
 from fedlora.federation.absorb import start
 from fedlora.methods import build
 from fedlora.privacy.ledger import read_ledger
-from fedlora.training.checkpoints import base_digest
+from fedlora.training.agreed import agreed_digest
 from fedlora.training.load import load_model
 from fedlora.transport.wire import decode_reply
 from fedlora.values import LocalWork, Refusal, RefusalReason, TrainRequest
@@ -29,7 +29,7 @@ def node_config(folder: Path, model: Path, train: Path, participations: int = 2)
 
 def first_request(config: NodeConfig) -> TrainRequest:
     """Of an honest server, for a node of this config."""
-    model = load_model(config.model, config.task, config.lora, tuple(config.classes), 0)
+    model = load_model(config.model, config.task, config.lora, tuple(config.classes), config.seed)
     methods = {"core": FedSb(name="fedsb", left="orthonormal"), "ab": FedIt(name="fedit")}
     state = start(
         model.shapes(),
@@ -40,7 +40,7 @@ def first_request(config: NodeConfig) -> TrainRequest:
     )
     return TrainRequest(
         run="r",
-        base_model=base_digest(config.model, config.lora, config.task),
+        base_model=agreed_digest(config),
         code=code_digest(),
         round=1,
         adapters=state.adapters,

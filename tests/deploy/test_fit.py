@@ -60,6 +60,7 @@ def test_two_that_fit_work_together(node, tiny_config):
         ({"lora__target_modules": ["query"]}, ["lora.target_modules"]),
         ({"lora__layers_to_transform": [1]}, ["lora.layers_to_transform"]),
         ({"task__head": "frozen"}, ["task.head"]),
+        ({"task__pooler": "identity"}, ["task.pooler"]),
         ({"model__quantization": "int8"}, ["model"]),
         ({"federation__local_steps": 3}, ["work.local_steps"]),
         ({"federation__optimizer__lr": 1.5}, ["work.optimizer.lr"]),
@@ -84,6 +85,17 @@ def test_what_a_node_refuses_is_told_before(node, tiny_config, change, key):
 )
 def test_what_only_later_rounds_or_the_server_refuse_is_told_too(node, tiny_config, change, key):
     assert keys(tiny_config(**change), node) == [key]
+
+
+def test_a_frozen_head_needs_the_runs_seed_and_a_trained_one_does_not(node, tiny_config):
+    frozen = node.model_copy(update={"task": node.task.model_copy(update={"head": "frozen"})})
+    run = tiny_config(task__head="frozen")
+    (one,) = misfits(run, frozen)
+    assert one.key == ("seed",) and "a head drawn from 0 here, the run has a head drawn from 7" in one.words
+    assert isinstance(first_reply(run, frozen), Refusal)
+    agreed = frozen.model_copy(update={"seed": run.seed})
+    assert misfits(run, agreed) == []
+    assert isinstance(first_reply(run, agreed), ClientUpdate)
 
 
 @pytest.mark.parametrize("key", ["code", "base_model"])
