@@ -20,7 +20,7 @@ from fedlora.config.combinations import require_servable
 from fedlora.config.load import config_digest, dump_config, require_same
 from fedlora.config.node import CLIENT_NAME
 from fedlora.config.schema import RunConfig
-from fedlora.data import load_corpus
+from fedlora.data import Examples, load_corpus
 from fedlora.deploy.journal import Journal, Reported
 from fedlora.deploy.soundness import Soundness
 from fedlora.disk import write_durably
@@ -33,6 +33,7 @@ from fedlora.privacy.ledger import MOST_ATTEMPTS
 from fedlora.privacy.noise import BY_THE_NODES
 from fedlora.runs.beginning import first_state, origin, record_beginning
 from fedlora.runs.forgetting import forgotten, remaining
+from fedlora.runs.inputs import record_inputs
 from fedlora.runs.rundir import (
     SPENT,
     Roster,
@@ -68,8 +69,8 @@ def serve(grid: Grid, config: RunConfig, stored: Stored = lambda state: None) ->
         stored: see `federation.loop`.
 
     Raises:
-        ConfigError: the directory holds another run or a simulation, or the config names no number of nodes, or
-            describes a world.
+        ConfigError: the directory holds another run or a simulation, or one that began with another base model or
+            other test records, or the config names no number of nodes, or describes a world.
         IncompleteError: too few nodes answered; submit the run again.
     """
     require_servable(config)
@@ -98,12 +99,14 @@ def _say(event: Event) -> None:
 
 def _serve(grid: Grid, config: RunConfig, run_dir: Path, tell: Listener, stored: Stored) -> None:
     centre = _centre(config)
+    if load_roster(run_dir) is not None:
+        _record(config, run_dir, centre)  # refuses before anybody is waited for
     # The roster comes first: without it, a directory with a config is a simulation's.
     roster, nodes = _roster(grid, config, run_dir, centre.classes)
     members = remaining(run_dir, roster.members)
     write_durably(run_dir / "classes.json", json.dumps(centre.classes))
     write_durably(run_dir / "config.yaml", dump_config(config))
-    record_beginning(config, run_dir)
+    _record(config, run_dir, centre)
     noise = None if config.privacy == "none" else BY_THE_NODES
     store = Store(run_dir, roster.run, noise, config.method.stale.dtype)
     if store.is_empty():
@@ -148,8 +151,15 @@ def _serve(grid: Grid, config: RunConfig, run_dir: Path, tell: Listener, stored:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Centre:
     classes: tuple[str, ...]
+    test: Examples
     first: ServerState
     score: Callable[[Adapters], dict[str, Any]]
+
+
+def _record(config: RunConfig, run_dir: Path, centre: _Centre) -> None:
+    """The run says what it began from; raises ConfigError where that is something else now."""
+    record_beginning(config, run_dir)
+    record_inputs(config, run_dir, test=centre.test)
 
 
 def _centre(config: RunConfig) -> _Centre:
@@ -169,7 +179,7 @@ def _centre(config: RunConfig) -> _Centre:
 
     first = first_state(config, model, build(config.method, config.lora, config.seed))
     require_gradients(model, first.adapters)
-    return _Centre(classes=corpus.classes, first=first, score=score)
+    return _Centre(classes=corpus.classes, test=test, first=first, score=score)
 
 
 def _roster(grid: Grid, config: RunConfig, run_dir: Path, classes: tuple[str, ...]) -> tuple[Roster, Nodes]:

@@ -23,6 +23,8 @@ DIAGNOSTICS = "diagnostics.json"
 """What the final adapter is."""
 BEGAN_FROM = "began_from.json"
 """Which adapter the run began from: its name, and SHA-256 of its weights file and of all its files."""
+INPUTS = "inputs.json"
+"""SHA-256 of what the run reads and does not keep: base model, test records and, of a simulation, the clients' own."""
 SAMPLES = "samples.jsonl"
 """What the model says to public prompts, before and after."""
 NEWEST = ("round", "asked", "answered", "refused", "rejected")
@@ -207,6 +209,16 @@ def began_from(run_dir: Path) -> dict[str, Any] | None:
     """
     path = run_dir / BEGAN_FROM
     return _words(path, "sha256", "restore it") if path.exists() else None
+
+
+def run_inputs(run_dir: Path) -> dict[str, Any] | None:
+    """What the run read when it began; None where an older fedlora began it.
+
+    Raises:
+        ConfigError: the file that says so is damaged.
+    """
+    path = run_dir / INPUTS
+    return _words(path, "base_model", "restore it") if path.exists() else None
 
 
 def run_samples(run_dir: Path) -> list[dict[str, Any]]:

@@ -22,6 +22,7 @@ from fedlora.privacy.noise import SEEDED
 from fedlora.runs.beginning import record_beginning
 from fedlora.runs.evidence import require_debits
 from fedlora.runs.forgetting import remaining
+from fedlora.runs.inputs import record_inputs
 from fedlora.runs.own_b import require_own_b
 from fedlora.runs.partition_picture import save_picture
 from fedlora.runs.promise import Spending
@@ -89,7 +90,11 @@ def resume(
     shared: Shared | None = None,
     stored: Stored = lambda state: None,
 ) -> Path:
-    """`run_dir` holds the finished run it was meant to; a finished one is left alone. The rest: see `simulate`."""
+    """`run_dir` holds the finished run it was meant to; a finished one is left alone. The rest: see `simulate`.
+
+    Raises:
+        ConfigError: the base model, the records or the adapter that it began with are others now.
+    """
     config = run_config(run_dir)
     if finished_summary(run_dir) is not None:
         return run_dir
@@ -116,6 +121,8 @@ def _drive(
 ) -> None:
     """Rounds from the newest checkpoint, or from none, to the last; then the summary."""
     record_beginning(prepared.config, run_dir)
+    clients = prepared.clients
+    record_inputs(prepared.config, run_dir, test=clients.test, train=clients.examples.examples)
     noise = None if prepared.config.privacy == "none" else SEEDED
     store = Store(run_dir, prepared.origin.run, noise, prepared.config.method.stale.dtype)
     score = _scorer(prepared, run_dir, scoring_threads or os.cpu_count() or 1)

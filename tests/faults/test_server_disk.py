@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -120,6 +121,24 @@ def test_a_server_started_again_with_another_config_refuses_and_names_the_direct
     assert {path: path.read_bytes() for path in run.run_dir.rglob("*") if path.is_file()} == files
     assert len(run.tape.read("asked")) == asked
     run.config = mine
+    assert run.live().status == 0
+    assert finished(run) == []
+
+
+@pytest.mark.fault("F46")
+def test_a_server_started_again_with_other_test_records_refuses_and_goes_on_with_the_old(
+    served, topic_files, tmp_path
+):
+    own = Path(shutil.copy(topic_files[1], tmp_path / "own.tsv"))
+    run = served(data__test=str(own))
+    assert run.live(prepare=POINTS["S5 refactorised"]).killed
+    run.settle()
+    asked, old = len(run.tape.read("asked")), own.read_text()
+    own.write_text(old[: old.rindex("\n", 0, -1) + 1])  # all but the last record
+    life = run.live()
+    assert life.status == 1 and f"data.test: {own} gives other records" in life.error
+    assert len(run.tape.read("asked")) == asked
+    own.write_text(old)
     assert run.live().status == 0
     assert finished(run) == []
 
