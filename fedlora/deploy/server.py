@@ -4,7 +4,6 @@ It holds no training record. Noise, clip and budget are each node's own; what th
 what the replies say, and each node's ledger is the authority.
 """
 
-import json
 import logging
 import re
 import secrets
@@ -42,6 +41,7 @@ from fedlora.runs.rundir import (
     locked,
     run_config,
     run_rounds,
+    save_classes,
     save_roster,
 )
 from fedlora.runs.summary import run_summary, write_summary
@@ -104,7 +104,7 @@ def _serve(grid: Grid, config: RunConfig, run_dir: Path, tell: Listener, stored:
     # The roster comes first: without it, a directory with a config is a simulation's.
     roster, nodes = _roster(grid, config, run_dir, centre.classes)
     members = remaining(run_dir, roster.members)
-    write_durably(run_dir / "classes.json", json.dumps(centre.classes))
+    save_classes(run_dir, centre.classes)
     write_durably(run_dir / "config.yaml", dump_config(config))
     _record(config, run_dir, centre)
     noise = None if config.privacy == "none" else BY_THE_NODES

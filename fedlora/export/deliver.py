@@ -1,6 +1,5 @@
 """What a finished run hands over: the adapter and the report, in its own directory."""
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from fedlora.export.report import write_report
 from fedlora.export.samples import asks_for_samples, write_samples
 from fedlora.runs.beginning import require_beginning
 from fedlora.runs.partition_picture import load_picture
-from fedlora.runs.rundir import DIAGNOSTICS, SAMPLES, run_diagnostics, run_rounds, run_samples
+from fedlora.runs.rundir import DIAGNOSTICS, SAMPLES, load_classes, run_diagnostics, run_rounds, run_samples
 from fedlora.runs.summary import summary_so_far
 from fedlora.values import Adapters, ServerState
 
@@ -91,9 +90,10 @@ def delivering(run_dir: Path, config: RunConfig, say: Callable[[str], None]) -> 
             return
         say(f"writing the adapter of round {state.round}")
         require_beginning(config, run_dir)
-        classes = tuple(json.loads((run_dir / "classes.json").read_text(encoding="utf-8")))
         # A round that was not scored has no score; the summary would tell an earlier one's.
         summary = {**summary_so_far(run_dir), "score": run_rounds(run_dir)[-1].get("score")}
-        write_adapter(directory, config=config, adapters=state.adapters, classes=classes, summary=summary)
+        write_adapter(
+            directory, config=config, adapters=state.adapters, classes=load_classes(run_dir), summary=summary
+        )
 
     return deliver_round

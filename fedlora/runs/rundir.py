@@ -3,7 +3,7 @@
 import fcntl
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +36,8 @@ PERSONAL = "personal"
 STATES = ".states"
 """What frozen layers make of a client's records, a file a client: `NAME`, or `.NAME.*` while it is written."""
 
-_OF_A_START = ("classes.json", PARTITION)
+_CLASSES = "classes.json"
+_OF_A_START = (_CLASSES, PARTITION)
 """What a run writes before config.yaml makes it one."""
 
 
@@ -107,6 +108,24 @@ def save_roster(run_dir: Path, roster: Roster) -> None:
     members = {member.client: member.examples for member in roster.members}
     words = {"run": roster.run, "members": members}
     write_durably(run_dir / "roster.json", json.dumps(words, indent=2) + "\n")
+
+
+def load_classes(run_dir: Path) -> tuple[str, ...]:
+    """The names of the run's classes, in order; none where its task has none.
+
+    Raises:
+        ConfigError: the file that says so is damaged.
+    """
+    path = run_dir / _CLASSES
+    try:
+        return tuple(json.loads(path.read_text(encoding="utf-8")))
+    except ValueError as error:  # no JSON, no UTF-8
+        raise ConfigError(f"{path} is damaged ({_first(error)}); restore it") from None
+
+
+def save_classes(run_dir: Path, classes: Sequence[str]) -> None:
+    """The names are durable."""
+    write_durably(run_dir / _CLASSES, json.dumps(classes) + "\n")
 
 
 def require_simulation(run_dir: Path) -> None:

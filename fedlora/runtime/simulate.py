@@ -1,6 +1,5 @@
 """The main job: a whole run on simulated clients, from a config to a finished run directory; and going on with one."""
 
-import json
 import os
 import shutil
 from collections.abc import Callable
@@ -26,7 +25,15 @@ from fedlora.runs.inputs import record_inputs
 from fedlora.runs.own_b import require_own_b
 from fedlora.runs.partition_picture import save_picture
 from fedlora.runs.promise import Spending
-from fedlora.runs.rundir import STATES, finished_summary, locked, require_ours, run_config, run_rounds
+from fedlora.runs.rundir import (
+    STATES,
+    finished_summary,
+    locked,
+    require_ours,
+    run_config,
+    run_rounds,
+    save_classes,
+)
 from fedlora.runs.summary import write_summary
 from fedlora.runtime.host import HostSetup
 from fedlora.runtime.prepare import Prepared, Shared, prepare
@@ -73,7 +80,7 @@ def simulate(
     prepared = prepare(config, listener, shared)
     run_dir.mkdir(parents=True, exist_ok=True)
     with locked(run_dir):
-        write_durably(run_dir / "classes.json", json.dumps(prepared.clients.classes) + "\n")
+        save_classes(run_dir, prepared.clients.classes)
         save_picture(run_dir, config.data.partition.kind, prepared.clients.examples, prepared.clients.classes)
         write_durably(run_dir / "config.yaml", dump_config(config))  # last: it makes this a run
         with tracked(config, run_dir, listener) as told_too:
