@@ -86,8 +86,7 @@ def _base(config: RunConfig | NodeConfig) -> str:
 
 def _drawn(config: RunConfig | NodeConfig) -> str | None:
     """As `drawn`, as far as it can be told without asking the hub for the model."""
-    here = getattr(config.task, "head", "") == "frozen" or local(config.model.name) is not None
-    return drawn(config) if here else None
+    return drawn(config, poolers=local(config.model.name) is not None)
 
 
 def _digest(config: RunConfig | NodeConfig, of: Callable[[RunConfig | NodeConfig], str]) -> str:

@@ -24,7 +24,15 @@ from fedlora.federation.store import Store
 from fedlora.methods.mixing import Mixing
 from fedlora.runs.own_b import erase_own_b
 from fedlora.runs.partition_picture import PARTITION
-from fedlora.runs.rundir import HOLDINGS, STATES, finished_summary, load_roster, locked, run_config
+from fedlora.runs.rundir import (
+    HOLDINGS,
+    STATES,
+    drop_digest_of_records,
+    finished_summary,
+    load_roster,
+    locked,
+    run_config,
+)
 from fedlora.values import Member
 
 MOST_NAMED = 8
@@ -126,6 +134,7 @@ def _erase_caches(run_dir: Path, client: str) -> None:
             if path.name == client or path.name.startswith(f".{client}."):
                 path.unlink()
         fsync(states)
+    drop_digest_of_records(run_dir)
     if (run_dir / PARTITION).exists():
         (run_dir / PARTITION).unlink()
         fsync(run_dir)

@@ -24,7 +24,8 @@ DIAGNOSTICS = "diagnostics.json"
 BEGAN_FROM = "began_from.json"
 """Which adapter the run began from: its name, and SHA-256 of its weights file and of all its files."""
 INPUTS = "inputs.json"
-"""SHA-256 of what the run reads and does not keep: base model, test records and, of a simulation, the clients' own."""
+"""SHA-256 of what the run reads and does not keep: base model, test records and, of a simulation that is not finished,
+the clients' own."""
 SAMPLES = "samples.jsonl"
 """What the model says to public prompts, before and after."""
 NEWEST = ("round", "asked", "answered", "refused", "rejected")
@@ -238,6 +239,13 @@ def run_inputs(run_dir: Path) -> dict[str, Any] | None:
     """
     path = run_dir / INPUTS
     return _words(path, "base_model", "restore it") if path.exists() else None
+
+
+def drop_digest_of_records(run_dir: Path) -> None:
+    """`inputs.json` says nothing more of clients' records: who knows all but one could test a guess at it."""
+    known = run_inputs(run_dir)
+    if known is not None and known.pop("train", None) is not None:
+        write_durably(run_dir / INPUTS, json.dumps(known, indent=2) + "\n")
 
 
 def run_samples(run_dir: Path) -> list[dict[str, Any]]:

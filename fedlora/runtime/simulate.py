@@ -27,6 +27,7 @@ from fedlora.runs.partition_picture import save_picture
 from fedlora.runs.promise import Spending
 from fedlora.runs.rundir import (
     STATES,
+    drop_digest_of_records,
     finished_summary,
     locked,
     require_ours,
@@ -156,6 +157,7 @@ def _drive(
     shutil.rmtree(run_dir / STATES, ignore_errors=True)
     listener(Stage(name="writing the summary"))
     summary = summarise(prepared, run_dir, setup.together, scoring_threads or os.cpu_count() or 1)
+    drop_digest_of_records(run_dir)
     write_summary(run_dir, summary)
     if (note := clip_note(run_rounds(run_dir), prepared.config.privacy)) is not None:
         listener(Stage(name=f"note: {note}"))

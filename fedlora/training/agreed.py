@@ -1,7 +1,9 @@
-"""What a server and its nodes must have in common before a record is read: one digest of all that a loss comes from."""
+"""What a server and its nodes must have in common before a record is read: one digest of weights, task and seed."""
 
 import hashlib
 import json
+from functools import cache
+from typing import Any
 
 import torch
 from transformers import AutoConfig
@@ -20,7 +22,8 @@ def agreed_digest(config: RunConfig | NodeConfig) -> str:
     """SHA-256 of what a loss comes from and no request brings: `base_digest`; or of that, the keys of `task` that are
     not as they are by default, and what the seed drew and no round trains.
 
-    `model.dtype`, kernels and devices only round, and are each side's own.
+    `model.dtype`, kernels and devices only round, and are each side's own. The checkpoint's config.json and its
+    tokenizer are not looked at.
 
     Raises:
         ModelError: see `base_digest` and `drawn`.
@@ -34,18 +37,23 @@ def agreed_digest(config: RunConfig | NodeConfig) -> str:
     return words[0] if len(words) == 1 else hashlib.sha256(" ".join(words).encode()).hexdigest()
 
 
-def drawn(config: RunConfig | NodeConfig) -> str | None:
+def drawn(config: RunConfig | NodeConfig, *, poolers: bool = True) -> str | None:
     """What of the frozen model no checkpoint holds, but the seed draws, in words; None: nothing.
+
+    Args:
+        config: of a run or a node.
+        poolers: also of a pooler, for which the model has to be there.
 
     Raises:
         ModelError: the model is not there, or of no kind that transformers knows for the task.
     """
-    if getattr(config.task, "head", "") == "frozen":
-        return f"a head drawn from {config.seed}"
-    if _lacks_a_pooler(config.model.name, config.task):
-        # float64 is drawn otherwise than what is narrower
-        return f"a pooler drawn from {config.seed} in {config.model.dtype}"
-    return None
+    task = config.task
+    words = ["a head"] if getattr(task, "head", "") == "frozen" else []
+    reads_pooler = not task.causal and getattr(task, "pooler", "checkpoint") != "identity"
+    if poolers and reads_pooler and _lacks_pooler(config.model.name, auto_class(task)):
+        # What is narrower than float64 is drawn alike, and rounded.
+        words.append("a pooler in float64" if config.model.dtype == "float64" else "a pooler")
+    return f"{' and '.join(words)} drawn from {config.seed}" if words else None
 
 
 def _told(task_cfg: Task) -> dict[str, object]:
@@ -54,21 +62,20 @@ def _told(task_cfg: Task) -> dict[str, object]:
     return task_cfg.model_dump(mode="json", exclude_defaults=True, exclude={*OF_NO_LOSS, *kind})
 
 
-def _lacks_a_pooler(name: str, task_cfg: Task) -> bool:
-    """Whether the task's model has a pooler inside its encoder that is the checkpoint's to bring, and is not there."""
-    if task_cfg.causal or getattr(task_cfg, "pooler", "checkpoint") == "identity":
-        return False
+@cache
+def _lacks_pooler(name: str, auto: Any) -> bool:
+    """Whether the model that this class makes has a pooler that is the checkpoint's to bring, and is not there."""
     path = locate(name)
     if any(map(is_pooler, look(path).shapes)):
         return False
     try:
         with quiet(), torch.device("meta"):  # shapes alone
             config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-            model = auto_class(task_cfg).from_config(config)
+            model = auto.from_config(config)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ModelError(
-            f"model.name {name!r} at {str(path)!r} does not load for task.kind {task_cfg.kind}: {error}; "
-            "it needs an architecture that transformers knows for this task"
+            f"model.name {name!r} at {str(path)!r} does not load as {auto.__name__} does: {error}; it needs an "
+            "architecture that transformers knows for this task"
         ) from error
     inside = f"{model.base_model_prefix}."
     return any(key.startswith(inside) and is_pooler(key) for key, _ in model.named_parameters())

@@ -121,10 +121,24 @@ def test_private_records_are_no_test_records(tmp_path):
     same, split = ("data.text=t", f"data.test={Path.cwd()}/./a.jsonl"), HUB + "test_split: train}"
     with pytest.raises(ConfigError, match=r"data\.test: .*a\.jsonl is data\.train itself, .*; name a file"):
         run(tmp_path, *same)
-    with pytest.raises(ConfigError, match=r"data\.test_split: train is data\.train_split itself, .*; name"):
+    with pytest.raises(
+        ConfigError, match=r"data\.test_split: train holds records of data\.train_split train, .*; name"
+    ):
         run(tmp_path, split)
     assert run(tmp_path, *same, "privacy=none").data.test.endswith("a.jsonl")
     assert run(tmp_path, split, "privacy=none").data.test_split == "train"
+    for train, test in (
+        ("train", "train[:9]"),
+        ("train[:9]", "train"),
+        ("train", "test+ train"),
+        ("train", "all"),
+    ):
+        with pytest.raises(
+            ConfigError, match=r"data\.test_split: .* holds records of data\.train_split train"
+        ):
+            run(tmp_path, HUB + f"train_split: '{train}', test_split: '{test}'}}")
+    apart = HUB + "train_split: 'train[:90%]', test_split: 'train[90%:]+test'}"
+    assert run(tmp_path, apart).data.test_split == "train[90%:]+test"
 
 
 def test_new_keys_at_their_defaults_leave_a_run_what_it_was_and_others_do_not(tmp_path):

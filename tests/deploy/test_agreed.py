@@ -58,6 +58,13 @@ def test_a_pooler_that_the_checkpoint_lacks_is_of_one_seed(config, tmp_path):
         (name / file.name).write_bytes(file.read_bytes())
     lacking = config.model_copy(update={"model": config.model.model_copy(update={"name": str(name)})})
     assert refused_unread(lacking, seeded(lacking, 1)) and not refused_unread(lacking, lacking)
+    wide, narrow = (
+        lacking.model_copy(update={"model": lacking.model.model_copy(update={"dtype": dtype})})
+        for dtype in ("float64", "bfloat16")
+    )
+    assert agreed_digest(lacking) == agreed_digest(narrow) != agreed_digest(wide)
+    heads = [with_task(one, kind=CLASSIFIES, head="frozen") for one in (lacking, narrow, wide)]
+    assert agreed_digest(heads[0]) == agreed_digest(heads[1]) != agreed_digest(heads[2])
     own = with_task(lacking, kind=CLASSIFIES, pooler="identity")
     assert not refused_unread(own, seeded(own, 1))
 

@@ -84,6 +84,9 @@ def test_what_was_replaced_is_named_and_nothing_is_asked(cut, copies, tmp_path, 
     place.write_bytes(old)
     weights_digest.cache_clear()
     ends = [json.loads((resume(run, quiet) / "summary.json").read_text()) for run in (cut, whole)]
+    assert all(
+        json.loads((run / INPUTS).read_text()).keys() == {"base_model", "test"} for run in (cut, whole)
+    )
     assert ends[0]["state_sha256"] == ends[1]["state_sha256"] and ends[0]["score"] == ends[1]["score"]
 
 
@@ -101,5 +104,6 @@ def test_a_run_that_an_older_fedlora_began_goes_on_and_is_held_to_what_it_reads_
 
 def test_who_is_forgotten_may_take_the_records_away(cut, copies):
     forget(cut, "client-1", erasers(cut))
+    assert "train" not in json.loads((cut / INPUTS).read_text())
     relabelled(copies["train"])
     resume(cut, quiet)
