@@ -121,7 +121,7 @@ def _nothing_learnt(metric: str, summary: Mapping[str, Any]) -> list[tuple[str, 
     if not learnt_nothing(metric, summary["score_before"], summary["score"]):
         return []
     noise = "more records for each owner, fewer rounds or a higher epsilon leave less noise; "
-    rates = "try learning rates on public data of the kind (fedlora sweep)"
+    rates = "if the loss rose, lower federation.optimizer.lr; fedlora sweep tries rates on public data of the kind"
     return [("learnt", f"nothing that shows: {noise if summary['private'] else ''}{rates}")]
 
 

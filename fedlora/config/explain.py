@@ -119,7 +119,7 @@ def _mend_key(key: str, names: list[str], siblings: dict[str, Any]) -> str:
     for meant, cutoff in ((names, 0.8), (missing, 0.5), (names, 0.6)):
         near = near or difflib.get_close_matches(key, meant, n=1, cutoff=cutoff)
     if near and near[0] in siblings:
-        return f"did you mean {near[0]}? that is set already: change it there, and remove this"
+        return f"did you mean {near[0]}? that is set already: change that one instead"
     if near:
         return f"write {near[0]}"
     return f"remove it; keys here are {', '.join(names)}"

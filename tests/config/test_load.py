@@ -219,7 +219,7 @@ def test_files_that_cannot_be_read_are_told(tmp_path):
         ("privacy.engin=opacus", "unknown key; write engine"),
         (
             "privcy.target_epsilon=1",
-            "privcy: unknown key; did you mean privacy? that is set already: change it there, and remove this",
+            "privcy: unknown key; did you mean privacy? that is set already: change that one instead",
         ),
         ("federation.rouns=3", "federation.rouns: unknown key; did you mean rounds? that is set already"),
         ("rounds=3", "rounds: unknown key; write federation.rounds"),

@@ -151,7 +151,7 @@ def test_the_final_table_says_what_to_try_where_nothing_was_learnt(
     told = summary_text({**summary, **scores}, tmp_path)
     assert ("nothing that shows: more records for each owner" in told) is not learnt
     assert (
-        "nothing that shows: try learning rates" in summary_text({**not_private, **scores}, tmp_path)
+        "nothing that shows: if the loss rose, lower" in summary_text({**not_private, **scores}, tmp_path)
     ) is not learnt
 
 
