@@ -7,6 +7,7 @@ import pytest
 
 from fedlora.cli.app import main
 from fedlora.config.load import load_config
+from fedlora.config.own_template import Own, own_yaml
 from fedlora.data import load_corpus
 from fedlora.data.files import load_table
 from fedlora.data.look import look_through
@@ -166,6 +167,25 @@ def test_a_file_that_cannot_be_guessed_says_what_to_name(tmp_path, text, says):
     with pytest.raises(DataError) as caught:
         look_through(str(path), text=(), label=None, causal=False)
     assert says in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("records", "batch", "lr"), [(20, 10, 1.0), (360, 120, 4.0), (1351, 128, 10.0), (90_000, 128, 16.0)]
+)
+def test_few_records_are_all_drawn_in_each_step_at_a_smaller_rate(tmp_path, records, batch, lr):
+    own = Own(
+        file="own.csv",
+        columns={"text": "t", "label": "l"},
+        records=records,
+        directory=tmp_path,
+        model="m",
+        targets=["query"],
+        identity=True,
+    )
+    (tmp_path / "run.yaml").write_text(own_yaml(own))
+    federation = load_config(tmp_path / "run.yaml").federation
+    assert (federation.batch_size, federation.optimizer.lr) == (batch, lr)
+    assert batch <= records // load_config(tmp_path / "run.yaml").data.partition.clients
 
 
 def test_options_that_name_no_column_or_no_file_are_refused(reviews, tmp_path, capsys):
