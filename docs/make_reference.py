@@ -102,7 +102,8 @@ def _commands_page() -> str:
     assert isinstance(group, click.Group)
     parts = [
         f"{MADE}\n\n# Commands\n\nReading commands take `--format json`: one document on stdout, nothing else. Exit "
-        "status: 0 done, 1 unexpected, 2 usage or config, 3 refused for privacy, 4 incomplete."
+        "status: 0 done, 1 unexpected, 2 usage or config, 3 refused for privacy, 4 incomplete.",
+        _command("fedlora", group),
     ]
     parts += [
         _command(f"fedlora {words}", command) for words, command in commands(group) if not command.hidden

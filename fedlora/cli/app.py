@@ -71,10 +71,22 @@ _QUIET = {
 """What libraries would otherwise print between the lines of our own progress; the user's own settings win."""
 
 
+def _tell_version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        print(f"fedlora {version('fedlora')}")
+        raise typer.Exit
+
+
 @app.callback()
 def _options(
     debug: Annotated[
         bool, typer.Option("--debug", help="Show the traceback of whatever goes wrong.")
+    ] = False,
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Tell the version, and leave.", callback=_tell_version, is_eager=True),
     ] = False,
 ) -> None:
     """Federated LoRA fine-tuning under record-level differential privacy."""

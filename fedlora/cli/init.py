@@ -104,6 +104,7 @@ def _own_files(
     config = Own(
         file=str(own),
         columns=found.columns,
+        owners=found.owners,
         records=len(found.train),
         directory=target.parent,
         model=name,
@@ -118,7 +119,18 @@ def _own_files(
     unprotected = (
         f"{config.test}, a tenth of your records, is scored in the open; replace it if they are private"
     )
-    return written, [_taken(found), f"NOT PROTECTED: {unprotected}"]
+    return written, [_taken(found), f"NOT PROTECTED: {unprotected}", *_to_be_fetched(name)]
+
+
+def _to_be_fetched(model: str) -> list[str]:
+    """What to know of a model that is not here."""
+    from fedlora.training.places import local
+
+    if local(model) is not None:
+        return []
+    return [
+        f"{model} is not on this machine: the run will ask the hub for it; without one, name its directory: --model"
+    ]
 
 
 def _taken(found: "SplitFile") -> str:

@@ -11,6 +11,7 @@ import typer
 from fedlora.cli.output import only_ours
 from fedlora.cli.run_dir import usable
 from fedlora.errors import IncompleteError
+from fedlora.interrupts import sigterm_as_ctrl_c
 
 if TYPE_CHECKING:  # both import torch
     from fedlora.compare.cells import Source
@@ -57,10 +58,10 @@ def told(
 
     Raises:
         ConfigError: see `usable`.
-        IncompleteError: Ctrl-C.
+        IncompleteError: Ctrl-C, or SIGTERM.
     """
     try:
-        with only_ours(), usable(where.directory):
+        with sigterm_as_ctrl_c(), only_ours(), usable(where.directory):
             return work(lambda line: print(line, file=sys.stderr, flush=True))
     except KeyboardInterrupt:
         raise IncompleteError(

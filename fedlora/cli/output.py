@@ -95,14 +95,14 @@ def summary_text(summary: Mapping[str, Any], run_dir: Path) -> str:
     """The final table of a run."""
     from fedlora.config.method import title_of
     from fedlora.export.statement import headline
-    from fedlora.export.words import duration, score
+    from fedlora.export.words import duration, nothing_learnt, score
 
     metric = str(summary["metric"])
     before, after = score(metric, summary["score_before"]), score(metric, summary["score"])
     rows = [
         ("method", title_of(summary["method"])),
         (f"test {metric}", f"{before} before, {after} after"),
-        *_nothing_learnt(metric, summary),
+        *([] if (learnt := nothing_learnt(summary)) is None else [("learnt", learnt)]),
         *(_personal(metric, summary) if summary.get("personal") else []),
         ("privacy", headline(summary)),
         *(_terms(summary) if summary["private"] else []),
@@ -112,17 +112,6 @@ def summary_text(summary: Mapping[str, Any], run_dir: Path) -> str:
         ("report", str(run_dir / "report.html")),
     ]
     return pairs(rows)
-
-
-def _nothing_learnt(metric: str, summary: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """What to try next where the score is no better than before."""
-    from fedlora.export.words import learnt_nothing
-
-    if not learnt_nothing(metric, summary["score_before"], summary["score"]):
-        return []
-    noise = "more records for each owner, fewer rounds or a higher epsilon leave less noise; "
-    rates = "if the loss rose, lower federation.optimizer.lr; fedlora sweep tries rates on public data of the kind"
-    return [("learnt", f"nothing that shows: {noise if summary['private'] else ''}{rates}")]
 
 
 def _personal(metric: str, summary: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -156,6 +156,7 @@ def _to_the_end(run_dir: Path, work: "Callable[[Listener], Path]", form: Format)
     from fedlora.cli.progress import watching
     from fedlora.export.deliver import deliver
     from fedlora.federation.events import Stage
+    from fedlora.interrupts import sigterm_as_ctrl_c
     from fedlora.runs.rundir import finished_summary, require_simulation, run_config, run_rounds
     from fedlora.runs.summary import summary_so_far
     from fedlora.runs.trained import trained_adapters
@@ -163,7 +164,7 @@ def _to_the_end(run_dir: Path, work: "Callable[[Listener], Path]", form: Format)
     require_simulation(run_dir)
     was_finished = finished_summary(run_dir) is not None
     try:
-        with only_ours(), watching() as listener:
+        with sigterm_as_ctrl_c(), only_ours(), watching() as listener:
             work(listener)
             summary = summary_so_far(run_dir)
             deliver(

@@ -32,7 +32,7 @@ data:
   # The test records are scored at the server and NOT protected: replace them by public ones where they are private.
 {columns}
   max_length: 64                 # tokens kept of each record
-  partition: {{kind: iid, clients: {clients}}}   # or dirichlet, shards, quantity, column: the natural one
+  partition: {{kind: iid, clients: {clients}}}   # or {natural}
 
 federation:
   rounds: 20
@@ -62,12 +62,13 @@ output: {output}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Own:
-    """What the config is made of. columns: by their keys in `data`. records: to train on. directory: of all that `init`
-    writes. identity: the model's pooler is not used.
+    """What the config is made of. columns: by their keys in `data`. owners: the column that may say whose a record is.
+    records: to train on. directory: of all that `init` writes. identity: the model's pooler is not used.
     """
 
     file: str
     columns: Mapping[str, str | Sequence[str]]
+    owners: str | None
     records: int
     directory: Path
     model: str
@@ -104,12 +105,20 @@ def own_yaml(own: Own) -> str:
         targets=json.dumps(list(own.targets)),
         train=json.dumps(str(own.train)),
         test=json.dumps(str(own.test)),
+        natural=_natural(own),
         columns="\n".join(f"  {key}: {json.dumps(name)}" for key, name in own.columns.items()),
         batch=max(4, min(128, smallest)),
         lr=rate if "label" in own.columns else 2.0,
         delta=f"{min(1e-5, 10.0 ** -(1 + math.ceil(math.log10(largest)))):.1e}",
         output=json.dumps(str(own.directory / "run")),
     )
+
+
+def _natural(own: Own) -> str:
+    """Who else could hold the records."""
+    if own.owners is None:
+        return "dirichlet, shards, quantity, column: the natural one"
+    return f"one client for each value: {{kind: column, column: {json.dumps(own.owners)}}}"
 
 
 def _task(own: Own) -> list[str]:

@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from fedlora.config.columns import NAMES, Form
 from fedlora.data.forms import texts_of
-from fedlora.data.records import Records
+from fedlora.data.records import Records, repeated
 from fedlora.data.table import Table, quoted, shown
 from fedlora.errors import DataError
 
@@ -79,6 +79,20 @@ def corpus_from(train: Table, test: Table, columns: Columns, *, causal: bool) ->
         test=Records(texts=texts_of(test, columns.text, columns.form, causal=causal), labels=test_labels),
         classes=() if causal else classes,
     )
+
+
+def require_apart(corpus: Corpus) -> None:
+    """Most test records are none to train on: where those are private, what is told of test records is exact.
+
+    Raises:
+        DataError: more than half of them are, as in a copy of the training file; a few are in many published sets.
+    """
+    both, count = repeated(corpus.test, corpus.train), len(corpus.test)
+    if 2 * both > count:
+        raise DataError(
+            f"data: {both:,} of {count:,} test records are records to train on too, which are private, and scores, "
+            "losses and samples of test records are exact; name public ones to test on"
+        )
 
 
 def labelled_records(table: Table, columns: Columns, classes: tuple[str, ...]) -> Records:

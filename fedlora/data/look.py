@@ -4,6 +4,7 @@ import csv
 import hashlib
 import io
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ from fedlora.errors import DataError
 TEST_SHARE = 0.1
 """Of the rows, kept apart."""
 FEWEST_ROWS = 20
+MOST_OWNERS = 50
 MOST_LABELS = 50
 _PROMPT_NAMES = ("prompt", "instruction", "question")
 _COMPLETION_NAMES = ("completion", "response", "answer", "output")
@@ -25,13 +27,14 @@ class SplitFile:
     """The rows of a file in two parts.
 
     columns: those that are learnt from, by the keys of `data`; two are a pair of texts. header: what each row holds,
-    these first, of a pair its first, then the file's others: one may say whose a record is.
+    these first, of a pair its first, then the file's others. owners: one of these, which may say whose a record is.
     """
 
     columns: Mapping[str, str | Sequence[str]]
     header: Sequence[str]
     train: Sequence[tuple[str, ...]]
     test: Sequence[tuple[str, ...]]
+    owners: str | None
 
 
 def look_through(path: str, *, text: Sequence[str], label: str | None, causal: bool) -> SplitFile:
@@ -83,7 +86,8 @@ def look_through(path: str, *, text: Sequence[str], label: str | None, causal: b
             "train on; name the column that holds the text: --text COLUMN"
         )
     given = {**kept, "text": list(text)} if len(text) > 1 else kept
-    return SplitFile(columns=given, header=header, train=train, test=test)
+    unused = {name: columns[name] for name in names if name not in (*kept.values(), *text)}
+    return SplitFile(columns=given, header=header, train=train, test=test, owners=_owners(unused))
 
 
 def csv_text(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -148,6 +152,15 @@ def _label(path: str, columns: dict[str, list[str]], count: int) -> str:
             "language model with --model, which needs none"
         )
     return min(fits, key=lambda name: (different[name], list(columns).index(name)))
+
+
+def _owners(unused: dict[str, list[str]]) -> str | None:
+    """The first column of a few values, each of them many times and none empty."""
+    for name, column in unused.items():
+        often = Counter(column)
+        if 2 <= len(often) <= MOST_OWNERS and min(often.values()) >= FEWEST_ROWS and "" not in often:
+            return name
+    return None
 
 
 def _length(column: Sequence[str]) -> float:

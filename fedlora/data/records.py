@@ -44,6 +44,13 @@ class Records:
         )
 
 
+def repeated(records: Records, others: Records) -> int:
+    """How many of the records have a text that one of the others, of which there may be many, has too."""
+    ours = [json.dumps(text, default=as_json) for text in records.texts]
+    both = set(ours).intersection(json.dumps(text, default=as_json) for text in others.texts)
+    return sum(text in both for text in ours)
+
+
 def fingerprint(records: Records) -> str:
     """SHA-256 of the records as a set: whatever their order, and however a model will read them."""
     labels = [None] * len(records) if records.labels is None else records.labels.tolist()

@@ -7,6 +7,7 @@ Colours are CSS classes of the page around, so light and dark follow the reader.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from fedlora.export.shapes import (
     NARROW,
@@ -25,6 +26,12 @@ from fedlora.export.shapes import (
 
 Point = tuple[int, float]
 """A round and a value."""
+Place = tuple[float, float]
+"""Where something lies on paper: x and y."""
+LETTER = 6.5
+"""About how wide one is."""
+ROOM = 14.0
+"""From the middle of a label to a line that it does not touch."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,8 +75,11 @@ class _Axes:
         share = (value - self.rows[0]) / (self.rows[-1] - self.rows[0])
         return self.floor - (self.floor - self.top) * share
 
+    def places(self, points: Sequence[Point]) -> list[Place]:
+        return [(self.across(index), self.up(value)) for index, value in points]
+
     def line(self, points: Sequence[Point]) -> str:
-        return " ".join(f"{self.across(index):.1f},{self.up(value):.1f}" for index, value in points)
+        return " ".join(f"{x:.1f},{y:.1f}" for x, y in self.places(points))
 
     def drawn(self, show: Callable[[float], str], unit: str) -> list[str]:
         """The grid, its numbers and what they are of."""
@@ -117,19 +127,23 @@ def line_chart(
     rows = ticks(low, high) if floor is None else ticks(floor, high if high > floor else floor + 1)
     axes = _Axes(width=width, rows=rows, last=max(marks[-1][0], 1))
     parts = axes.drawn(show, unit)
+    last = show(marks[-1][1])
+    at = _beside_the_last(axes, marks, last)
+    drawn = [axes.places(marks), [(axes.edge - LETTER * len(last), at - 4), (axes.edge, at - 4)]]
     if before is not None:
-        parts.append(dashed(axes.left, axes.up(before), axes.edge, axes.up(before)))
-        label = f"before training {show(before)}"
-        parts.append(text(axes.edge, axes.up(before) - 7, label, anchor="end", kind="faint"))
-    parts += _spread(axes, points, beside.spread) + _dashed_curve(axes, beside)
+        level = [(axes.left, axes.up(before)), (axes.edge, axes.up(before))]
+        parts.append(dashed(*level[0], *level[1]))
+        parts.append(_label(axes, level, f"before training {show(before)}", drawn, at_the_end=True))
+    parts += _spread(axes, points, beside.spread)
+    if beside.points:
+        parts.append(f'<polyline class="limit" points="{axes.line(beside.points)}"/>')
+        parts.append(_label(axes, axes.places(beside.points), beside.label, drawn, at_the_end=False))
     parts.append(f'<polyline class="curve" points="{axes.line(marks)}"/>')
     dots = marks if len(marks) <= 60 else marks[-1:]
     parts += [
         f'<circle class="dot" cx="{axes.across(i):.1f}" cy="{axes.up(v):.1f}" r="3.5"/>' for i, v in dots
     ]
-    falls = len(marks) > 1 and marks[-2][1] > marks[-1][1]
-    at = _beside_the_last(axes.up(marks[-1][1]), axes.top, axes.floor, falls=falls)
-    parts.append(text(axes.edge, at, show(marks[-1][1]), anchor="end", kind="strong"))
+    parts.append(text(axes.edge, at, last, anchor="end", kind="strong"))
     return svg(name, title, axes.height, parts, width=width)
 
 
@@ -145,14 +159,34 @@ def _spread(axes: _Axes, points: Sequence[Point], spread: Sequence[tuple[float, 
     ]
 
 
-def _dashed_curve(axes: _Axes, beside: Beside) -> list[str]:
-    if not beside.points:
-        return []
-    x, y = axes.across(beside.points[0][0]), axes.up(beside.points[0][1])
-    # Below, since what is looked at beside it mostly lies above.
-    at = y + 16 if y + 22 < axes.floor else y - 8
-    label = text(x + 6, at, beside.label, anchor="start", kind="faint")
-    return [f'<polyline class="limit" points="{axes.line(beside.points)}"/>', label]
+def _label(
+    axes: _Axes, line: Sequence[Place], words: str, drawn: Sequence[Sequence[Place]], *, at_the_end: bool
+) -> str:
+    """The words close above or below their line, near its end or its start, where nothing drawn runs through them."""
+    wide = LETTER * len(words)
+    left, right = max(line[0][0], axes.left) + 6, axes.edge - wide
+    starts = [left + (right - left) * step / 12 for step in range(13)]
+    places: list[tuple[float, Place]] = []
+    for start in reversed(starts) if at_the_end else starts:
+        own = _heights(line, start, start + wide)
+        for y in (min(own) - 8, max(own) + 17) if own else ():
+            if axes.top <= y and y + 4 <= axes.floor:
+                near = [
+                    abs(h - (y - 4)) for other in (line, *drawn) for h in _heights(other, start, start + wide)
+                ]
+                places.append((min(*near, ROOM), (start, y)))
+    x, y = max(places, key=lambda place: place[0])[1] if places else (left, line[0][1] - 8)
+    return text(x, y, words, anchor="start", kind="faint")
+
+
+def _heights(line: Sequence[Place], left: float, right: float) -> list[float]:
+    """Of the line between left and right: at the ends of that, as far as it reaches, and at every corner."""
+    found = [y for x, y in line if left <= x <= right]
+    for end in (left, right):
+        for (x0, y0), (x1, y1) in pairwise(line):
+            if x0 < end < x1:
+                found.append(y0 + (y1 - y0) * (end - x0) / (x1 - x0))
+    return found
 
 
 def bar_chart(
@@ -215,9 +249,10 @@ def panels_chart(
     return svg("panels", title, (head + tall + 18) * math.ceil(len(panels) / across), parts, width=width)
 
 
-def _beside_the_last(y: float, top: float, floor: float, *, falls: bool) -> float:
-    """Where the label of the last point stands: above it, below where the curve comes from above; inside the chart."""
-    above, below = y - 10, y + 22
-    if falls:
-        return below if below < floor else above
-    return above if above - 12 > top else below
+def _beside_the_last(axes: _Axes, marks: Sequence[Point], words: str) -> float:
+    """Where the label of the last point stands, clear of the curve: above it, below where that comes from above."""
+    near = _heights(axes.places(marks), axes.edge - LETTER * len(words), axes.edge)
+    above, below = min(near) - 10, max(near) + 22
+    if len(marks) > 1 and marks[-2][1] > marks[-1][1]:
+        return below if below < axes.floor else above
+    return above if above - 12 > axes.top else below

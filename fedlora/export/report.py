@@ -23,7 +23,7 @@ from fedlora.export.report_score import score_over_rounds
 from fedlora.export.report_signal import signal_by_client
 from fedlora.export.report_staleness import staleness_by_client
 from fedlora.export.statement import NOT_PRIVATE, privacy_statement, reservation
-from fedlora.export.words import bytes_text, duration, epsilon, number, score
+from fedlora.export.words import bytes_text, duration, epsilon, nothing_learnt, number, score
 from fedlora.privacy.noise import BY_THE_NODES
 
 
@@ -69,6 +69,7 @@ def report_html(
     parts = [
         _head(summary, config),
         _figures(summary, target),
+        _learnt(summary),
         score_over_rounds(summary, rounds),
         accuracy_told(rounds),
     ]
@@ -151,6 +152,13 @@ def _figures(summary: Mapping[str, Any], target: float | None) -> str:
         for n, v, s in figures
     )
     return f'<dl class="figures">\n{"".join(cells)}\n</dl>'
+
+
+def _learnt(summary: Mapping[str, Any]) -> str:
+    """What to try next, where nothing was learnt."""
+    if (next_move := nothing_learnt(summary)) is None:
+        return ""
+    return f'<div class="statement warn"><p>Learnt: {escape(next_move)}.</p></div>'
 
 
 def _personal(metric: str, summary: Mapping[str, Any]) -> list[tuple[str, str, str]]:

@@ -1,6 +1,8 @@
 """Numbers as people read them, the same in the command line, the card and the report."""
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 HIGH_IS_GOOD = {"accuracy": True, "perplexity": False}
 """What is better of each metric."""
@@ -28,11 +30,16 @@ def score(metric: str, value: float | None) -> str:
     return f"{100 * value:.1f} %" if metric == "accuracy" else f"{value:.4g}"
 
 
-def learnt_nothing(metric: str, before: float | None, after: float | None) -> bool:
-    """Whether the score is no better than before."""
+def nothing_learnt(summary: Mapping[str, Any]) -> str | None:
+    """What to try next where a run's score is no better than before; None where it is, or is not known."""
+    before, after = summary["score_before"], summary["score"]
     if before is None or after is None:
-        return False
-    return after <= before if HIGH_IS_GOOD.get(metric, True) else after >= before
+        return None
+    if after > before if HIGH_IS_GOOD.get(summary["metric"], True) else after < before:
+        return None
+    noise = "more records for each owner, fewer rounds or a higher epsilon leave less noise; "
+    rates = "if the loss rose, lower federation.optimizer.lr; fedlora sweep tries rates on public data of the kind"
+    return f"nothing that shows: {noise if summary['private'] else ''}{rates}"
 
 
 def duration(seconds: float) -> str:

@@ -2,9 +2,7 @@
 
 import logging
 import os
-import signal
 import socket
-import threading
 import uuid
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -16,6 +14,7 @@ import ray
 import fedlora
 from fedlora.config.schema import Runtime
 from fedlora.errors import ConfigError
+from fedlora.interrupts import sigterm_as_ctrl_c
 from fedlora.runtime.seats import worker_count
 from fedlora.runtime.vitals import Vitals
 
@@ -52,21 +51,13 @@ def connected(runtime: Runtime, run: str, run_dir: Path, go_on: str | None = Non
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", str(HEADLESS_S))
-    is_main = threading.current_thread() is threading.main_thread()
-    before = signal.getsignal(signal.SIGTERM)
-    vitals: Vitals | None = None
-    try:
-        _connect(runtime, f"{run}-{uuid.uuid4().hex[:8]}")
-        if is_main:
-            signal.signal(signal.SIGTERM, _interrupt)
-        vitals = Vitals(run_dir, go_on=go_on)
-        yield vitals
-    finally:
-        if vitals is not None:
-            vitals.close()
-        ray.shutdown()
-        if is_main:
-            signal.signal(signal.SIGTERM, before)
+    with sigterm_as_ctrl_c():
+        try:
+            _connect(runtime, f"{run}-{uuid.uuid4().hex[:8]}")
+            with sigterm_as_ctrl_c(), closing(Vitals(run_dir, go_on=go_on)) as vitals:  # Ray brought its own
+                yield vitals
+        finally:
+            ray.shutdown()
 
 
 def _connect(runtime: Runtime, namespace: str) -> None:
@@ -140,7 +131,3 @@ def worker_slots(runtime: Runtime) -> int:
 def store_bytes() -> int:
     """Room in the smallest object store of the cluster."""
     return int(min(node["Resources"].get("object_store_memory", 0) for node in ray.nodes() if node["Alive"]))
-
-
-def _interrupt(number: int, frame: object) -> None:
-    raise KeyboardInterrupt

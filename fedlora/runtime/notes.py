@@ -1,6 +1,8 @@
 """What to know of a run before it begins; the same from sizes and shapes and from a loaded model."""
 
+import math
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -9,19 +11,27 @@ from fedlora.config.asking import expected_cohort, most_asked
 from fedlora.config.schema import RunConfig
 from fedlora.data.table import shown
 
+if TYPE_CHECKING:
+    from fedlora.runtime.outline import ClientPreview
+
 MOST_NAMED = 5
 """Classes that a note names."""
 
 
-def plan_notes(config: RunConfig, sizes: Mapping[str, int], unseen: Sequence[str]) -> list[str]:
+def plan_notes(
+    config: RunConfig, clients: "Sequence[ClientPreview]", trained: int, unseen: Sequence[str]
+) -> list[str]:
     """All that follows from the config and the records.
 
     Args:
         config: the run.
-        sizes: records, by client.
+        clients: what each is held to.
+        trained: numbers that are trained; 0: not known.
         unseen: classes without a training record.
     """
+    sizes = {client.client: client.records for client in clients}
     told = [*_flower(config), *_promise(config, sizes), *_small_clients(config, sizes)]
+    told += _loud_noise(config, clients, trained)
     if unseen:
         told.append(
             f"no training record has the label {shown(unseen, MOST_NAMED)}: it is a class since a test record has it; "
@@ -62,6 +72,26 @@ def _small_clients(config: RunConfig, sizes: Mapping[str, int]) -> list[str]:
     return [
         f"{who} federation.batch_size {batch_size} ({client} has {least:,}): each step takes all of them, {spared}"
         f"the sum is divided by {batch_size} nevertheless; write {least:,} or less, or give them more records"
+    ]
+
+
+def _loud_noise(config: RunConfig, clients: "Sequence[ClientPreview]", trained: int) -> list[str]:
+    """Where the noise of the whole run is longer than all that its records could add up to, were they of one mind.
+
+    In n steps of clients, each a mean over b records clipped to C, these add up to n C at most; the noise of each step
+    is sigma C / b in each of d numbers, in all sqrt(n d) sigma C / b.
+    """
+    noise = [client.noise_multiplier for client in clients if client.noise_multiplier is not None]
+    if not noise or not trained:
+        return []
+    federation = config.federation
+    steps = federation.rounds * expected_cohort(federation, len(clients)) * federation.local_steps
+    batch = min(federation.batch_size, sum(client.records for client in clients) / len(clients))
+    if math.sqrt(trained / steps) * (sum(noise) / len(noise)) <= batch:
+        return []
+    return [
+        "the noise of the whole run is longer than all that its records could add up to, were they of one mind: it "
+        "will hardly learn; more clients, more records in federation.batch_size or a higher epsilon leave less"
     ]
 
 

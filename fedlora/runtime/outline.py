@@ -16,6 +16,7 @@ from fedlora.config.asking import expected_cohort
 from fedlora.config.data import Docstrings
 from fedlora.config.schema import RunConfig
 from fedlora.data import load_corpus
+from fedlora.data.corpus import require_apart
 from fedlora.data.docstrings import packages_of
 from fedlora.data.own import file_records
 from fedlora.data.partition import client_names, partition
@@ -97,8 +98,9 @@ def outline(config: RunConfig) -> Preview:
     sizes = _sizes(config, seen)
     processes = model_holders(config.runtime, os.cpu_count() or 1)
     trained, sent, received = (0, 0, 0) if seen is None else _numbers(config, seen, sizes)
+    clients = _clients(config, sizes.clients)
     return Preview(
-        clients=_clients(config, sizes.clients),
+        clients=clients,
         classes=sizes.classes,
         trained_parameters=trained,
         steps_per_participation=config.federation.local_steps,
@@ -106,7 +108,7 @@ def outline(config: RunConfig) -> Preview:
         bytes_down=4 * received + FRAME_BYTES,
         memory_bytes=processes * (PROCESS_BYTES + (0 if seen is None else 4 * seen.numbers)),
         training_seconds=0.0 if seen is None else _seconds(config, seen, sizes),
-        notes=(*plan_notes(config, sizes.clients, sizes.unseen), *_notes(config, seen, sizes)),
+        notes=(*plan_notes(config, clients, trained, sizes.unseen), *_notes(config, seen, sizes)),
         measured=False,
     )
 
@@ -131,6 +133,8 @@ def _sizes(config: RunConfig, seen: Look | None) -> _Sizes:
         tokens = float(config.data.max_length or 0)
         return _Sizes(clients=counts, test=test, classes=classes, unseen=(), tokens=tokens, exact=False)
     corpus = load_corpus(config.data, config.task, config.seed)
+    if config.privacy != "none":
+        require_apart(corpus)
     if config.data.public is not None:
         file_records(config.data.public, config.data, config.task, corpus.classes)
     parts = partition(corpus.train, config.data.partition, config.seed)

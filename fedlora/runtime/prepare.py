@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from fedlora.config.load import run_name
 from fedlora.config.schema import RunConfig
 from fedlora.data import load_corpus
+from fedlora.data.corpus import require_apart
 from fedlora.data.holdings import Holdings, dealt
 from fedlora.data.partition import partition
 from fedlora.data.records import Examples
@@ -153,6 +154,8 @@ def gather_clients(config: RunConfig, listener: Listener) -> Clients:
     """Reads, tokenises and deals out the records; calibrates each client's noise."""
     listener(Stage(name=f"reading {config.data.source}"))
     corpus = load_corpus(config.data, config.task, config.seed)
+    if config.privacy != "none":
+        require_apart(corpus)
     parts = partition(corpus.train, config.data.partition, config.seed)
     listener(Stage(name=f"tokenising {len(corpus.train.texts):,} records for {len(parts)} clients"))
     read = reader_of(name=config.model.name, max_length=config.data.max_length, task_cfg=config.task)

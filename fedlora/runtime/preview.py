@@ -2,6 +2,7 @@
 
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -29,17 +30,19 @@ def preview(config: RunConfig, listener: Listener) -> Preview:
     peft_model = prepared.model.peft_model
     model_bytes = sum(t.nbytes for t in (*peft_model.parameters(), *peft_model.buffers()))
     by_size = {size: _client(prepared, size) for size in sorted(prepared.clients.terms)}
+    clients = tuple(replace(by_size[m.examples], client=m.client) for m in prepared.clients.members)
+    trained = sum(p.numel() for p in prepared.model.trained.values())
     processes = model_holders(config.runtime, os.cpu_count() or 1)
     return Preview(
-        clients=tuple(replace(by_size[m.examples], client=m.client) for m in prepared.clients.members),
+        clients=clients,
         classes=prepared.clients.classes,
-        trained_parameters=sum(p.numel() for p in prepared.model.trained.values()),
+        trained_parameters=trained,
         steps_per_participation=config.federation.local_steps,
         bytes_up=up,
         bytes_down=down,
         memory_bytes=processes * (PROCESS_BYTES + model_bytes),
         training_seconds=_training_seconds(prepared),
-        notes=tuple(_notes(prepared)),
+        notes=tuple(_notes(prepared, clients, trained)),
     )
 
 
@@ -75,9 +78,7 @@ def _training_seconds(prepared: Prepared) -> float:
     return run_seconds(config, forward, clients, test, workers)
 
 
-def _notes(prepared: Prepared) -> list[str]:
-    clients = prepared.clients
-    sizes = {member.client: member.examples for member in clients.members}
-    unseen = unseen_classes(clients.examples.examples.labels, clients.classes)
-    told = plan_notes(prepared.config, sizes, unseen)
+def _notes(prepared: Prepared, clients: Sequence[ClientPreview], trained: int) -> list[str]:
+    unseen = unseen_classes(prepared.clients.examples.examples.labels, prepared.clients.classes)
+    told = plan_notes(prepared.config, clients, trained, unseen)
     return told if prepared.world is None else [*told, note(forecast(prepared, prepared.world))]

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,11 @@ def test_every_command_of_the_contract_is_there(capsys):
     ):
         assert f"\n  {command} " in told
         assert main([command, "--help"]) == 0
+
+
+def test_the_version_is_that_of_the_package(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"fedlora {version('fedlora')}\n"
 
 
 def test_schema_is_one_json_document(capsys):
@@ -315,7 +321,10 @@ def _hear_sigint() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def test_ctrl_c_says_how_to_go_on_and_resume_ends_where_the_whole_run_would(config_file, tmp_path, capsys):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_who_is_told_to_stop_says_how_to_go_on_and_resume_ends_where_the_whole_run_would(
+    number, config_file, tmp_path, capsys
+):
     changes = ("federation.rounds=12", "federation.evaluate_every=12", "privacy.max_participations=12")
     longer = [word for change in changes for word in ("--set", change)]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
@@ -339,7 +348,7 @@ def test_ctrl_c_says_how_to_go_on_and_resume_ends_where_the_whole_run_would(conf
     deadline = time.monotonic() + 90
     while time.monotonic() < deadline and not list(broken.glob("checkpoints/round-000002")):
         time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 4 and out == "", err
     assert err.splitlines()[-1].endswith(f"go on with: fedlora resume {broken}") and "Traceback" not in err

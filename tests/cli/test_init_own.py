@@ -113,9 +113,19 @@ def test_the_two_parts_hold_every_row_once_and_no_text_in_both(reviews, tmp_path
 
 def test_a_column_that_says_whose_a_record_is_makes_clients_of_its_values(reviews, tmp_path, capsys):
     assert main(["init", str(tmp_path / "my"), "--data", str(reviews)]) == 0
-    by_site = ["--set", "data.partition={kind: column, column: site}"]
-    assert main(["check", str(tmp_path / "my" / "run.yaml"), *by_site]) == 0
+    run = tmp_path / "my" / "run.yaml"
+    asked = run.read_text().partition("one client for each value: ")[2].partition("\n")[0]
+    assert asked == '{kind: column, column: "site"}'  # no id, no text, no label
+    assert main(["check", str(run), "--set", f"data.partition={asked}"]) == 0
     assert "east" in capsys.readouterr().out
+
+
+def test_a_model_that_is_not_here_is_said_to_be_asked_of_the_hub(reviews, tiny_encoder, tmp_path, capsys):
+    words = ["--data", str(reviews), "--model"]
+    assert main(["init", str(tmp_path / "a"), *words, "somebody/there-is-none"]) == 0
+    assert "somebody/there-is-none is not on this machine" in capsys.readouterr().out
+    assert main(["init", str(tmp_path / "b"), *words, str(tiny_encoder)]) == 0
+    assert "not on this machine" not in capsys.readouterr().out
 
 
 def test_two_texts_are_a_pair(reviews, tmp_path):
@@ -176,6 +186,7 @@ def test_few_records_are_all_drawn_in_each_step_at_a_smaller_rate(tmp_path, reco
     own = Own(
         file="own.csv",
         columns={"text": "t", "label": "l"},
+        owners=None,
         records=records,
         directory=tmp_path,
         model="m",

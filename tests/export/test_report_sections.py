@@ -1,6 +1,9 @@
 """What the report says of ages, lengths and clipping is what rounds.jsonl holds; it is drawn for desk and phone."""
 
 import re
+from itertools import pairwise
+
+import pytest
 
 from fedlora.export.charts import Beside, line_chart
 from fedlora.export.grids import AGES, age_chart, matrix_chart, shade
@@ -93,6 +96,38 @@ def test_what_stands_beside_a_curve_is_inside_its_chart():
     assert all(min(heights) <= float(y) and float(y) + float(high) <= max(heights) + 0.11 for y, high in tops)
     dashed = svg.split('class="limit" points="')[1].split('"')[0]
     assert all(min(heights) <= float(point.split(",")[1]) <= max(heights) for point in dashed.split())
+
+
+@pytest.mark.parametrize("width", [WIDTH, NARROW])
+@pytest.mark.parametrize(
+    ("points", "before"),
+    [
+        ([(5, 0.225), (20, 0.225)], 0.225),
+        ([(5, 0.24), (10, 0.2), (20, 0.175)], 0.225),
+        ([(5, 0.23), (20, 0.2252)], 0.225),
+        ([(1, 0.3)], 0.225),
+        ([(1, 0.1)], 0.225),
+    ],
+)
+def test_no_label_stands_on_a_curve_or_on_another_label(points, before, width):
+    svg = line_chart(points, before=before, title="t", show=lambda v: f"{100 * v:.1f} %", width=width)
+    curve = [
+        tuple(map(float, at.split(",")))
+        for at in svg.split('class="curve" points="')[1].split('"')[0].split()
+    ]
+    boxes = []
+    label = r'<text class="([a-z]+)" x="([-0-9.]+)" y="([-0-9.]+)" text-anchor="([a-z]+)">([^<]*)</text>'
+    for kind, x, y, anchor, words in re.findall(label, svg):
+        if kind == "strong" or "before" in words:
+            left = float(x) - (6 * len(words) if anchor == "end" else 0)
+            boxes.append((left, float(y) - 9, left + 6 * len(words), float(y)))
+    (a, b) = boxes
+    assert a[2] <= b[0] or b[2] <= a[0] or a[3] <= b[1] or b[3] <= a[1]
+    for left, top, right, bottom in boxes:
+        for (x0, y0), (x1, y1) in pairwise(curve):
+            for step in range(201):
+                x, y = x0 + (x1 - x0) * step / 200, y0 + (y1 - y0) * step / 200
+                assert not (left < x < right and top < y < bottom)
 
 
 def test_the_clip_share_is_a_curve_once_it_was_scored_twice(rounds, tiny_config):

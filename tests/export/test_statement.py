@@ -153,6 +153,7 @@ def test_the_final_table_says_what_to_try_where_nothing_was_learnt(
     assert (
         "nothing that shows: if the loss rose, lower" in summary_text({**not_private, **scores}, tmp_path)
     ) is not learnt
+    assert ("Learnt: nothing that shows" in report_html({**summary, **scores}, ())) is not learnt
 
 
 def test_the_time_that_is_told_says_that_it_is_of_the_rounds(summary, rounds, tmp_path):

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from fedlora.config.load import dump_config
-from fedlora.errors import ConfigError, ModelError, PrivacyError
+from fedlora.errors import ConfigError, DataError, ModelError, PrivacyError
 from fedlora.runtime.outline import outline
 from fedlora.runtime.preview import preview
 from tests.data.unfriendly import unfriendly_hub
@@ -197,6 +197,36 @@ def test_a_batch_that_is_more_than_a_client_has_is_told(tiny_config):
     assert outline(config).clients[[c.client for c in outline(config).clients].index(client)].sample_rate == 1
     enough = tiny_config(data__partition=partition, federation__batch_size=least)
     assert not any("fewer records than" in note for note in outline(enough).notes)
+
+
+def test_noise_that_drowns_whatever_records_say_is_told(tiny_config):
+    """By hand: three clients answer four times, in steps of a hundred of their records."""
+    for epsilon, loud in ((0.05, True), (8.0, False)):
+        config = tiny_config(
+            federation__rounds=4, federation__batch_size=100, privacy__target_epsilon=epsilon
+        )
+        found = outline(config)
+        noise = sum(client.noise_multiplier for client in found.clients) / 3
+        assert (noise * (found.trained_parameters / (4 * 3)) ** 0.5 > 100) is loud
+        assert any("longer than all that its records could add up" in note for note in found.notes) is loud
+
+
+def test_a_test_file_that_mostly_holds_the_records_to_train_on_is_refused(tiny_config, topic_files, tmp_path):
+    train, test = (path.read_text().splitlines() for path in topic_files)
+    few, most = test + train[1:][: len(test) - 2], test + train[1:][: len(test)]
+    path = tmp_path / "test.tsv"
+    for lines, refused in ((few, False), (most, True)):
+        path.write_text("\n".join(lines))
+        for look_at in (outline, lambda config: preview(config, lambda event: None)):
+            config = tiny_config(data__test=str(path))
+            if refused:
+                with pytest.raises(
+                    DataError, match=f"{len(test)} of {2 * len(test) - 1} test records are records to"
+                ):
+                    look_at(config)
+            else:
+                look_at(config)
+    outline(tiny_config(data__test=str(path), privacy="none"))
 
 
 def test_a_run_that_may_be_served_says_whose_clients_these_are(tiny_config):
