@@ -185,7 +185,7 @@ def adapters(adapted: AdaptedModel) -> Adapters:
     draw = torch.Generator().manual_seed(1)
     sites = {
         site: Factors(a=a.detach().clone(), b=0.01 * torch.randn(b.shape, generator=draw))
-        for site, (a, b) in adapted.factors().items()
+        for site, (a, b) in adapted.live.items()
     }
     head = {name: 0.01 * torch.randn(value.shape, generator=draw) for name, value in adapted.head().items()}
     return Adapters(basis=0, scale=adapted.scale, sites=sites, head=head)

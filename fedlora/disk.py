@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 
 def write_durably(path: Path, content: str | bytes, mode: int = 0o666) -> None:
@@ -46,6 +46,18 @@ def waiting_for(path: Path) -> Iterator[None]:
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def try_lock(file: IO[Any] | int, *, shared: bool = False) -> bool:
+    """Whether the lock on the open file is ours from here on, until it is closed; nobody is waited for.
+
+    shared: with others who ask for it so.
+    """
+    try:
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def whole_lines(path: Path) -> list[dict[str, Any]]:

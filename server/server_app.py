@@ -15,9 +15,6 @@ from fedlora.config.load import load_config
 from fedlora.config.located import located
 from fedlora.deploy.server import serve
 from fedlora.export.deliver import deliver, delivering
-from fedlora.runs.rundir import run_rounds
-from fedlora.runs.summary import summary_so_far
-from fedlora.runs.trained import trained_adapters
 from fedlora.runtime.flwr_run import named, simulate_on
 
 app = ServerApp()
@@ -35,5 +32,4 @@ def main(grid: Grid, context: Context) -> None:
     with located(path, overrides):
         stored = delivering(Path(config.output), config, say)
         run_dir = simulate_on(grid, config, stored) if simulated else serve(grid, config, stored)
-    told = {"summary": summary_so_far(run_dir), "rounds": run_rounds(run_dir)}
-    deliver(run_dir, config=config, **told, trained=lambda: trained_adapters(run_dir), say=say)
+    deliver(run_dir, say)

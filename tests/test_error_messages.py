@@ -5,7 +5,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1] / "fedlora"
-OURS = {"ConfigError", "DataError", "ModelError", "PrivacyError", "LedgerError", "IncompleteError"}
+OURS = {
+    "ConfigError",
+    "DataError",
+    "ModelError",
+    "PrivacyError",
+    "LedgerError",
+    "IncompleteError",
+    "GuardError",
+}
 
 
 def messages(source: str) -> Iterator[tuple[int, str]]:

@@ -141,13 +141,11 @@ class Clients:
     def _ordered(self) -> list[Tensor]:
         """What is trained, in the order of `Flat`."""
         head = self.model.head()
-        return [b for _, (_, b) in sorted(self.model.factors().items())] + [
-            head[name] for name in sorted(head)
-        ]
+        return [b for _, (_, b) in sorted(self.model.live.items())] + [head[name] for name in sorted(head)]
 
     def _adapters(self, flat: Flat) -> Adapters:
         shaped = _shaped(flat, self._ordered())
-        factors = sorted(self.model.factors().items())
+        factors = sorted(self.model.live.items())
         sites = {site: Factors(a=a.detach(), b=b) for (site, (a, _)), b in zip(factors, shaped, strict=False)}
         head = dict(zip(sorted(self.model.head()), shaped[len(factors) :], strict=True))
         return Adapters(basis=0, scale=self.model.scale, sites=sites, head=head)

@@ -129,12 +129,10 @@ def report(
 ) -> None:
     """Write one self-contained HTML file: curves, epsilon by client, signal and noise, what the adapter is."""
     from fedlora.export.deliver import report_of
-    from fedlora.runs.rundir import run_config, run_rounds
     from fedlora.runs.summary import summary_so_far
 
     target = run_dir / "report.html" if to is None else to
-    summary, config = summary_so_far(run_dir), run_config(run_dir)
-    report_of(run_dir, target, config=config, summary=summary, rounds=run_rounds(run_dir))
+    report_of(run_dir, target, summary_so_far(run_dir))
     show({"report": str(target)}, str(target), form)
 
 

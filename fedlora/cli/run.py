@@ -27,7 +27,7 @@ from fedlora.errors import IncompleteError
 if TYPE_CHECKING:
     from fedlora.config.schema import RunConfig
     from fedlora.federation.events import Listener
-    from fedlora.runtime.outline import Preview
+    from fedlora.runtime.check.outline import Preview
     from fedlora.values import ServerState
 
 
@@ -81,11 +81,11 @@ def check(
 
 def _previewed(config: "RunConfig", *, measure: bool) -> "Preview":
     if not measure:
-        from fedlora.runtime.outline import outline
+        from fedlora.runtime.check.outline import outline
 
         return outline(config)
     from fedlora.cli.progress import watching
-    from fedlora.runtime.preview import preview
+    from fedlora.runtime.check.preview import preview
 
     with watching() as listener:
         return preview(config, listener)
@@ -157,24 +157,14 @@ def _to_the_end(run_dir: Path, work: "Callable[[Listener], Path]", form: Format)
     from fedlora.export.deliver import deliver
     from fedlora.federation.events import Stage
     from fedlora.interrupts import sigterm_as_ctrl_c
-    from fedlora.runs.rundir import finished_summary, require_simulation, run_config, run_rounds
-    from fedlora.runs.summary import summary_so_far
-    from fedlora.runs.trained import trained_adapters
+    from fedlora.runs.rundir import finished_summary, require_simulation
 
     require_simulation(run_dir)
     was_finished = finished_summary(run_dir) is not None
     try:
         with sigterm_as_ctrl_c(), only_ours(), watching() as listener:
             work(listener)
-            summary = summary_so_far(run_dir)
-            deliver(
-                run_dir,
-                config=run_config(run_dir),
-                summary=summary,
-                rounds=run_rounds(run_dir),
-                trained=lambda: trained_adapters(run_dir),
-                say=lambda words: listener(Stage(name=words)),
-            )
+            summary = deliver(run_dir, lambda words: listener(Stage(name=words)))
     except KeyboardInterrupt:
         raise IncompleteError(interruption(run_dir)) from None
     heading = f"{run_dir} is finished already; nothing was done" if was_finished else f"{run_dir} is finished"

@@ -12,7 +12,6 @@ import typer
 from fedlora.cli.attached import log_to_stderr, read_secret, read_tls, require_address
 from fedlora.cli.output import ConfigArgument, SetOption, only_ours
 from fedlora.cli.serve_process import deliver_missing
-from fedlora.errors import ConfigError
 
 if TYPE_CHECKING:
     from fedlora.config.schema import RunConfig
@@ -111,7 +110,7 @@ def serve(
             bundle=lambda name: bundle(app, name),
             nodes=nodes,
         ).run()
-        deliver_missing(run_dir, config)
+        deliver_missing(run_dir)
         logging.getLogger(__name__).info("finished: %s", run_dir)
 
 
@@ -132,8 +131,7 @@ def _metrics(run_dir: Path, port: int | None) -> Iterator[None]:
 def _checked(config: "RunConfig") -> Path:
     """The run's directory, which holds no other run; the config is one that can be served."""
     from fedlora.config.combinations import require_servable
-    from fedlora.config.load import require_same
-    from fedlora.runs.rundir import load_roster, run_config
+    from fedlora.runs.rundir import require_server_dir
 
     require_servable(config)
     if len(config.tracking) > 1:  # what is imported for it takes a second
@@ -141,8 +139,5 @@ def _checked(config: "RunConfig") -> Path:
 
         require_trackers(config.tracking)
     run_dir = Path(config.output)
-    if (run_dir / "config.yaml").exists():
-        if load_roster(run_dir) is None:
-            raise ConfigError(f"output: {run_dir} holds a simulation; choose another output")
-        require_same(run_config(run_dir), config, run_dir)
+    require_server_dir(run_dir, config)
     return run_dir

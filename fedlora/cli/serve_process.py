@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from fedlora.cli.attached import log_to_stderr
 
 if TYPE_CHECKING:
-    from fedlora.config.schema import RunConfig
+    pass
 
 
 def main() -> int:
@@ -56,26 +56,16 @@ def _work(path: str, overrides: Sequence[str], order: dict[str, Any]) -> None:
         config = load_config(path, overrides)
         with located(path, overrides):
             stored = delivering(Path(config.output), config, logging.getLogger("fedlora").info)
-            deliver_missing(serve(grid, config, stored), config)
+            deliver_missing(serve(grid, config, stored))
 
 
-def deliver_missing(run_dir: Path, config: "RunConfig") -> None:
+def deliver_missing(run_dir: Path) -> None:
     """The adapter and the report are there, whichever process died before it had written them."""
     if (run_dir / "adapter").exists() and (run_dir / "report.html").exists():
         return
     from fedlora.export.deliver import deliver
-    from fedlora.runs.rundir import run_rounds
-    from fedlora.runs.summary import summary_so_far
-    from fedlora.runs.trained import trained_adapters
 
-    deliver(
-        run_dir,
-        config=config,
-        summary=summary_so_far(run_dir),
-        rounds=run_rounds(run_dir),
-        trained=lambda: trained_adapters(run_dir),
-        say=logging.getLogger("fedlora").info,
-    )
+    deliver(run_dir, logging.getLogger("fedlora").info)
 
 
 if __name__ == "__main__":

@@ -138,7 +138,7 @@ def cohort_size(config: RunConfig) -> float:
     Raises:
         ConfigError: they depend on a column that only the data tells.
     """
-    cohort, clients = config.federation.cohort, getattr(config.data.partition, "clients", None)
+    cohort, clients = config.federation.cohort, config.data.partition.clients
     if clients is None and isinstance(cohort, IndependentCohort) and not isinstance(cohort.probability, dict):
         raise ConfigError(
             "federation.cohort: a probability over a partition by column has no known size, which the arm `central` "
@@ -166,7 +166,7 @@ def _participations(config: RunConfig) -> int:
     if config.privacy == "none":
         return 0
     federation, own = config.federation, config.privacy.max_participations
-    clients = getattr(config.data.partition, "clients", None)
+    clients = config.data.partition.clients
     if not federation.reshuffle or not isinstance(federation.cohort, int):
         return own
     if clients is None:  # only the data tells how many they are

@@ -27,7 +27,7 @@ from fedlora.compare.tuning import (
 from fedlora.config.schema import RunConfig
 from fedlora.disk import make_directory, write_durably
 from fedlora.errors import ConfigError, IncompleteError
-from fedlora.export.intervals import Series, interval_chart, standalone
+from fedlora.export.intervals import Series, interval_chart, point, standalone
 from fedlora.export.words import HIGH_IS_GOOD, score
 from fedlora.runs.rundir import STATES, finished_summary, locked
 
@@ -212,7 +212,7 @@ def _chart(found: Mapping[str, Any]) -> str:
     series = [
         Series(
             name=name,
-            values=[_point(result["arms"][name], metric) for result in results],
+            values=[point(result["arms"][name], metric) for result in results],
         )
         for name in found["arms"]
     ]
@@ -223,11 +223,3 @@ def _chart(found: Mapping[str, Any]) -> str:
         across="epsilon",
         show=lambda value: score(metric, value),
     )
-
-
-def _point(arm: Mapping[str, Any], metric: str) -> tuple[float, float, float] | None:
-    """The interval as drawn: that of an accuracy ends where accuracies do."""
-    if arm["mean"] is None:
-        return None
-    low, high = arm["interval"] or (arm["mean"], arm["mean"])
-    return (max(low, 0.0), arm["mean"], min(high, 1.0)) if metric == "accuracy" else (low, arm["mean"], high)

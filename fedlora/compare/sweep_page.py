@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from fedlora.export.intervals import Series, interval_chart
+from fedlora.export.intervals import Series, interval_chart, point
 from fedlora.export.page import figure, page, table
 from fedlora.export.statement import NOT_PRIVATE, noise_label
 from fedlora.export.words import epsilon as epsilon_text
@@ -94,7 +94,7 @@ def _chart(found: Mapping[str, Any], width: float) -> str:
         rows = found["settings"][place::each]
         others = list(rows[0]["set"].items())[1:]
         name = ", ".join(f"{key.rpartition('.')[2]} {_plain(value)}" for key, value in others) or metric
-        series.append(Series(name=name, values=[_point(row) for row in rows]))
+        series.append(Series(name=name, values=[point(row, metric) for row in rows]))
     return interval_chart(
         columns,
         series,
@@ -103,13 +103,6 @@ def _chart(found: Mapping[str, Any], width: float) -> str:
         show=lambda value: score_text(metric, value),
         width=width,
     )
-
-
-def _point(row: Mapping[str, Any]) -> tuple[float, float, float] | None:
-    if row["mean"] is None:
-        return None
-    low, high = row["interval"] or (row["mean"], row["mean"])
-    return low, row["mean"], high
 
 
 def _short_keys(found: Mapping[str, Any]) -> list[str]:

@@ -114,7 +114,7 @@ def _streaming(config: "RunConfig") -> Iterator[str]:
 
 
 def _cohort(config: "RunConfig") -> Iterator[str]:
-    cohort, clients = config.federation.cohort, getattr(config.data.partition, "clients", None)
+    cohort, clients = config.federation.cohort, config.data.partition.clients
     least = config.federation.min_clients
     if isinstance(cohort, int) and clients is not None and cohort > clients:
         there = f"data.partition.clients is {clients}"
@@ -200,7 +200,7 @@ def _stays(config: "RunConfig") -> bool:
 def _own_b(config: "RunConfig") -> Iterator[str]:
     """Where each client goes on from its own B, the server's stays the mean of theirs only if all changes are added."""
     federation = config.federation
-    if config.method.name != "fedsa":
+    if not config.method.own_b:
         return
     if federation.participation != "normalised":
         what = f"{federation.participation}, but fedsa keeps the mean of the clients' own B's, which nothing divides"

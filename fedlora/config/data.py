@@ -1,6 +1,6 @@
 """Where records come from, and how a simulation deals them out to its clients."""
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -63,6 +63,8 @@ class Column(Section):
     kind: Literal["column"]
     column: str
     """Its name; a client has the name of its value."""
+    clients: ClassVar = None
+    """As many as there are values: not known before these are read."""
 
 
 Partition = Annotated[

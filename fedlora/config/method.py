@@ -1,8 +1,4 @@
-"""The methods of a run: which factors move, where, and how updates mix. One section a published method.
-
-title: what reports call it, as its paper writes it.
-trains: what `lora.trains` has to be.
-"""
+"""The methods of a run: which factors move, where, and how updates mix. One section a published method."""
 
 from typing import Annotated, ClassVar, Literal, get_args
 
@@ -37,7 +33,19 @@ class Stale(Section):
     with a power-of-two unit a tensor. The sum over absent clients is always of exactly what is kept."""
 
 
-class FedSvd(Section):
+class _Method(Section):
+    """What every method says of itself.
+
+    title: what reports call it, as its paper writes it. trains: what `lora.trains` has to be. own_b: each client goes
+    on from its own B.
+    """
+
+    title: ClassVar[str]
+    trains: ClassVar[str]
+    own_b: ClassVar[bool] = False
+
+
+class FedSvd(_Method):
     """FedSVD (arXiv 2505.12805): average B, then refactorise so that A has orthonormal rows."""
 
     name: Literal["fedsvd"]
@@ -54,7 +62,7 @@ class FedSvd(Section):
     stale: Stale = Stale(beta=0.0)
 
 
-class Ffa(Section):
+class Ffa(_Method):
     """FFA-LoRA (arXiv 2403.12313): A stays as `lora.init` drew it, B is averaged."""
 
     name: Literal["ffa"]
@@ -63,7 +71,7 @@ class Ffa(Section):
     stale: Stale = Stale(beta=0.0)
 
 
-class FedSb(Section):
+class FedSb(_Method):
     """Fed-SB (arXiv 2502.15436): an r x r core between A and a left frame, both frozen, is averaged."""
 
     name: Literal["fedsb"]
@@ -75,7 +83,7 @@ class FedSb(Section):
     stale: Stale = Stale(beta=0.0)
 
 
-class SvFit(Section):
+class SvFit(_Method):
     """SVFit (arXiv 2409.05926): of each frozen weight the r largest singular values, between its own singular vectors,
     are trained and averaged."""
 
@@ -85,7 +93,7 @@ class SvFit(Section):
     stale: Stale = Stale(beta=0.0)
 
 
-class FedAvg(Section):
+class FedAvg(_Method):
     """Plain federated LoRA: A stays as PEFT draws it (Kaiming), B is averaged, nothing is refactorised."""
 
     name: Literal["fedavg"]
@@ -94,7 +102,7 @@ class FedAvg(Section):
     stale: Stale = Stale(beta=0.0)
 
 
-class FedAsk(Section):
+class FedAsk(_Method):
     """FedASK (arXiv 2507.09990) as under privacy, A frozen at clients: FedSVD with the singular values' square roots on
     either side."""
 
@@ -104,7 +112,7 @@ class FedAsk(Section):
     stale: Stale = Stale(beta=0.0)
 
 
-class FedIt(Section):
+class FedIt(_Method):
     """FedIT (arXiv 2305.05644): A and B are trained, each is averaged by itself."""
 
     name: Literal["fedit"]
@@ -113,16 +121,17 @@ class FedIt(Section):
     stale: Stale = Stale(beta=0.0)
 
 
-class FedSa(Section):
+class FedSa(_Method):
     """FedSA-LoRA (arXiv 2410.01463): A and B are trained, A is averaged, and each client goes on from its own B."""
 
     name: Literal["fedsa"]
     title: ClassVar = "FedSA-LoRA"
     trains: ClassVar = "ab"
+    own_b: ClassVar = True
     stale: Stale = Stale(beta=0.0)
 
 
-class FedEx(Section):
+class FedEx(_Method):
     """FedEx-LoRA (arXiv 2410.09432): FedIT, and the weight takes up what the product of the means lacks."""
 
     name: Literal["fedex"]
@@ -131,7 +140,7 @@ class FedEx(Section):
     stale: Stale = Stale(beta=0.0)
 
 
-class FLora(Section):
+class FLora(_Method):
     """FLoRA (arXiv 2409.05976): the products are added to the weight, and A and B begin anew in each round."""
 
     name: Literal["flora"]
@@ -140,7 +149,7 @@ class FLora(Section):
     stale: Stale = Stale(beta=0.0)
 
 
-class FlexLora(Section):
+class FlexLora(_Method):
     """FlexLoRA (arXiv 2402.11505): the mean of the products, cut to rank r."""
 
     name: Literal["flexlora"]
@@ -149,7 +158,7 @@ class FlexLora(Section):
     stale: Stale = Stale(beta=0.0)
 
 
-class Fair(Section):
+class Fair(_Method):
     """LoRA-FAIR (arXiv 2411.14961): FedIT, and a correction of B that brings B A near the mean of the products."""
 
     name: Literal["lora-fair"]
@@ -160,7 +169,7 @@ class Fair(Section):
     stale: Stale = Stale(beta=0.0)
 
 
-class RoLora(Section):
+class RoLora(_Method):
     """RoLoRA (arXiv 2502.01755): B is trained and averaged in odd rounds, A in even ones."""
 
     name: Literal["rolora"]
@@ -172,7 +181,7 @@ class RoLora(Section):
     stale: Stale = Stale(beta=0.0)
 
 
-class Periodic(Section):
+class Periodic(_Method):
     """PeriodicLoRA (arXiv 2402.16141): B is averaged; now and then the weight takes up B A, and A is drawn anew."""
 
     name: Literal["periodic"]
@@ -183,7 +192,7 @@ class Periodic(Section):
     stale: Stale = Stale(beta=0.0)
 
 
-class Switch(Section):
+class Switch(_Method):
     """SwitchLoRA (arXiv 2406.06564): the same with the weakest rows of A alone."""
 
     name: Literal["switch"]

@@ -4,7 +4,6 @@ It takes the place of `flower-superexec`, which installs and runs whatever app t
 every message. Here the app is fedlora as it is installed, the model is loaded once, and the server's code is dropped.
 """
 
-import fcntl
 import logging
 import signal
 import time
@@ -27,7 +26,7 @@ from fedlora.deploy.supernode import (
     forbid_core_dumps,
     require_known_flwr,
 )
-from fedlora.disk import make_directory
+from fedlora.disk import make_directory, try_lock
 from fedlora.errors import ConfigError, without_records
 from fedlora.transport.flower_client import Hello, client_app
 
@@ -158,12 +157,10 @@ def alone(ledger: Path) -> Iterator[None]:
     except OSError as error:
         raise ConfigError(f"ledger: {path} cannot be written ({error.strerror}); make it writable") from None
     with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not try_lock(file):
             raise ConfigError(
                 f"ledger: {path} is held by another process, and one at a time serves a ledger; stop that one first"
-            ) from None
+            )
         yield
 
 

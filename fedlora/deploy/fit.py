@@ -133,7 +133,7 @@ def _work(run: RunConfig, node: NodeConfig) -> Iterator[Misfit]:
         there, here = getattr(theirs, key, absent), getattr(ours, key, absent)
         if there != here:
             yield _differ(("work", "optimizer", key), here, there)
-    if (own_b := run.method.name == "fedsa") != allowed.own_b:
+    if (own_b := run.method.own_b) != allowed.own_b:
         yield _differ(("work", "own_b"), allowed.own_b, f"{own_b} (method.name {run.method.name})")
 
 
@@ -150,7 +150,7 @@ def _rank(run: RunConfig, node: NodeConfig) -> Iterator[Misfit]:
 
 
 def _budget(run: RunConfig, node: NodeConfig) -> Iterator[Misfit]:
-    clients = getattr(run.data.partition, "clients", None)
+    clients = run.data.partition.clients
     if clients is None:
         return
     expected = run.federation.rounds * expected_cohort(run.federation, clients) / clients

@@ -184,7 +184,7 @@ class DeployedNode:
             return str(error)
         # The model's own type: what was finite in a wider one may be so no more.
         model = self._model
-        loaded = [*(t for pair in model.factors().values() for t in pair), *model.left.values()]
+        loaded = [*(t for pair in model.live.values() for t in pair), *model.left.values()]
         loaded += [*model.rests().values(), *model.head().values()]
         if not all(bool(torch.isfinite(tensor).all()) for tensor in loaded):
             return "adapters with numbers that are not finite"

@@ -16,7 +16,7 @@ from typing import Any
 from flwr.serverapp import Grid
 
 from fedlora.config.combinations import require_servable
-from fedlora.config.load import config_digest, dump_config, require_same
+from fedlora.config.load import config_digest, dump_config
 from fedlora.config.node import CLIENT_NAME
 from fedlora.config.schema import RunConfig
 from fedlora.data import Examples, load_corpus
@@ -39,7 +39,7 @@ from fedlora.runs.rundir import (
     finished_summary,
     load_roster,
     locked,
-    run_config,
+    require_server_dir,
     run_rounds,
     save_classes,
     save_roster,
@@ -76,10 +76,7 @@ def serve(grid: Grid, config: RunConfig, stored: Stored = lambda state: None) ->
     require_servable(config)
     require_trackers(config.tracking)
     run_dir = Path(config.output)
-    if (run_dir / "config.yaml").exists():
-        if load_roster(run_dir) is None:
-            raise ConfigError(f"{run_dir} holds a simulation; choose another output")
-        require_same(run_config(run_dir), config, run_dir)
+    require_server_dir(run_dir, config)
     if finished_summary(run_dir) is not None:
         return run_dir
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -192,7 +189,7 @@ def _roster(grid: Grid, config: RunConfig, run_dir: Path, classes: tuple[str, ..
         ends = time.monotonic() + config.federation.deadline_s
         meet(nodes, lambda hellos: _enough(hellos, known, ends, config.federation.min_clients))
         return roster, nodes
-    wanted = getattr(config.data.partition, "clients", None)
+    wanted = config.data.partition.clients
     if wanted is None:
         raise ConfigError(
             "data.partition.clients: a server waits for that many nodes; write kind: iid and a number"

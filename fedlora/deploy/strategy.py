@@ -44,7 +44,7 @@ from fedlora.federation.absorb import absorb
 from fedlora.federation.gather import gather
 from fedlora.federation.plan import plan, require_plannable
 from fedlora.federation.remembered import Remembered
-from fedlora.federation.work import work
+from fedlora.federation.work import request_of
 from fedlora.methods import Method
 from fedlora.transport.flower_nodes import Nodes
 from fedlora.transport.wire import decode_reply, encode_request
@@ -58,7 +58,6 @@ from fedlora.values import (
     RoundPlan,
     RoundReport,
     ServerState,
-    TrainRequest,
     Witness,
 )
 
@@ -136,14 +135,7 @@ class FedLoraStrategy(Strategy):
         self._plan = plan(
             self.state, self.members, run=self.origin.run, federation=self.federation, seed=self.seed
         )
-        request = TrainRequest(
-            run=self.origin.run,
-            base_model=self.origin.base_model,
-            code=self.origin.code,
-            round=self._plan.round,
-            adapters=self.state.adapters,
-            work=work(self._plan.round, self.federation, self.method),
-        )
+        request = request_of(self.origin, self._plan.round, self.state.adapters, self.federation, self.method)
         # Only who is online: for any other node the deployed grid has no message to wait for, and waits all the same.
         online = self.nodes.online()
         self._asked = {online[client]: client for client in self._plan.cohort if client in online}

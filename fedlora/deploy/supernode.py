@@ -1,8 +1,8 @@
-"""A SuperNode's runtime API, as `flower-superexec` and `flwr-clientapp` speak it: the one room for flwr's internals.
+"""A SuperNode's runtime API, as `flower-superexec` and `flwr-clientapp` speak it.
 
-All of it was read in flwr 1.41.0 and may be otherwise in any other, so another is refused. What of Flower's own
-client is not used, and why: its retries end the process on a 401, its heartbeat on a lost task, its version check on
-a mismatch; a process that stays has to outlive the first two and to say the third in one line.
+All of it is flwr's inside: it was read in flwr 1.41.0 and may be otherwise in any other, so another is refused. What of
+Flower's own client is not used, and why: its retries end the process on a 401, its heartbeat on a lost task, its
+version check on a mismatch; a process that stays has to outlive the first two and to say the third in one line.
 """
 
 import logging

@@ -1,6 +1,5 @@
 """The process that works on a server's run: started here, outliving whoever started it, known by a lock it holds."""
 
-import fcntl
 import json
 import logging
 import os
@@ -10,9 +9,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import IO, Any
+from typing import Any
 
-from fedlora.disk import make_directory
+from fedlora.disk import make_directory, try_lock
 from fedlora.errors import ConfigError
 from fedlora.runs.rundir import taken
 
@@ -41,8 +40,8 @@ class Worker:
         """Whether the process lives, whoever started it."""
         if self._child is not None:
             self._child.poll()  # or it stays a zombie
-        with self._lock.open("a") as file, held(file) as free:
-            return not free
+        with self._lock.open("a") as file:
+            return not try_lock(file)
 
     def start(self, order: Mapping[str, Any]) -> None:
         """The process runs, if none did; its order, which may hold a secret, is on no command line and no disk.
@@ -50,10 +49,8 @@ class Worker:
         It is in a session of its own: it stays when the supervisor is stopped, and no Ctrl-C reaches it.
         """
         with self._lock.open("a+") as lock, self._log.open("ab") as said:
-            # Not `held`: the child shares this lock, and only closing our end leaves it to the child alone.
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+            # The child shares this lock: only closing our end leaves it to the child alone.
+            if not try_lock(lock):
                 return
             self._child = subprocess.Popen(  # noqa: S603 - our own interpreter and module
                 self._command,
@@ -125,17 +122,3 @@ def until_told() -> Iterator[None]:
 
 class Told(BaseException):
     """SIGTERM or SIGINT. No Exception: nothing on the way takes it for a failure, and anything may be cut short."""
-
-
-@contextmanager
-def held(file: IO[Any]) -> Iterator[bool]:
-    """Whether the lock on the file is ours meanwhile: no other process has it."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        yield False
-        return
-    try:
-        yield True
-    finally:
-        fcntl.flock(file, fcntl.LOCK_UN)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fedlora.doctor.line import Line, fail, looked, ok, warn
+from fedlora.runtime.cores import usable_cores
 
 PROBE_S = 30.0
 """Torch from a cold network disk takes many seconds; longer than this, something is wrong."""
@@ -265,8 +266,3 @@ def _blas() -> Iterator[Line]:
         )
     else:
         yield ok("threads", "one core, one thread")
-
-
-def usable_cores() -> int:
-    """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -251,7 +251,7 @@ def panels_chart(
 
 def _beside_the_last(axes: _Axes, marks: Sequence[Point], words: str) -> float:
     """Where the label of the last point stands, clear of the curve: above it, below where that comes from above."""
-    near = _heights(axes.places(marks), axes.edge - LETTER * len(words), axes.edge)
+    near = _heights(axes.places(marks), axes.edge - LETTER * len(words), axes.edge) or [axes.up(marks[-1][1])]
     above, below = min(near) - 10, max(near) + 22
     if len(marks) > 1 and marks[-2][1] > marks[-1][1]:
         return below if below < axes.floor else above

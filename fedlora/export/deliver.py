@@ -1,6 +1,6 @@
 """What a finished run hands over: the adapter and the report, in its own directory."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,61 +11,49 @@ from fedlora.export.report import write_report
 from fedlora.export.samples import asks_for_samples, write_samples
 from fedlora.runs.beginning import require_beginning
 from fedlora.runs.partition_picture import load_picture
-from fedlora.runs.rundir import DIAGNOSTICS, SAMPLES, load_classes, run_diagnostics, run_rounds, run_samples
+from fedlora.runs.rundir import (
+    DIAGNOSTICS,
+    SAMPLES,
+    load_classes,
+    run_config,
+    run_diagnostics,
+    run_rounds,
+    run_samples,
+)
 from fedlora.runs.summary import summary_so_far
-from fedlora.values import Adapters, ServerState
+from fedlora.runs.trained import trained_adapters
+from fedlora.values import ServerState
 
 
-def deliver(
-    run_dir: Path,
-    *,
-    config: RunConfig,
-    summary: Mapping[str, Any],
-    rounds: Sequence[Mapping[str, Any]],
-    trained: Callable[[], tuple[Adapters, tuple[str, ...]]],
-    say: Callable[[str], None],
-) -> None:
-    """`run_dir` holds adapter/, diagnostics.json, report.html and, where asked for, samples.jsonl.
+def deliver(run_dir: Path, say: Callable[[str], None]) -> Mapping[str, Any]:
+    """`run_dir`, of a finished run, holds adapter/, diagnostics.json, report.html and, where asked for, samples.jsonl.
 
-    What was there before is whole, and kept.
-    A run that has its report is not measured any more.
-
-    Args:
-        run_dir: of the finished run.
-        config: of the run.
-        summary: as in summary.json.
-        rounds: as in rounds.jsonl.
-        trained: reads the final adapters and the class names; called only where something is missing.
-        say: hears of what takes a while.
+    What was there before is whole, and kept. A run that has its report is not measured any more. Returns the summary.
+    say: hears of what takes a while.
     """
+    config, summary = run_config(run_dir), summary_so_far(run_dir)
     if not (run_dir / "adapter").exists():
         say("writing the adapter, and loading it again to be sure")
-        adapters, classes = trained()
+        adapters, classes = trained_adapters(run_dir)
         write_adapter(run_dir / "adapter", config=config, adapters=adapters, classes=classes, summary=summary)
     if asks_for_samples(config) and not (run_dir / SAMPLES).exists():
         say("letting the model go on from test prompts")
-        write_samples(run_dir / SAMPLES, config, trained()[0])
+        write_samples(run_dir / SAMPLES, config, trained_adapters(run_dir)[0])
     if not (run_dir / "report.html").exists():
         if run_diagnostics(run_dir) is None:
             say("measuring what the adapter is")
-            write_diagnostics(run_dir / DIAGNOSTICS, config, *trained())
-        report_of(run_dir, run_dir / "report.html", config=config, summary=summary, rounds=rounds)
+            write_diagnostics(run_dir / DIAGNOSTICS, config, *trained_adapters(run_dir))
+        report_of(run_dir, run_dir / "report.html", summary)
+    return summary
 
 
-def report_of(
-    run_dir: Path,
-    target: Path,
-    *,
-    config: RunConfig,
-    summary: Mapping[str, Any],
-    rounds: Sequence[Mapping[str, Any]],
-) -> None:
-    """The report in `target` tells all that lies in `run_dir`."""
+def report_of(run_dir: Path, target: Path, summary: Mapping[str, Any]) -> None:
+    """The report in `target` tells all that lies in `run_dir`. summary: of the run, so far."""
     write_report(
         target,
         summary,
-        rounds,
-        config,
+        run_rounds(run_dir),
+        run_config(run_dir),
         diagnostics=run_diagnostics(run_dir),
         picture=load_picture(run_dir),
         samples=run_samples(run_dir),

@@ -1,7 +1,8 @@
 """The chart of a comparison: means and their intervals side by side, on a page or as a file of its own."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from fedlora.export.shapes import (
     COLOURS,
@@ -23,6 +24,14 @@ class Series:
 
     name: str
     values: Sequence[tuple[float, float, float] | None]
+
+
+def point(row: Mapping[str, Any], metric: str) -> tuple[float, float, float] | None:
+    """The interval of a table's row as it is drawn: that of an accuracy ends where accuracies do."""
+    if row["mean"] is None:
+        return None
+    low, high = row["interval"] or (row["mean"], row["mean"])
+    return (max(low, 0.0), row["mean"], min(high, 1.0)) if metric == "accuracy" else (low, row["mean"], high)
 
 
 def interval_chart(

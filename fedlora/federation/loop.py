@@ -14,9 +14,9 @@ from fedlora.federation.guards import require_finite_score, require_sound
 from fedlora.federation.lengths import lengths
 from fedlora.federation.plan import Roll
 from fedlora.federation.store import Store
-from fedlora.federation.work import work
+from fedlora.federation.work import request_of
 from fedlora.methods import Method
-from fedlora.values import Adapters, Member, Origin, ServerState, TrainRequest
+from fedlora.values import Adapters, Member, Origin, ServerState
 
 Score = Callable[[Adapters], dict[str, Any]]
 """Scores adapters on public test data: {metric, score, loss, epsilon_max}, and what else is to stand in the line."""
@@ -63,14 +63,7 @@ def rounds(
             began = time.monotonic()
             planned = roll.plan(state.round + 1, run=origin.run, seed=seed)
             store.save_plan(planned)
-            request = TrainRequest(
-                run=origin.run,
-                base_model=origin.base_model,
-                code=origin.code,
-                round=planned.round,
-                adapters=state.adapters,
-                work=work(planned.round, federation, method),
-            )
+            request = request_of(origin, planned.round, state.adapters, federation, method)
             replies = cohort.ask(planned.cohort, request) if planned.cohort else ()
             gathered = gather(
                 state, planned, replies,

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from fedlora.config.schema import Federation, Sgd
 from fedlora.methods import Method
-from fedlora.values import LocalWork
+from fedlora.values import Adapters, LocalWork, Origin, TrainRequest
 
 
 def work(number: int, federation: Federation, method: Method | None = None) -> LocalWork:
@@ -16,6 +16,20 @@ def work(number: int, federation: Federation, method: Method | None = None) -> L
     if not isinstance(optimizer, Sgd):
         return asked
     return replace(asked, proximal=optimizer.proximal, precondition=optimizer.precondition)
+
+
+def request_of(
+    origin: Origin, number: int, adapters: Adapters, federation: Federation, method: Method
+) -> TrainRequest:
+    """What goes to each client of round `number`."""
+    return TrainRequest(
+        run=origin.run,
+        base_model=origin.base_model,
+        code=origin.code,
+        round=number,
+        adapters=adapters,
+        work=work(number, federation, method),
+    )
 
 
 def first_rate_over(number: int, federation: Federation) -> float:

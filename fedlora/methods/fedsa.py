@@ -22,5 +22,5 @@ def fedsa(method_cfg: FedSa, lora_cfg: Lora) -> Method:
         sides=("both",),
         subspace=Subspace(init=lora_cfg.init, refactor_every=None),
         mixing=Mixing.of(method_cfg.stale),
-        own_b=True,
+        own_b=method_cfg.own_b,
     )

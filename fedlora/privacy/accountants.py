@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import numpy as np
 from dp_accounting.dp_event import GaussianDpEvent, PoissonSampledDpEvent
@@ -24,9 +24,6 @@ from dp_accounting.rdp import RdpAccountant
 from fedlora.errors import ConfigError, PrivacyError
 from fedlora.privacy.sampled_losses import sampled_losses
 from fedlora.values import DpEvent
-
-Accountant: TypeAlias = Literal["pld", "prv", "rdp"]
-Adjacency: TypeAlias = Literal["add-remove", "replace-one"]
 
 # Measured at n=10000, batch 64, sigma 1, 1000 steps, delta 1e-5: a grid of 1e-3 gives 1.1291 in 0.03 s, 2e-4
 # gives 1.12818 in 0.13 s, 1e-4 gives 1.12815 in 0.26 s. The truth lies in 1.1231 to 1.1282. Strong noise has

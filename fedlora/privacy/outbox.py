@@ -1,6 +1,5 @@
 """Replies that a data owner's node has made, so that one debit is released once."""
 
-import fcntl
 import hashlib
 import json
 from collections.abc import Iterator
@@ -8,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from fedlora.disk import make_directory, write_durably
+from fedlora.disk import make_directory, waiting_for, write_durably
 from fedlora.errors import LedgerError
 from fedlora.values import Witness
 
@@ -44,8 +43,7 @@ class Outbox:
     def locked(self) -> Iterator[None]:
         """No other process of this node answers meanwhile."""
         make_directory(self.directory)
-        with (self.directory / ".lock").open("w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+        with waiting_for(self.directory / ".lock"):
             yield
 
     def find(self, run: str, round_: int) -> Kept | None:
@@ -55,7 +53,7 @@ class Outbox:
 
     def answered(self, run: str, before: int) -> list[int]:
         """The rounds of this run, earlier than `before`, that were answered."""
-        rounds = [_head(path).round for path in self.directory.glob(f"{_of(run)}-*.reply")]
+        rounds = [_head(path).round for path in self.directory.glob(f"{run_stem(run)}-*.reply")]
         return sorted(round_ for round_ in rounds if round_ < before)
 
     def furthest(self) -> Witness | None:
@@ -75,17 +73,17 @@ class Outbox:
 
         What remains says that there was one, and is a witness of the ledger.
         """
-        for path in self.directory.glob(f"{_of(run)}-*.reply"):
+        for path in self.directory.glob(f"{run_stem(run)}-*.reply"):
             kept = _read(path)
             if not kept.acknowledged and kept.round < round_ and kept.paid.seq <= heard.seq:
                 self.keep(replace(kept, frame=b""))
 
     def _path(self, run: str, round_: int) -> Path:
-        return self.directory / f"{_of(run)}-{round_:06d}.reply"
+        return self.directory / f"{run_stem(run)}-{round_:06d}.reply"
 
 
-def _of(run: str) -> str:
-    # The run's name is the server's choice, so it is no file name of ours.
+def run_stem(run: str) -> str:
+    """What names of files of this run begin with: its own name is the server's choice, so it is none of ours."""
     return hashlib.sha256(run.encode()).hexdigest()[:32]
 
 

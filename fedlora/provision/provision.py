@@ -4,7 +4,6 @@ Running it again adds what is missing and keeps what is there; no key is ever ov
 one purpose, one recipient.
 """
 
-import fcntl
 import os
 import re
 import secrets
@@ -14,6 +13,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
+from fedlora.disk import try_lock
 from fedlora.errors import ConfigError
 from fedlora.provision.certificate_check import Finding, inspect_certificate
 from fedlora.provision.certificates import AUTHORITY_DAYS, names_of, subject_name
@@ -167,14 +167,13 @@ def _alone(directory: Path) -> Iterator[None]:
         directory.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(directory, os.O_RDONLY)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not try_lock(descriptor):
+                raise ConfigError(
+                    f"{directory} is being provisioned by another process; try again in a moment"
+                )
             yield
         finally:
             os.close(descriptor)
-    except BlockingIOError:
-        raise ConfigError(
-            f"{directory} is being provisioned by another process; try again in a moment"
-        ) from None
     except OSError as error:
         raise ConfigError(
             f"{error.filename or directory}: {error.strerror}; name a directory that you can write to"

@@ -145,7 +145,7 @@ def _members(run_dir: Path, config: RunConfig) -> tuple[Member, ...]:
     roster = load_roster(run_dir)
     if roster is not None:
         return roster.members
-    count = getattr(config.data.partition, "clients", None)
+    count = config.data.partition.clients
     if count is not None and config.federation.weighting == "uniform":
         return tuple(Member(client=client, examples=0) for client in client_names(count))
     records = load_corpus(config.data, config.task, config.seed).train

@@ -25,7 +25,7 @@ def own_adapters(run_dir: Path, client: str) -> Adapters:
         ConfigError: the run leaves no client a B of its own, or not here, or this one has none; or it is damaged.
     """
     config = run_config(run_dir)
-    if config.method.name != "fedsa":
+    if not config.method.own_b:
         raise ConfigError(
             f"{run_dir}: clients of {config.method.name} have no B of their own; leave --client out"
         )

@@ -1,6 +1,5 @@
 """What lies in a run directory, read without starting anything, and without torch."""
 
-import fcntl
 import json
 import time
 from collections.abc import Iterator, Sequence
@@ -9,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from fedlora.config.load import load_config
+from fedlora.config.load import load_config, require_same
 from fedlora.config.schema import RunConfig
-from fedlora.disk import whole_lines, write_durably
+from fedlora.disk import try_lock, whole_lines, write_durably
 from fedlora.errors import ConfigError
 from fedlora.federation.absences import MISSED
 from fedlora.runs.partition_picture import PARTITION
@@ -57,17 +56,26 @@ def locked(run_dir: Path) -> Iterator[None]:
         yield
 
 
+def require_server_dir(run_dir: Path, config: RunConfig) -> None:
+    """`run_dir` is new, or holds a server's run of this very config.
+
+    Raises:
+        ConfigError: it holds a simulation, or another run.
+    """
+    if (run_dir / "config.yaml").exists():
+        if load_roster(run_dir) is None:
+            raise ConfigError(f"output: {run_dir} holds a simulation; choose another output")
+        require_same(run_config(run_dir), config, run_dir)
+
+
 def taken(file: IO[str]) -> bool:
     """Whether the lock on the file is this process's from here on, until it is closed; waits out a glance."""
     ends = time.monotonic() + GLANCE_S
-    while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-        except BlockingIOError:
-            if time.monotonic() > ends:
-                return False
-            time.sleep(GLANCE_S / 20)
+    while not try_lock(file):
+        if time.monotonic() > ends:
+            return False
+        time.sleep(GLANCE_S / 20)
+    return True
 
 
 def is_at_work(run_dir: Path) -> bool:
@@ -79,11 +87,7 @@ def _is_held(path: Path) -> bool:
     if not path.exists():
         return False
     with path.open() as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # let go of at once, with the file
-        except BlockingIOError:
-            return True
-    return False
+        return not try_lock(file, shared=True)  # let go of at once, with the file
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

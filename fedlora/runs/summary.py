@@ -139,7 +139,7 @@ def known_clients(run_dir: Path, config: RunConfig) -> list[str]:
     roster = load_roster(run_dir)
     if roster is not None:
         return [member.client for member in roster.members]
-    count = getattr(config.data.partition, "clients", None)
+    count = config.data.partition.clients
     if count is not None:
         return client_names(count)
     return sorted({client for line in run_rounds(run_dir) for client in line["asked"]})

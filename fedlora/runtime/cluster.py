@@ -15,6 +15,7 @@ import fedlora
 from fedlora.config.schema import Runtime
 from fedlora.errors import ConfigError
 from fedlora.interrupts import sigterm_as_ctrl_c
+from fedlora.runtime.cores import usable_cores
 from fedlora.runtime.seats import worker_count
 from fedlora.runtime.vitals import Vitals
 
@@ -96,7 +97,7 @@ def _join(runtime: Runtime, address: str, namespace: str) -> None:
 
 
 def _here(runtime: Runtime) -> dict[str, Any]:
-    cores = worker_count(runtime, os.cpu_count() or 1) * runtime.threads
+    cores = worker_count(runtime, usable_cores()) * runtime.threads
     quiet = {"include_dashboard": False, "log_to_driver": False, "logging_level": logging.ERROR}
     # As nice as the run itself: at Ray's own 15 workers hardly move where a machine is busy.
     os.environ.setdefault("RAY_worker_niceness", "0")

@@ -25,6 +25,7 @@ from fedlora.config.schema import RunConfig
 from fedlora.data.holdings import open_holdings
 from fedlora.errors import ConfigError, IncompleteError, LedgerError
 from fedlora.federation.events import Listener
+from fedlora.runtime.cores import usable_cores
 from fedlora.runtime.host import Host, HostSetup, Terms
 from fedlora.runtime.seats import worker_count
 from fedlora.transport.flower_client import Hello, client_app
@@ -167,7 +168,7 @@ def _stopped(scene: Path, why: str) -> IncompleteError:
 
 def _workers(config: RunConfig, clients: int) -> tuple[int, int]:
     """Worker processes, and cores of each."""
-    return min(worker_count(config.runtime, os.cpu_count() or 1), clients), config.runtime.threads
+    return min(worker_count(config.runtime, usable_cores()), clients), config.runtime.threads
 
 
 def _quiet(home: Path) -> int:

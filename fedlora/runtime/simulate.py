@@ -1,6 +1,5 @@
 """The main job: a whole run on simulated clients, from a config to a finished run directory; and going on with one."""
 
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -36,6 +35,7 @@ from fedlora.runs.rundir import (
     save_classes,
 )
 from fedlora.runs.summary import write_summary
+from fedlora.runtime.cores import usable_cores
 from fedlora.runtime.host import HostSetup
 from fedlora.runtime.prepare import Prepared, Shared, prepare
 from fedlora.runtime.summarise import summarise
@@ -133,7 +133,7 @@ def _drive(
     record_inputs(prepared.config, run_dir, test=clients.test, train=clients.examples.examples)
     noise = None if prepared.config.privacy == "none" else SEEDED
     store = Store(run_dir, prepared.origin.run, noise, prepared.config.method.stale.dtype)
-    score = _scorer(prepared, run_dir, scoring_threads or os.cpu_count() or 1)
+    score = _scorer(prepared, run_dir, scoring_threads or usable_cores())
     state = prepared.first_state() if store.is_empty() else None
     require_gradients(prepared.model, store.load()[0].adapters if state is None else state.adapters)
     prepared.spare_the_model()
@@ -156,7 +156,7 @@ def _drive(
         shutil.rmtree(setup.holdings, ignore_errors=True)
     shutil.rmtree(run_dir / STATES, ignore_errors=True)
     listener(Stage(name="writing the summary"))
-    summary = summarise(prepared, run_dir, setup.together, scoring_threads or os.cpu_count() or 1)
+    summary = summarise(prepared, run_dir, setup.together, scoring_threads or usable_cores())
     drop_digest_of_records(run_dir)
     write_summary(run_dir, summary)
     if (note := clip_note(run_rounds(run_dir), prepared.config.privacy)) is not None:

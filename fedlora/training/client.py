@@ -85,8 +85,9 @@ def train(node: Node, request: TrainRequest, ledger: Ledger | None) -> Reply:
     Raises:
         ConfigError: the client's own B is damaged or gone; nothing was paid.
         GuardError: that B is no longer finite. It is noised, so this says nothing that the update would not.
+        LedgerError, PrivacyError: the ledger cannot be written, or is not of this mechanism; nothing was paid.
+        ShapeError: what the server sent does not fit the model.
     """
-
     start = started(node, request)
     entry = enter(node, request, ledger, work_digest(request, start))
     if isinstance(entry, Refusal):
@@ -113,7 +114,7 @@ def started(node: Node, request: TrainRequest) -> Start:
 def _keep_b(node: Node, request: TrainRequest, start: Start) -> None:
     """The client's B is kept as the round left it; made of noised gradients, so it is paid for as they are."""
     assert node.personal is not None  # `enter` refuses who keeps none
-    sites = {site: b.detach() for site, (_, b) in node.model.factors().items()}
+    sites = {site: b.detach() for site, (_, b) in node.model.live.items()}
     node.personal.keep(request.run, OwnB(round=request.round, began=start.round, sites=sites))
 
 

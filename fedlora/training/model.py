@@ -49,15 +49,11 @@ class AdaptedModel:
         """Where it is trained."""
         return next(iter(self.trained.values())).device
 
-    def factors(self) -> dict[Site, tuple[nn.Parameter, nn.Parameter]]:
-        """The live A (r, d_in) and B (d_out, r) of every site."""
-        return dict(self.live)
-
     def shapes(self) -> dict[Site, tuple[int, int]]:
         """(d_out, d_in) of every site."""
         return {
             site: (self.left[site].shape[0] if site in self.left else b.shape[0], a.shape[1])
-            for site, (a, b) in self.factors().items()
+            for site, (a, b) in self.live.items()
         }
 
     def layers(self) -> dict[Site, nn.Module]:
@@ -106,7 +102,7 @@ class AdaptedModel:
         if adapters.scale != self.scale:
             raise ShapeError(f"adapters have scale {adapters.scale}, the model lora_alpha / r = {self.scale}")
         pairs: list[tuple[str, Tensor, Tensor]] = []
-        live = self.factors()
+        live = self.live
         _require_names("sites", adapters.sites, live)
         for site, (a, b) in live.items():
             pairs += [(f"{site} a", a, adapters.sites[site].a), (f"{site} b", b, adapters.sites[site].b)]
@@ -132,7 +128,7 @@ class AdaptedModel:
 
         side: what was trained; the rest has not changed, and is not told.
         """
-        live, began = self.factors(), start.sites
+        live, began = self.live, start.sites
         # B lies turned in memory; what leaves the model lies as its shape says
         sites = {} if side == "a" else {s: (b - began[s].b.to(b)).contiguous() for s, (_, b) in live.items()}
         return Delta(

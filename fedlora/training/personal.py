@@ -4,7 +4,6 @@ Whatever lies here is as noised and as paid for as what the client sends: it is 
 need, and may be exported or shown. A file a round, `RUN-000012.safetensors`, RUN the digest of the run's name.
 """
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -18,6 +17,7 @@ from torch import Tensor
 from fedlora.algebra.digest import digest
 from fedlora.disk import make_directory, write_durably
 from fedlora.errors import ConfigError, GuardError
+from fedlora.privacy.outbox import run_stem
 from fedlora.values import Adapters, Site, TrainRequest
 
 KEPT_ROUNDS = 3
@@ -152,16 +152,13 @@ class Personal:
 
     def _rounds(self, run: str) -> list[int]:
         """Those whose B is kept, ascending."""
-        numbers = (path.stem.rpartition("-")[2] for path in self.directory.glob(f"{_of(run)}-*.safetensors"))
+        numbers = (
+            path.stem.rpartition("-")[2] for path in self.directory.glob(f"{run_stem(run)}-*.safetensors")
+        )
         return sorted(int(number) for number in numbers if number.isdecimal())
 
     def _path(self, run: str, round_: int) -> Path:
-        return self.directory / f"{_of(run)}-{round_:06d}.safetensors"
-
-
-def _of(run: str) -> str:
-    # The run's name is the server's choice, so it is no file name of ours.
-    return hashlib.sha256(run.encode()).hexdigest()[:32]
+        return self.directory / f"{run_stem(run)}-{round_:06d}.safetensors"
 
 
 def _digest(run: str, own: OwnB) -> str:

@@ -57,7 +57,7 @@ def test_opacus_ghost_clipping_takes_the_step_that_ours_takes(clients, monkeypat
     def with_our_a(config, classes):  # PEFT draws one of its own
         model = built(config, classes)
         with torch.no_grad():
-            for site, (a, _) in clients.model.factors().items():
+            for site, (a, _) in clients.model.live.items():
                 model.base_model.model.get_submodule(site).lora_A["default"].weight.copy_(a)
             model.load_state_dict(
                 {

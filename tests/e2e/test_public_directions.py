@@ -9,7 +9,7 @@ from fedlora.errors import ConfigError, DataError
 from fedlora.export.statement import privacy_statement
 from fedlora.methods import build
 from fedlora.runs.beginning import first_state
-from fedlora.runtime.outline import outline
+from fedlora.runtime.check.outline import outline
 from fedlora.runtime.prepare import prepare
 from fedlora.runtime.simulate import resume, simulate
 from fedlora.training.gradients import gradient_directions

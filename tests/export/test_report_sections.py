@@ -107,6 +107,7 @@ def test_what_stands_beside_a_curve_is_inside_its_chart():
         ([(5, 0.23), (20, 0.2252)], 0.225),
         ([(1, 0.3)], 0.225),
         ([(1, 0.1)], 0.225),
+        ([(0, 0.3)], 0.225),
     ],
 )
 def test_no_label_stands_on_a_curve_or_on_another_label(points, before, width):

@@ -199,7 +199,7 @@ def test_weights_chosen_to_blow_rounding_up_move_neighbours_only_where_records_s
     model = load_model(Model(name=str(tmp_path / "bert")), task, lora, ("a", "b"), 0)
     draw = torch.Generator().manual_seed(5)
     with torch.no_grad():
-        for a, _ in model.factors().values():
+        for a, _ in model.live.values():
             a.mul_(1e15)
         for name, parameter in model.head().items():
             row = 1e3 * torch.randn(1, parameter.shape[-1], generator=draw)

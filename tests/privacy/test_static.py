@@ -137,6 +137,7 @@ def central_limit(text):
 
 @pytest.mark.parametrize("room", GUARDED)
 def test_randomness_beside_records_is_the_privacy_rooms_or_on_the_list(room):
+    assert any(path.is_relative_to(ROOT / room) for path in FILES)
     for path in FILES:
         inside = path.relative_to(ROOT).as_posix()
         if inside.startswith(f"{room}/"):

@@ -87,7 +87,7 @@ def test_each_round_is_that_of_a_client_who_was_sent_its_own_b(clients):
 def _live(clients: Clients):
     """The factors that the model of a host has now: those that its last client left."""
     adapters = clients.prepared.first_state().adapters
-    return {site: replace(adapters.sites[site], b=b) for site, (_, b) in clients.host.model.factors().items()}
+    return {site: replace(adapters.sites[site], b=b) for site, (_, b) in clients.host.model.live.items()}
 
 
 def test_the_servers_b_plays_no_part_and_nobody_gets_anothers(clients):

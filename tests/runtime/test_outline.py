@@ -8,8 +8,8 @@ import pytest
 
 from fedlora.config.load import dump_config
 from fedlora.errors import ConfigError, DataError, ModelError, PrivacyError
-from fedlora.runtime.outline import outline
-from fedlora.runtime.preview import preview
+from fedlora.runtime.check.outline import outline
+from fedlora.runtime.check.preview import preview
 from tests.data.unfriendly import unfriendly_hub
 
 HEAVY = ("torch", "transformers", "peft", "opacus", "ray", "flwr", "scipy", "dp_accounting")

@@ -5,8 +5,8 @@ from fedlora.errors import PrivacyError
 from fedlora.privacy.accountants import epsilon, whole_order_epsilon
 from fedlora.privacy.calibration import noise_multiplier
 from fedlora.privacy.sampling import poisson
-from fedlora.runtime.rough_epsilon import rough_epsilon
-from fedlora.runtime.rough_noise import rough_noise
+from fedlora.runtime.check.rough_epsilon import rough_epsilon
+from fedlora.runtime.check.rough_noise import rough_noise
 from fedlora.values import DpEvent
 
 RUNS = {

@@ -128,8 +128,7 @@ def scene(tiny_encoder, tmp_path):
             noise=WatchedNoise(),
         )
         sites = {
-            site: Factors(a=a.detach().clone(), b=torch.zeros_like(b))
-            for site, (a, b) in model.factors().items()
+            site: Factors(a=a.detach().clone(), b=torch.zeros_like(b)) for site, (a, b) in model.live.items()
         }
         adapters = Adapters(basis=0, scale=model.scale, sites=sites, head=model.head())
         work = LocalWork(steps=STEPS, learning_rate=1.0)

@@ -35,7 +35,7 @@ def start_of(model):
     """As it was loaded, with A as it is drawn and B zero."""
     sites = {
         site: Factors(a=a.detach().clone(), b=b.detach().clone(), left=left_of(model, site))
-        for site, (a, b) in model.factors().items()
+        for site, (a, b) in model.live.items()
     }
     return Adapters(basis=0, scale=model.scale, sites=sites, head=model.head())
 
@@ -55,7 +55,7 @@ def test_every_linear_layer_of_real_architectures_passes_and_the_model_stays_as_
     model = loaded(tiny[name], name, TARGETS[name], trains=trains)
     start = start_of(model)
     require_gradients(model, start)
-    assert all(torch.equal(b, start.sites[site].b) for site, (_, b) in model.factors().items())
+    assert all(torch.equal(b, start.sites[site].b) for site, (_, b) in model.live.items())
     assert all(torch.equal(model.head()[head], value) for head, value in start.head.items())
     assert all(parameter.grad is None for parameter in model.trained.values())
 

@@ -51,7 +51,7 @@ def adapters_for(adapted, seed=0, basis=4):
     def normal(like):
         return torch.randn(like.shape, generator=draw, dtype=torch.float64).to(like)
 
-    sites = {site: Factors(a=normal(a), b=normal(b)) for site, (a, b) in adapted.factors().items()}
+    sites = {site: Factors(a=normal(a), b=normal(b)) for site, (a, b) in adapted.live.items()}
     head = {name: normal(value) for name, value in adapted.head().items()}
     return Adapters(basis=basis, scale=adapted.scale, sites=sites, head=head)
 

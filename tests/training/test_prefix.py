@@ -212,8 +212,7 @@ def update(place, path, examples):
         evaluation_noise=None, budget=None, engine=DirectEngine(), noise=SeededNoise(1),
     )  # fmt: skip
     sites = {
-        site: Factors(a=a.detach().clone(), b=b.detach().clone())
-        for site, (a, b) in adapted.factors().items()
+        site: Factors(a=a.detach().clone(), b=b.detach().clone()) for site, (a, b) in adapted.live.items()
     }
     start = Adapters(basis=0, scale=adapted.scale, sites=sites, head=adapted.head())
     request = TrainRequest(

@@ -129,9 +129,7 @@ def update(model):
         optimizer=Sgd(name="sgd", lr=0.1), mechanism=None, alone=False, evaluation_noise=None, budget=None,
         engine=DirectEngine(), noise=SeededNoise(1),
     )  # fmt: skip
-    sites = {
-        site: Factors(a=a.detach().clone(), b=b.detach().clone()) for site, (a, b) in model.factors().items()
-    }
+    sites = {site: Factors(a=a.detach().clone(), b=b.detach().clone()) for site, (a, b) in model.live.items()}
     start = Adapters(basis=0, scale=model.scale, sites=sites, head=model.head())
     work = LocalWork(steps=3, learning_rate=0.1)
     request = TrainRequest(run="r", base_model="w", code="k", round=1, adapters=start, work=work)
@@ -153,7 +151,7 @@ def test_all_frozen_linear_layers_inside_are_rounded_and_nothing_else(tiny, name
     model = load(tiny, name, quantization="nf4", dtype="bfloat16")
     rounded = {id(layer) for layer in rounded_layers(model).values()}
     assert len(rounded) == {"bert": 2 * 6 + 1, "llama": 2 * 7}[name]
-    for a, b in model.factors().values():
+    for a, b in model.live.values():
         assert a.dtype == b.dtype == torch.float32
     assert all(parameter.dtype == torch.float32 for parameter in model.trained.values())
     plain = {path for path, layer in model.peft_model.named_modules() if isinstance(layer, nn.Linear)}

@@ -130,8 +130,7 @@ def scene(tiny, tmp_path):
             return (0.3 * torch.randn(value.shape, generator=draw, dtype=torch.float64)).to(value.dtype)
 
         sites = {
-            site: Factors(a=a.detach().clone(), b=away_from_zero(b))
-            for site, (a, b) in model.factors().items()
+            site: Factors(a=a.detach().clone(), b=away_from_zero(b)) for site, (a, b) in model.live.items()
         }
         head = {name: away_from_zero(value) for name, value in model.head().items()}
         request = TrainRequest(

@@ -90,7 +90,7 @@ def test_noise_covers_exactly_the_numbers_that_are_sent(tiny, side):
     assert sum(value.numel() for value in sent) == sum(value.numel() for value in gradient.values())
     assert all(bool((value != 0).all()) for value in sent)
     untouched = {"b": "a", "a": "b"}.get(side)
-    for site, (a, b) in model.factors().items():
+    for site, (a, b) in model.live.items():
         kept = {"a": a, "b": b}
         if untouched:
             assert torch.equal(kept[untouched], getattr(adapters.sites[site], untouched))
@@ -158,4 +158,4 @@ def test_a_rank_above_a_side_loads_for_an_export_alone(tiny):
     with pytest.raises(ModelError, match="exceeds"):
         load_model(*given)
     model = load_model(*given, any_rank=True)
-    assert all(a.shape[0] == b.shape[1] == 33 for a, b in model.factors().values())
+    assert all(a.shape[0] == b.shape[1] == 33 for a, b in model.live.values())

@@ -9,7 +9,7 @@ from itertools import pairwise
 
 from fedlora.config.schema import Privacy, RunConfig
 from fedlora.errors import PrivacyError
-from fedlora.runtime.rough_epsilon import rough_epsilon
+from fedlora.runtime.check.rough_epsilon import rough_epsilon
 from fedlora.values import DpEvent
 
 NOISE = (1e-2, 1e4)

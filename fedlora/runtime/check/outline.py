@@ -5,7 +5,6 @@ the run itself calibrates each client finely, by two accountants. Time is multip
 """
 
 import math
-import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
@@ -20,11 +19,12 @@ from fedlora.data.corpus import require_apart
 from fedlora.data.docstrings import packages_of
 from fedlora.data.own import file_records
 from fedlora.data.partition import client_names, partition
+from fedlora.runtime.check.notes import plan_notes, unseen_classes
+from fedlora.runtime.check.rough_noise import between, rough_noise
+from fedlora.runtime.check.sites import sites
+from fedlora.runtime.cores import usable_cores
 from fedlora.runtime.gpu import require_likely_gpu
-from fedlora.runtime.notes import plan_notes, unseen_classes
-from fedlora.runtime.rough_noise import between, rough_noise
 from fedlora.runtime.seats import model_holders, side_by_side
-from fedlora.runtime.sites import sites
 from fedlora.training.look import Look, look
 from fedlora.training.places import local, require_askable
 from fedlora.training.positions import require_positions
@@ -96,7 +96,7 @@ def outline(config: RunConfig) -> Preview:
     if seen is not None:
         require_positions(seen.architecture, seen.shapes, config.data.max_length)
     sizes = _sizes(config, seen)
-    processes = model_holders(config.runtime, os.cpu_count() or 1)
+    processes = model_holders(config.runtime, usable_cores())
     trained, sent, received = (0, 0, 0) if seen is None else _numbers(config, seen, sizes)
     clients = _clients(config, sizes.clients)
     return Preview(
@@ -125,7 +125,7 @@ def _seen(name: str) -> Look | None:
 def _sizes(config: RunConfig, seen: Look | None) -> _Sizes:
     if isinstance(config.data, Docstrings):
         packages = packages_of(config.data)
-        clients = getattr(config.data.partition, "clients", 1)
+        clients = config.data.partition.clients or 1
         each = len(packages) * config.data.max_per_class // clients
         test = config.data.max_test_examples or len(packages) * config.data.max_per_class // 5
         counts = dict.fromkeys(client_names(clients), each)
@@ -206,7 +206,7 @@ def _seconds(config: RunConfig, seen: Look, sizes: _Sizes) -> float:
         math.prod(shape) for name, shape in seen.shapes.items() if len(shape) == 2 and "embed" not in name
     )
     forward = 2 * matrices * sizes.tokens / _speed()
-    workers = side_by_side(config.runtime, os.cpu_count() or 1)
+    workers = side_by_side(config.runtime, usable_cores())
     return run_seconds(config, forward, len(sizes.clients), sizes.test, workers)
 
 

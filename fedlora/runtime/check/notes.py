@@ -12,7 +12,7 @@ from fedlora.config.schema import RunConfig
 from fedlora.data.table import shown
 
 if TYPE_CHECKING:
-    from fedlora.runtime.outline import ClientPreview
+    from fedlora.runtime.check.outline import ClientPreview
 
 MOST_NAMED = 5
 """Classes that a note names."""
@@ -52,7 +52,7 @@ def _flower(config: RunConfig) -> list[str]:
     """Such a config is simulated on Flower's engine or served to real nodes, of which it knows nothing."""
     if config.runtime.kind != "flower":
         return []
-    count = getattr(config.data.partition, "clients", None)
+    count = config.data.partition.clients
     waits = "needs data.partition.clients, and waits for as many" if count is None else f"waits for {count}"
     return [
         f"these are the clients of a simulation (fedlora simulate, flwr run); fedlora serve {waits} nodes, and the "

@@ -1,6 +1,5 @@
 """What a run will be, told without training: clients, noise, epsilon, bytes, memory and time."""
 
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,8 +10,9 @@ import torch
 from fedlora.config.schema import RunConfig
 from fedlora.federation.events import Listener
 from fedlora.privacy.accountants import epsilon
-from fedlora.runtime.notes import plan_notes, unseen_classes
-from fedlora.runtime.outline import PROCESS_BYTES, ClientPreview, Preview, run_seconds
+from fedlora.runtime.check.notes import plan_notes, unseen_classes
+from fedlora.runtime.check.outline import PROCESS_BYTES, ClientPreview, Preview, run_seconds
+from fedlora.runtime.cores import usable_cores
 from fedlora.runtime.prepare import Prepared, prepare
 from fedlora.runtime.seats import model_holders, side_by_side
 from fedlora.runtime.summarise import frame_sizes
@@ -32,7 +32,7 @@ def preview(config: RunConfig, listener: Listener) -> Preview:
     by_size = {size: _client(prepared, size) for size in sorted(prepared.clients.terms)}
     clients = tuple(replace(by_size[m.examples], client=m.client) for m in prepared.clients.members)
     trained = sum(p.numel() for p in prepared.model.trained.values())
-    processes = model_holders(config.runtime, os.cpu_count() or 1)
+    processes = model_holders(config.runtime, usable_cores())
     return Preview(
         clients=clients,
         classes=prepared.clients.classes,
@@ -73,7 +73,7 @@ def _training_seconds(prepared: Prepared) -> float:
     began = time.monotonic()
     evaluate(prepared.model, probe)
     forward = (time.monotonic() - began) / len(probe)
-    workers = side_by_side(config.runtime, os.cpu_count() or 1)
+    workers = side_by_side(config.runtime, usable_cores())
     clients, test = len(prepared.clients.members), len(prepared.clients.test)
     return run_seconds(config, forward, clients, test, workers)
 
