@@ -30,6 +30,7 @@ def forget(
 
     with only_ours(), usable(run_dir):
         done = forgetting.forget(run_dir, client, erasers(run_dir))
+        _without_picture(run_dir)
     heading = (
         f"{client} was forgotten already; nothing was done" if done.already else f"{client} is forgotten"
     )
@@ -40,6 +41,16 @@ def forget(
     ]
     text = heading if done.already else f"{heading}\n{pairs(rows)}"
     show({**asdict(done), "unlearned": False}, f"{text}\n{_KEPT}", form)
+
+
+def _without_picture(run_dir: Path) -> None:
+    """The report of a finished run tells no more how many records of each label the client had."""
+    if not (run_dir / "report.html").exists():
+        return
+    from fedlora.export.deliver import report_of
+    from fedlora.runs.summary import summary_so_far
+
+    report_of(run_dir, run_dir / "report.html", summary_so_far(run_dir))
 
 
 def erasers(run_dir: Path) -> list[Callable[[str], int]]:
@@ -56,5 +67,5 @@ def erasers(run_dir: Path) -> list[Callable[[str], int]]:
 
 _KEPT = (
     "The model keeps what it learned from this client: nothing is unlearned. Rounds, ledgers and what it said it spent "
-    "stay too: its budget is spent."
+    "stay too: its budget is spent. A simulated client's ledger begins with a digest of its records."
 )

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,29 +97,40 @@ def own_yaml(own: Own) -> str:
     smallest, largest = own.records // clients, math.ceil(own.records / clients)
     rate = min(16.0, max(1.0, float(round(smallest * math.sqrt(clients) / 50))))
     return OWN_YAML.format(
-        name=own.directory / "run.yaml",
+        name=_one_line(str(own.directory / "run.yaml")),
         records=own.records,
-        file=own.file.replace("\n", " "),
+        file=_one_line(own.file),
         clients=clients,
-        model=json.dumps(own.model),
+        model=_quoted(own.model),
         task="\n".join(_task(own)),
-        targets=json.dumps(list(own.targets)),
-        train=json.dumps(str(own.train)),
-        test=json.dumps(str(own.test)),
+        targets=_quoted(list(own.targets)),
+        train=_quoted(str(own.train)),
+        test=_quoted(str(own.test)),
         natural=_natural(own),
-        columns="\n".join(f"  {key}: {json.dumps(name)}" for key, name in own.columns.items()),
+        columns="\n".join(f"  {key}: {_quoted(name)}" for key, name in own.columns.items()),
         batch=max(4, min(128, smallest)),
         lr=rate if "label" in own.columns else 2.0,
         delta=f"{min(1e-5, 10.0 ** -(1 + math.ceil(math.log10(largest)))):.1e}",
-        output=json.dumps(str(own.directory / "run")),
+        output=_quoted(str(own.directory / "run")),
     )
+
+
+def _quoted(value: str | Sequence[str]) -> str:
+    """As YAML reads it: JSON is YAML but for characters beyond 16 bits, and what other ends of line there are."""
+    plain = json.dumps(value, ensure_ascii=False)
+    return re.sub("[\x7f-\x9f\u2028\u2029\ufeff]", lambda found: f"\\u{ord(found[0]):04x}", plain)
+
+
+def _one_line(words: str) -> str:
+    """In a comment, which a line's end would end."""
+    return "".join(c if c.isprintable() else " " for c in words)
 
 
 def _natural(own: Own) -> str:
     """Who else could hold the records."""
     if own.owners is None:
         return "dirichlet, shards, quantity, column: the natural one"
-    return f"one client for each value: {{kind: column, column: {json.dumps(own.owners)}}}"
+    return f"one client for each value: {{kind: column, column: {_quoted(own.owners)}}}"
 
 
 def _task(own: Own) -> list[str]:

@@ -6,8 +6,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedlora.config.columns import NAMES, Form
+from fedlora.config.data import Data
 from fedlora.data.forms import texts_of
-from fedlora.data.records import Records, repeated
+from fedlora.data.records import Records, different
 from fedlora.data.table import Table, quoted, shown
 from fedlora.errors import DataError
 
@@ -81,18 +82,23 @@ def corpus_from(train: Table, test: Table, columns: Columns, *, causal: bool) ->
     )
 
 
-def require_apart(corpus: Corpus) -> None:
-    """Most test records are none to train on: where those are private, what is told of test records is exact.
+def require_apart(corpus: Corpus, data: Data) -> int:
+    """How many different test texts are texts to train on too. Where these are private, most are not.
+
+    data: where all of them come from.
 
     Raises:
-        DataError: more than half of them are, as in a copy of the training file; a few are in many published sets.
+        DataError: more than half are, as in a copy of the training file; a few are in many published sets.
     """
-    both, count = repeated(corpus.test, corpus.train), len(corpus.test)
-    if 2 * both > count:
+    tested = different(corpus.test)
+    both = len(tested & different(corpus.train))
+    if 2 * both > len(tested):
+        named = {"files": "data.test", "huggingface": "data.test_split", "docstrings": "data.packages"}
         raise DataError(
-            f"data: {both:,} of {count:,} test records are records to train on too, which are private, and scores, "
-            "losses and samples of test records are exact; name public ones to test on"
+            f"{named[data.source]}: {both:,} of {len(tested):,} different texts are among those to train on, which are "
+            "private, and scores, losses and samples of test records are exact; name public ones to test on"
         )
+    return both
 
 
 def labelled_records(table: Table, columns: Columns, classes: tuple[str, ...]) -> Records:

@@ -5,6 +5,7 @@ import difflib
 import gzip
 import io
 import json
+import sys
 import zlib
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,6 +19,8 @@ FORMATS = (".tsv", ".csv", ".jsonl", ".parquet")
 
 ALIKE = 0.6
 """Of two names from 0 to 1, how much makes one a likely mistyping of the other: trian of train, but not test."""
+
+csv.field_size_limit(sys.maxsize)  # a text may be as long as it likes
 
 Row: TypeAlias = tuple[int, list[object]]
 """Line in the file, from 1, and the wanted values."""

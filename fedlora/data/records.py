@@ -44,11 +44,10 @@ class Records:
         )
 
 
-def repeated(records: Records, others: Records) -> int:
-    """How many of the records have a text that one of the others, of which there may be many, has too."""
-    ours = [json.dumps(text, default=as_json) for text in records.texts]
-    both = set(ours).intersection(json.dumps(text, default=as_json) for text in others.texts)
-    return sum(text in both for text in ours)
+def different(records: Records) -> set[str]:
+    """Their texts, each once; letters of either case, and blanks however many, are the same."""
+    each = (text if isinstance(text, str) else json.dumps(text, default=as_json) for text in records.texts)
+    return {" ".join(text.casefold().split()) for text in each}
 
 
 def fingerprint(records: Records) -> str:

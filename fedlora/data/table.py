@@ -36,10 +36,14 @@ def require_columns(origin: str, wanted: Iterable[str], found: Iterable[str]) ->
     """Refuses a source that lacks a wanted column, naming those it has and the nearest one.
 
     Raises:
-        DataError: a column is not there.
+        DataError: a column is not there, or there twice.
     """
     names = [str(name) for name in found]
     for name in wanted:
+        if names.count(name) > 1:
+            raise DataError(
+                f"{origin}: {names.count(name)} columns are called {name!r}; give each its own name"
+            )
         if name not in names:
             told = [name for name in names if NAME_LIKE.fullmatch(name)]
             # Not quoted: a file without a header line has a record there.
@@ -48,6 +52,11 @@ def require_columns(origin: str, wanted: Iterable[str], found: Iterable[str]) ->
             if by_semicolons(names):
                 hint = f"; {SEMICOLONS}"
             raise DataError(f"{origin}: no column {name!r}; it has {shown(told)}{hint}{nearest(name, told)}")
+
+
+def is_text(value: str) -> bool:
+    """Whether it can be written as UTF-8: half a character, as JSON may hold it, cannot."""
+    return not any("\ud800" <= c <= "\udfff" for c in value) if not value.isascii() else True
 
 
 def by_semicolons(names: Sequence[str]) -> bool:

@@ -19,13 +19,13 @@ def partition_picture(picture: Mapping[str, Any] | None) -> str:
     clients, total = picture["clients"], picture["of"]
     title = f"Records of {len(clients)} simulated clients" + (f" by {len(labels)} labels" if labels else "")
     note = (
-        f"Every so-manieth of {total:,} by size, the largest first."
+        f"{len(clients):,} of {total:,}, evenly spaced by size, the largest first."
         if len(clients) < total
         else "The largest first."
     )
     said = (
         f"Partition: {picture['kind']}. These clients are simulated, so their labels can be shown; a data owner's node "
-        f"tells nobody. {note}"
+        f"tells nobody. The counts are exact, and no epsilon covers them. {note}"
     )
     keys = "".join(f"<span>{_key(place)}{escape(label)}</span>" for place, label in enumerate(labels))
     heads = ("Client", "Records", *labels)

@@ -42,6 +42,22 @@ def record_inputs(config: RunConfig, run_dir: Path, *, test: Examples, train: Ex
             )
 
 
+def require_base(config: RunConfig, run_dir: Path) -> None:
+    """What the run trained belongs to the base model that is at `model.name` now.
+
+    Raises:
+        ConfigError: the run began with another one.
+    """
+    known = run_inputs(run_dir)
+    if known is None or "base_model" not in known:  # of an older fedlora
+        return
+    if known["base_model"] != base_digest(config.model, task_cfg=config.task):
+        raise ConfigError(
+            f"{_other('base_model', config)} now than when {run_dir} began, to which its adapter belongs; put back "
+            "what was there"
+        )
+
+
 def _other(name: str, config: RunConfig) -> str:
     if name == "base_model":
         return f"model.name: {config.model.name} holds other weights"

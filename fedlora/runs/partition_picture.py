@@ -14,7 +14,7 @@ from fedlora.errors import ConfigError
 
 PARTITION = "partition.json"
 SHOWN = 60
-"""Clients in the picture at most; of more, every so-manieth by size."""
+"""Clients in the picture at most; of more, so many evenly spaced by size."""
 
 
 def save_picture(run_dir: Path, kind: str, holdings: Holdings, classes: Sequence[str]) -> None:

@@ -119,18 +119,21 @@ def load_classes(run_dir: Path) -> tuple[str, ...]:
     """The names of the run's classes, in order; none where its task has none.
 
     Raises:
-        ConfigError: the file that says so is damaged.
+        ConfigError: the file that says so is damaged or gone.
     """
     path = run_dir / _CLASSES
     try:
         return tuple(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        raise ConfigError(f"{path} is missing; restore it") from None
     except ValueError as error:  # no JSON, no UTF-8
         raise ConfigError(f"{path} is damaged ({_first(error)}); restore it") from None
 
 
 def save_classes(run_dir: Path, classes: Sequence[str]) -> None:
-    """The names are durable."""
-    write_durably(run_dir / _CLASSES, json.dumps(classes) + "\n")
+    """The names are durable; those that are there already stay."""
+    if not (run_dir / _CLASSES).exists():
+        write_durably(run_dir / _CLASSES, json.dumps(classes) + "\n")
 
 
 def require_simulation(run_dir: Path) -> None:

@@ -54,7 +54,8 @@ class Shared:
 class Clients:
     """The simulated data owners: their records, the public test data, and by record count what each is held to.
 
-    numbers: (n,) of each record of `examples`, its place in the training data.
+    numbers: (n,) of each record of `examples`, its place in the training data. repeated: different texts of the test
+    that are to train on too, of a private run.
     """
 
     examples: Holdings
@@ -63,6 +64,7 @@ class Clients:
     classes: tuple[str, ...]
     members: tuple[Member, ...]
     terms: Mapping[int, Terms]
+    repeated: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,20 +121,23 @@ class Prepared:
         return replace(self, clients=replace(self.clients, examples=nothing))
 
 
-def prepare(config: RunConfig, listener: Listener, shared: Shared | None = None) -> Prepared:
+def prepare(
+    config: RunConfig, listener: Listener, shared: Shared | None = None, *, to_train: bool = True
+) -> Prepared:
     """The run that `config` describes; every mistake that can be found before training is found here.
 
     Args:
         config: the run.
         listener: told of what happens.
         shared: where runs side by side keep what frozen layers make of their records; None: this one is by itself.
+        to_train: False: it is only scored, and no noise is calibrated.
     """
     require_trackers(config.tracking)
     if config.runtime.device == "cuda" and config.runtime.address is None:
         require_gpu()
     # What public text says of the model must not depend on the number of cores.
     torch.set_num_threads(config.runtime.threads)
-    clients = gather_clients(config, listener)
+    clients = gather_clients(config, listener, to_train=to_train)
     names = [member.client for member in clients.members]
     world = None if config.world is None else build_world(config.world, names, config.seed)
     listener(Stage(name=f"loading {config.model.name}"))
@@ -150,12 +155,11 @@ def prepare(config: RunConfig, listener: Listener, shared: Shared | None = None)
     )
 
 
-def gather_clients(config: RunConfig, listener: Listener) -> Clients:
-    """Reads, tokenises and deals out the records; calibrates each client's noise."""
+def gather_clients(config: RunConfig, listener: Listener, *, to_train: bool = True) -> Clients:
+    """Reads, tokenises and deals out the records; calibrates each client's noise, if they are to train."""
     listener(Stage(name=f"reading {config.data.source}"))
     corpus = load_corpus(config.data, config.task, config.seed)
-    if config.privacy != "none":
-        require_apart(corpus)
+    repeated = 0 if config.privacy == "none" else require_apart(corpus, config.data)
     parts = partition(corpus.train, config.data.partition, config.seed)
     listener(Stage(name=f"tokenising {len(corpus.train.texts):,} records for {len(parts)} clients"))
     read = reader_of(name=config.model.name, max_length=config.data.max_length, task_cfg=config.task)
@@ -166,12 +170,19 @@ def gather_clients(config: RunConfig, listener: Listener) -> Clients:
         for client, records in zip(examples, np.diff(examples.bounds), strict=True)
     )
     require_plannable(members, config.federation)
-    if config.privacy != "none":
+    held_to = config if to_train else config.model_copy(update={"privacy": "none"})
+    if held_to.privacy != "none":
         listener(Stage(name="calibrating noise"))
     sizes = sorted({member.examples for member in members})
-    terms = {records: client_terms(config, records) for records in sizes}
+    terms = {records: client_terms(held_to, records) for records in sizes}
     return Clients(
-        examples=examples, numbers=numbers, test=test, classes=corpus.classes, members=members, terms=terms
+        examples=examples,
+        numbers=numbers,
+        test=test,
+        classes=corpus.classes,
+        members=members,
+        terms=terms,
+        repeated=repeated,
     )
 
 

@@ -15,8 +15,12 @@ from fedlora.training.tasks import evaluate
 
 
 def prepared_for_scoring(config: RunConfig, listener: Listener) -> Prepared:
-    """The run without its noise: scoring on public data spends nothing, so none needs to be calibrated."""
-    return prepare(config.model_copy(update={"privacy": "none"}), listener)
+    """The run without its noise: scoring on public data spends nothing, so none needs to be calibrated.
+
+    Raises:
+        DataError: of a private run's config, its test data are mostly what it trains on.
+    """
+    return prepare(config, listener, to_train=False)
 
 
 def load_run(path: Path, prepared: Prepared) -> None:

@@ -108,6 +108,7 @@ def resume(
         return run_dir
     with locked(run_dir):
         prepared = prepare(config, listener, shared)
+        save_classes(run_dir, prepared.clients.classes)  # where the file was lost
         with tracked(config, run_dir, listener) as told_too:
             _drive(prepared, run_dir, told_too, start, scoring_threads, stored)
     return run_dir

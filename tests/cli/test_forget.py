@@ -219,11 +219,14 @@ def test_what_cannot_be_forgotten_is_refused_and_nothing_is_changed(stopped, tin
 
 def test_a_finished_run_is_erased_too_and_keeps_its_model(stopped, capsys):
     resume(stopped, lambda event: None)
+    main(["report", str(stopped)])
+    assert "Who holds what" in (stopped / "report.html").read_text()
     needle, summary = mine(stopped), (stopped / "summary.json").read_bytes()
     digest = state_digest(Store(stopped).load()[0])
     for client in (GONE, "client-0", "client-2"):  # nobody has to be left
         assert main(["forget", str(stopped), client]) == 0
     assert "finished; its model is as it was" in capsys.readouterr().out
+    assert "Who holds what" not in (stopped / "report.html").read_text()
     assert not any(needle in held for held in files(stopped).values())
     state, _ = Store(stopped).load()
     assert state_digest(state) == digest and state.remembered == {}

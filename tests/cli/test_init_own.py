@@ -139,6 +139,30 @@ def test_two_texts_are_a_pair(reviews, tmp_path):
     assert not {first for first, _ in held.train.texts} & {first for first, _ in held.test.texts}
 
 
+@pytest.mark.parametrize("name", ["a\nseed: 7", "b\rmodel: x", "c\x85d\u2028e", "😀 # f"])
+def test_whatever_a_directory_or_a_column_is_called_the_file_can_be_read(reviews, tmp_path, name):
+    directory, column = tmp_path / name, f"{name} text"
+    directory.mkdir()
+    lines = reviews.read_text().splitlines(keepends=True)
+    with (directory / f"{name}.csv").open("w", newline="") as file:
+        csv.writer(file).writerow(["id", column, "topic", "site"])
+        file.writelines(lines[1:])
+    assert main(["init", str(directory / "my"), "--data", str(directory / f"{name}.csv")]) == 0
+    data = load_config(directory / "my" / "run.yaml").data
+    assert (data.text, data.train) == (column, str(directory / "my" / "train.csv"))
+
+
+def test_columns_without_a_name_are_left_out_and_a_broken_text_is_named(tmp_path):
+    path = tmp_path / "own.csv"
+    lines = [f"some words {n},{n % 2},,\n" for n in range(60)]
+    path.write_text("".join(["text,label,,\n", *lines]))
+    assert look_through(str(path), text=(), label=None, causal=False).header == ["text", "label"]
+    path = tmp_path / "own.jsonl"
+    path.write_text("".join(json.dumps({"text": "\ud83d", "label": n % 2}) + "\n" for n in range(60)))
+    with pytest.raises(DataError, match=r"own\.jsonl:1: column 'text' holds half a character"):
+        look_through(str(path), text=(), label=None, causal=False)
+
+
 def test_copies_of_the_records_can_be_read_by_their_owner_alone(reviews, tmp_path):
     assert main(["init", str(tmp_path / "a"), "--data", str(reviews)]) == 0
     for name in ("train.csv", "test.csv"):

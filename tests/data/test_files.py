@@ -184,6 +184,8 @@ def test_a_message_quotes_three_labels_at_most_each_cut(tmp_path):
         ("t.jsonl", b'{"text": "one", "label": 1}\n\n{"text": "two"}\n', "t.jsonl:3: no column 'label'"),
         ("t.jsonl", b'{"text": "one", "label": 1}\n{"text": null, "label": 2}\n', "t.jsonl:2: column 'text'"),
         ("t.jsonl", b'{"text": "one", "label": 1}\n{"text": "two", "label": 0.5}\n', "t.jsonl:2: .* 0.5"),
+        ("t.jsonl", b'{"text": "one", "label": 1}\n{"text": "\\ud83d", "label": 2}\n', "half a character"),
+        ("t.csv", b"text,text,label\none,two,a\n", "2 columns are called 'text'; give each its own name"),
         ("t.parquet", b"no parquet", "not a parquet file"),
         ("t.tsv.gz", b"no gzip", "cannot be read"),
         ("t.tsv.gz", gzip.compress(b"text\tlabel\none\ta\n" * 99, mtime=0)[:-9], "cannot be read"),
@@ -194,6 +196,11 @@ def test_what_cannot_be_read_says_where_and_why(tmp_path, name, content, said):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=said):
         load(tmp_path / name)
+
+
+def test_a_text_may_be_as_long_as_it_likes(tmp_path):
+    (tmp_path / "t.csv").write_text(f"text,label\n{'x' * 200_000},a\ntwo,b\n")
+    assert len(load(tmp_path / "t.csv").train.texts[0]) == 200_000
 
 
 def test_a_byte_order_mark_and_windows_line_ends_change_nothing(tmp_path):

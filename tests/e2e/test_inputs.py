@@ -13,6 +13,7 @@ from fedlora.errors import ConfigError
 from fedlora.federation.events import RoundDone
 from fedlora.runs.forgetting import forget
 from fedlora.runs.rundir import INPUTS
+from fedlora.runs.trained import trained_adapters
 from fedlora.runtime.simulate import resume, simulate
 from fedlora.training.checkpoints import weights_digest
 from tests.e2e.interrupt import Interrupt
@@ -100,6 +101,25 @@ def test_a_run_that_an_older_fedlora_began_goes_on_and_is_held_to_what_it_reads_
     relabelled(copies["test"])
     with pytest.raises(ConfigError, match=r"data\.test"):
         resume(cut, quiet)
+
+
+def test_what_a_finished_run_trained_belongs_to_its_base_model_alone(cut, copies):
+    resume(cut, quiet)
+    trained_adapters(cut)
+    perturbed(copies["model"])
+    weights_digest.cache_clear()
+    with pytest.raises(
+        ConfigError, match=r"model\.name: .* other weights now than when .*, to which its adapter belongs"
+    ):
+        trained_adapters(cut)
+
+
+def test_classes_that_were_lost_are_named_and_come_back_as_the_run_goes_on(cut):
+    (cut / "classes.json").unlink()
+    with pytest.raises(ConfigError, match=r"classes\.json is missing; restore it"):
+        trained_adapters(cut)
+    resume(cut, quiet)
+    assert trained_adapters(cut)[1] == ("kitchen", "music", "weather")
 
 
 def test_who_is_forgotten_may_take_the_records_away(cut, copies):

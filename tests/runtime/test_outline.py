@@ -8,9 +8,15 @@ import pytest
 
 from fedlora.config.load import dump_config
 from fedlora.errors import ConfigError, DataError, ModelError, PrivacyError
-from fedlora.runtime.check.outline import outline
+from fedlora.runtime.check.outline import Preview, outline
 from fedlora.runtime.check.preview import preview
+from fedlora.runtime.scoring import prepared_for_scoring
 from tests.data.unfriendly import unfriendly_hub
+
+
+def silent(event):
+    """Nobody listens."""
+
 
 HEAVY = ("torch", "transformers", "peft", "opacus", "ray", "flwr", "scipy", "dp_accounting")
 DEALT = {"kind": "quantity", "clients": 3, "alpha": 2.0, "min_examples": 40}
@@ -207,25 +213,37 @@ def test_noise_that_drowns_whatever_records_say_is_told(tiny_config):
         )
         found = outline(config)
         noise = sum(client.noise_multiplier for client in found.clients) / 3
-        assert (noise * (found.trained_parameters / (4 * 3)) ** 0.5 > 100) is loud
-        assert any("longer than all that its records could add up" in note for note in found.notes) is loud
+        assert (noise * (found.trained_parameters / (4 * 3)) ** 0.5 > 4 * 100) is loud
+        assert any("long as all that its records could add up" in note for note in found.notes) is loud
 
 
-def test_a_test_file_that_mostly_holds_the_records_to_train_on_is_refused(tiny_config, topic_files, tmp_path):
-    train, test = (path.read_text().splitlines() for path in topic_files)
-    few, most = test + train[1:][: len(test) - 2], test + train[1:][: len(test)]
+def test_a_test_file_that_mostly_holds_the_texts_to_train_on_is_refused(tiny_config, topic_files, tmp_path):
+    """However they are written there, and however often."""
+    (head, *train), (_, *test) = (
+        [line.split("\t") for line in p.read_text().splitlines()] for p in topic_files
+    )
+    at = head.index("sentence")
+    old = list({fields[at]: fields for fields in train}.values())
+    new = list(
+        {fields[at]: fields for fields in test if fields[at] not in {known[at] for known in old}}.values()
+    )
     path = tmp_path / "test.tsv"
-    for lines, refused in ((few, False), (most, True)):
-        path.write_text("\n".join(lines))
-        for look_at in (outline, lambda config: preview(config, lambda event: None)):
+    looks = (
+        outline,
+        lambda config: preview(config, silent),
+        lambda config: prepared_for_scoring(config, silent),
+    )
+    for count, refused in ((len(new), False), (len(new) + 1, True)):
+        copies = [[*fields[:at], f" {fields[at].upper()}  ", *fields[at + 1 :]] for fields in old[:count]]
+        path.write_text("\n".join("\t".join(fields) for fields in (head, *new, *copies, *copies)))
+        for look_at in looks:
             config = tiny_config(data__test=str(path))
             if refused:
-                with pytest.raises(
-                    DataError, match=f"{len(test)} of {2 * len(test) - 1} test records are records to"
-                ):
+                told = f"data.test: {count} of {len(new) + count} different texts are among those to train on"
+                with pytest.raises(DataError, match=told):
                     look_at(config)
-            else:
-                look_at(config)
+            elif isinstance(found := look_at(config), Preview):
+                assert any(note.startswith(f"{count} of the test texts are") for note in found.notes)
     outline(tiny_config(data__test=str(path), privacy="none"))
 
 

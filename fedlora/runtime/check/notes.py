@@ -16,10 +16,13 @@ if TYPE_CHECKING:
 
 MOST_NAMED = 5
 """Classes that a note names."""
+LOUD = 4
+"""Times as long as all records together, at which noise is told. Most of its length lies in directions that no record
+has a say in: of 360 texts in four classes, noise of 2.6 times left 45 % right, where 22 % were before."""
 
 
 def plan_notes(
-    config: RunConfig, clients: "Sequence[ClientPreview]", trained: int, unseen: Sequence[str]
+    config: RunConfig, clients: "Sequence[ClientPreview]", trained: int, unseen: Sequence[str], repeated: int
 ) -> list[str]:
     """All that follows from the config and the records.
 
@@ -28,10 +31,16 @@ def plan_notes(
         clients: what each is held to.
         trained: numbers that are trained; 0: not known.
         unseen: classes without a training record.
+        repeated: different test texts that are to train on too, of a private run.
     """
     sizes = {client.client: client.records for client in clients}
     told = [*_flower(config), *_promise(config, sizes), *_small_clients(config, sizes)]
     told += _loud_noise(config, clients, trained)
+    if repeated:
+        told.append(
+            f"{repeated:,} of the test texts are among those to train on: what is told of them is exact, and no "
+            "epsilon covers it; leave them out of either"
+        )
     if unseen:
         told.append(
             f"no training record has the label {shown(unseen, MOST_NAMED)}: it is a class since a test record has it; "
@@ -76,7 +85,7 @@ def _small_clients(config: RunConfig, sizes: Mapping[str, int]) -> list[str]:
 
 
 def _loud_noise(config: RunConfig, clients: "Sequence[ClientPreview]", trained: int) -> list[str]:
-    """Where the noise of the whole run is longer than all that its records could add up to, were they of one mind.
+    """Where the noise of the whole run is much longer than all that its records could add up to, were they of one mind.
 
     In n steps of clients, each a mean over b records clipped to C, these add up to n C at most; the noise of each step
     is sigma C / b in each of d numbers, in all sqrt(n d) sigma C / b.
@@ -87,11 +96,12 @@ def _loud_noise(config: RunConfig, clients: "Sequence[ClientPreview]", trained: 
     federation = config.federation
     steps = federation.rounds * expected_cohort(federation, len(clients)) * federation.local_steps
     batch = min(federation.batch_size, sum(client.records for client in clients) / len(clients))
-    if math.sqrt(trained / steps) * (sum(noise) / len(noise)) <= batch:
+    if math.sqrt(trained / steps) * (sum(noise) / len(noise)) <= LOUD * batch:
         return []
     return [
-        "the noise of the whole run is longer than all that its records could add up to, were they of one mind: it "
-        "will hardly learn; more clients, more records in federation.batch_size or a higher epsilon leave less"
+        f"the noise of the whole run is more than {LOUD} times as long as all that its records could add up to, were "
+        "they of one mind: it will hardly learn; more clients, more records in federation.batch_size or a higher "
+        "epsilon leave less"
     ]
 
 

@@ -79,6 +79,7 @@ class _Sizes:
     test: int
     classes: tuple[str, ...]
     unseen: Sequence[str]
+    repeated: int
     tokens: float
     exact: bool
 
@@ -108,7 +109,10 @@ def outline(config: RunConfig) -> Preview:
         bytes_down=4 * received + FRAME_BYTES,
         memory_bytes=processes * (PROCESS_BYTES + (0 if seen is None else 4 * seen.numbers)),
         training_seconds=0.0 if seen is None else _seconds(config, seen, sizes),
-        notes=(*plan_notes(config, clients, trained, sizes.unseen), *_notes(config, seen, sizes)),
+        notes=(
+            *plan_notes(config, clients, trained, sizes.unseen, sizes.repeated),
+            *_notes(config, seen, sizes),
+        ),
         measured=False,
     )
 
@@ -131,10 +135,11 @@ def _sizes(config: RunConfig, seen: Look | None) -> _Sizes:
         counts = dict.fromkeys(client_names(clients), each)
         classes = () if config.task.causal else tuple(packages)
         tokens = float(config.data.max_length or 0)
-        return _Sizes(clients=counts, test=test, classes=classes, unseen=(), tokens=tokens, exact=False)
+        return _Sizes(
+            clients=counts, test=test, classes=classes, unseen=(), repeated=0, tokens=tokens, exact=False
+        )
     corpus = load_corpus(config.data, config.task, config.seed)
-    if config.privacy != "none":
-        require_apart(corpus)
+    repeated = 0 if config.privacy == "none" else require_apart(corpus, config.data)
     if config.data.public is not None:
         file_records(config.data.public, config.data, config.task, corpus.classes)
     parts = partition(corpus.train, config.data.partition, config.seed)
@@ -143,6 +148,7 @@ def _sizes(config: RunConfig, seen: Look | None) -> _Sizes:
         test=len(corpus.test),
         classes=corpus.classes,
         unseen=unseen_classes(corpus.train.labels, corpus.classes),
+        repeated=repeated,
         tokens=_tokens(config, corpus.train.texts, seen),
         exact=True,
     )

@@ -80,5 +80,5 @@ def _training_seconds(prepared: Prepared) -> float:
 
 def _notes(prepared: Prepared, clients: Sequence[ClientPreview], trained: int) -> list[str]:
     unseen = unseen_classes(prepared.clients.examples.examples.labels, prepared.clients.classes)
-    told = plan_notes(prepared.config, clients, trained, unseen)
+    told = plan_notes(prepared.config, clients, trained, unseen, prepared.clients.repeated)
     return told if prepared.world is None else [*told, note(forecast(prepared, prepared.world))]
