@@ -22,6 +22,7 @@ from fedlora.deploy.supernode import (
     AwayError,
     HalfMessageError,
     LostTaskError,
+    Patience,
     SuperNode,
     forbid_core_dumps,
     require_known_flwr,
@@ -122,7 +123,7 @@ def attend(app: ClientApp, supernode: SuperNode, stop: Stop) -> None:
         UnwantedError: the SuperNode will not have us.
     """
     attached: bool | None = None
-    wait = BUSY_S
+    wait, patience = BUSY_S, Patience()
     with supernode.connected() as desk:
         while not stop.asked:
             try:
@@ -137,7 +138,7 @@ def attend(app: ClientApp, supernode: SuperNode, stop: Stop) -> None:
                     wait = BUSY_S
                 attached = True
                 if token is not None:
-                    _serve(app, supernode, token, stop)
+                    _serve(app, supernode, token, patience, stop)
                 wait = BUSY_S if token is not None else min(1.02 * wait, IDLE_S)
             if not stop.asked:
                 time.sleep(wait)
@@ -177,13 +178,13 @@ def _ready(config: NodeConfig) -> ClientApp:
     return client_app(lambda context: hello, lambda context, frame, echo: node.answer(frame, echo))
 
 
-def _serve(app: ClientApp, supernode: SuperNode, token: str, stop: Stop) -> None:
+def _serve(app: ClientApp, supernode: SuperNode, token: str, patience: Patience, stop: Stop) -> None:
     """One message is answered, or given up: its sender asks again, and gets what the outbox has."""
     try:
         with supernode.task(token, lambda: stop.asked) as task:
             try:
                 with stop.working():
-                    message, context = task.pull()
+                    message, context = task.pull(patience)
             except HalfMessageError as error:
                 log.warning("a message is given back: %s", error)
                 gone = Error(code=ErrorCode.MESSAGE_UNAVAILABLE, reason="half of the message arrived")

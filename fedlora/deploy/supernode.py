@@ -6,8 +6,10 @@ version check on a mismatch; a process that stays has to outlive the first two a
 """
 
 import logging
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.metadata import version
 
 import httpx
@@ -28,7 +30,11 @@ from flwr.supercore.inflatable.inflatable_protobuf_utils import (
     make_confirm_message_received_fn_protobuf,
     make_pull_object_fn_protobuf,
 )
-from flwr.supercore.inflatable.inflatable_utils import ObjectPullError, pull_and_inflate_object_from_tree
+from flwr.supercore.inflatable.inflatable_utils import (
+    ObjectPullError,
+    ObjectUnavailableError,
+    pull_and_inflate_object_from_tree,
+)
 from flwr.supercore.interceptors import RuntimeTokenHttpInterceptor
 from flwr.supercore.protobuf.client import ProtobufClientInterceptor
 from flwr.supercore.retry import RetryInvoker, exponential
@@ -46,9 +52,23 @@ RETRY_S = 20.0
 """How long a task's calls are tried again: a SuperNode that is away for longer has forgotten the task."""
 
 
-WHOLE_S = 120.0
-"""How long the rest of a message is waited for. A SuperNode hands a message out while it is still receiving it, and, if
-its run was stopped meanwhile, keeps half of it for ever; Flower's own client waits two hours for that."""
+FIRST_S, MOST_S = 20.0, 160.0
+"""How long the next piece of a message is waited for: at first, and at most."""
+
+
+@dataclass(slots=True)
+class Patience:
+    """How long the next piece of a message is waited for; each half message doubles it, since the link may be slow.
+
+    A SuperNode hands a message out while it is still receiving it, and, if its run was stopped meanwhile, keeps half of
+    it for ever; Flower's own client waits two hours for that.
+    """
+
+    seconds: float = FIRST_S
+
+    def grow(self) -> None:
+        """A half message came."""
+        self.seconds = min(2 * self.seconds, MOST_S)
 
 
 class AwayError(FedLoraError):
@@ -63,7 +83,7 @@ class HalfMessageError(FedLoraError):
     """What was handed out is half a message; `message` is it, without content, so that it can be answered."""
 
     def __init__(self, message: Message, context: Context) -> None:
-        super().__init__(f"no more than half of a message within {WHOLE_S:g} s")
+        super().__init__("no more than half of a message came")
         self.message, self.context = message, context
 
 
@@ -149,11 +169,11 @@ class Task:
     def __init__(self, client: RuntimeHttpClient) -> None:
         self._client = client
 
-    def pull(self) -> tuple[Message, Context]:
+    def pull(self, patience: Patience) -> tuple[Message, Context]:
         """The message, and its run. The app that the server sent along is dropped unread: its code never runs here.
 
         Raises:
-            HalfMessageError: a part of the message does not come.
+            HalfMessageError: no further piece of the message comes.
         """
         given = self._client.PullTaskInput(PullTaskInputRequest())
         context, run = context_from_proto(given.context), given.run.run_id
@@ -165,12 +185,15 @@ class Task:
         try:
             message = pull_and_inflate_object_from_tree(
                 tree,
-                make_pull_object_fn_protobuf(self._client.PullObject, node, run),
+                _while_it_comes(
+                    make_pull_object_fn_protobuf(self._client.PullObject, node, run), patience.seconds
+                ),
                 make_confirm_message_received_fn_protobuf(self._client.ConfirmMessageReceived, node, run),
                 return_type=Message,
-                max_time=WHOLE_S,
+                max_time=None,
             )
         except ObjectPullError as error:
+            patience.grow()
             half = message_from_proto(waiting.messages_list[0])
             raise HalfMessageError(_named(half, tree.object_id), context) from error
         return _named(message, tree.object_id), context
@@ -186,6 +209,24 @@ class Task:
         # No context and no words: the node's state is on its own disk, and its errors in its own log.
         status = SubStatus.FAILED if failed else SubStatus.COMPLETED
         self._client.PushTaskOutput(PushTaskOutputRequest(sub_status=status, details=""))
+
+
+def _while_it_comes(pull: Callable[[str], bytes], patience_s: float) -> Callable[[str], bytes]:
+    """Pulls pieces of one message, by several threads, until none has come for so long."""
+    latest = time.monotonic()
+
+    def pulled(piece: str) -> bytes:
+        nonlocal latest
+        try:
+            content = pull(piece)
+        except ObjectUnavailableError:
+            if time.monotonic() - latest > patience_s:
+                raise ObjectPullError(piece, f"none came for {patience_s:g} s") from None
+            raise
+        latest = time.monotonic()
+        return content
+
+    return pulled
 
 
 def _named(message: Message, identifier: str) -> Message:

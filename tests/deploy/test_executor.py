@@ -16,6 +16,7 @@ from fedlora.transport.flower_client import Hello, client_app, frame_of  # isort
 import uvicorn
 from flwr.app import Context, Message
 from flwr.common.constant import ErrorCode
+from flwr.supercore.inflatable.inflatable_utils import ObjectPullError, ObjectUnavailableError
 
 from fedlora.deploy import executor, supernode
 from fedlora.deploy.endpoint import UnwantedError
@@ -93,12 +94,36 @@ def test_a_reply_to_a_supernode_that_forgot_the_task_is_dropped_and_the_next_mes
 def test_half_a_message_is_given_back_for_its_sender_to_ask_again_and_the_next_one_is_answered(
     site, monkeypatch
 ):
-    monkeypatch.setattr(supernode, "WHOLE_S", 0.5)
+    monkeypatch.setattr(supernode.Patience, "__init__", lambda self: setattr(self, "seconds", 0.5))
     with attending(app_of(), site.node()):
         site.send_half(b"one")
         assert site.reply().error.code == ErrorCode.MESSAGE_UNAVAILABLE
         site.send(b"two")
         assert frame_of(site.reply().content) == b"answer to two"
+
+
+def test_a_message_is_waited_for_as_long_as_its_pieces_come():
+    """However long the whole takes; and the longer, the more half messages there were."""
+    came: list[str] = []
+
+    def pull(piece: str) -> bytes:
+        if piece not in came:
+            raise ObjectUnavailableError(piece)
+        return b""
+
+    patient = supernode._while_it_comes(pull, 0.3)
+    for piece in ("one", "two", "three"):
+        time.sleep(0.2)
+        with pytest.raises(ObjectUnavailableError):
+            patient(piece)
+        came.append(piece)
+        assert patient(piece) == b""
+    time.sleep(0.31)
+    with pytest.raises(ObjectPullError, match="none came for"):
+        patient("four")
+    patience = supernode.Patience()
+    waits = [(patience.seconds, patience.grow())[0] for _ in range(5)]
+    assert waits == [20, 40, 80, 160, 160]
 
 
 def test_a_wrong_secret_a_missing_one_and_an_address_of_something_else_end_it_with_the_reason():

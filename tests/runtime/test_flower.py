@@ -28,7 +28,7 @@ from flwr.superlink.grid import InMemoryGrid
 
 from fedlora.deploy.journal import Journal, Reported
 from fedlora.errors import IncompleteError, LedgerError, WireError
-from fedlora.federation.events import ClientDone, RoundDone
+from fedlora.federation.events import ClientDone, RoundDone, Stage
 from fedlora.runs.evidence import reported
 from fedlora.runtime.simulate import resume, simulate
 from fedlora.transport.flower_client import Hello, client_app, echo_of, frame_content
@@ -86,12 +86,19 @@ def test_an_interrupted_flower_run_is_resumed_to_the_same_state(tiny_config, tmp
 @pytest.mark.slow
 def test_a_ledger_that_cannot_be_trusted_stops_a_simulated_run(tiny_config, tmp_path):
     config = tiny_config(federation__rounds=1, runtime={"kind": "flower", "workers": 1})
-    ledgers = tmp_path / "flower" / "ledgers"
-    ledgers.mkdir(parents=True)
+    run_dir = tmp_path / "flower"
+
+    def interrupt(event: object) -> None:
+        if isinstance(event, Stage) and "flower" in event.name:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        simulate(config, run_dir, interrupt)
+    (run_dir / "ledgers").mkdir(exist_ok=True)
     for client in ("client-0", "client-1", "client-2"):
-        (ledgers / f"{client}.jsonl").write_text("no ledger\n")
+        (run_dir / "ledgers" / f"{client}.jsonl").write_text("no ledger\n")
     with pytest.raises(LedgerError, match="ledgers"):
-        simulate(config, tmp_path / "flower", lambda event: None)
+        resume(run_dir, lambda event: None)
 
 
 class InThisProcess(Backend):
