@@ -27,7 +27,7 @@ from fedlora.errors import IncompleteError
 if TYPE_CHECKING:
     from fedlora.config.schema import RunConfig
     from fedlora.federation.events import Listener
-    from fedlora.runtime.check.outline import Preview
+    from fedlora.runtime.check.answer import Preview
     from fedlora.values import ServerState
 
 
@@ -85,7 +85,7 @@ def _previewed(config: "RunConfig", *, measure: bool) -> "Preview":
 
         return outline(config)
     from fedlora.cli.progress import watching
-    from fedlora.runtime.check.preview import preview
+    from fedlora.runtime.check.measured import preview
 
     with watching() as listener:
         return preview(config, listener)

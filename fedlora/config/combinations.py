@@ -236,7 +236,7 @@ def _ranks(config: "RunConfig") -> Iterator[str]:
 
 
 def rank_conflicts(ranks: Mapping[str, int], lora: "Lora", optimizer: "Optimizer", key: str) -> Iterator[str]:
-    """The same of what is trained where it is the first columns of B, a run's by client or a node's own."""
+    """What cannot be where the first columns of B alone are trained, a run's by client or a node's own."""
     beyond = {client: rank for client, rank in sorted(ranks.items()) if rank > lora.r}
     if beyond:
         named = ", ".join(f"{client} {rank}" for client, rank in list(beyond.items())[:4])
@@ -283,7 +283,7 @@ def _images(config: "RunConfig") -> Iterator[str]:
 
 
 def lora_conflicts(lora: "Lora") -> Iterator[str]:
-    """The same of an adapter alone, a run's or a node's."""
+    """What cannot be of an adapter alone, a run's or a node's."""
     for pattern in lora.rank_pattern or {}:
         try:
             re.compile(pattern)
@@ -295,13 +295,13 @@ def lora_conflicts(lora: "Lora") -> Iterator[str]:
 
 
 def model_conflicts(model: "Model") -> Iterator[str]:
-    """The same of a base model alone, a run's or a node's."""
+    """What cannot be of a base model alone, a run's or a node's."""
     if model.quantization != "none" and model.dtype == "float64":
         yield f"model.dtype: float64, but {model.quantization} keeps no such digits; write float32 or bfloat16"
 
 
 def optimizer_conflicts(optimizer: "Optimizer", lora: "Lora", key: str) -> Iterator[str]:
-    """The same of a client's optimiser and what it trains, a run's or a node's."""
+    """What cannot be of a client's optimiser and what it trains, a run's or a node's."""
     rule = optimizer.precondition if optimizer.name == "sgd" else "none"
     if rule == "allora" and lora.trains != "b":
         what = f"rows of B have steps of their own, but lora.trains is {lora.trains}"

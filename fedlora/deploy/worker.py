@@ -77,7 +77,7 @@ class Worker:
             os.kill(pid, number)  # it holds the lock, so the number is still its own
 
     def pid(self) -> int | None:
-        """Of the process that was started last; None if nobody knows."""
+        """The id of the process that was started last; None if nobody knows."""
         word = self._lock.read_text().strip() if self._lock.exists() else ""
         return int(word) if word.isdigit() else None
 

@@ -95,7 +95,7 @@ def _usage(config: RunConfig, merged: bool) -> str:
 
 
 def _usage_on_images(config: RunConfig, merged: bool) -> str:
-    """The same of a model that looks at images."""
+    """How to load a model that looks at images."""
     imports = "AutoImageProcessor, AutoModelForImageClassification"
     lines = [
         "from PIL import Image",

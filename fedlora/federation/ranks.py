@@ -23,7 +23,7 @@ class Ranks:
 
     @classmethod
     def of(cls, adapters: Adapters, federation: Federation) -> "Ranks":
-        """Of the config, where the model's B have as many columns as these."""
+        """The ranks that the config gives, for a model whose B have as many columns as these."""
         r = min((factors.a.shape[0] for factors in adapters.sites.values()), default=0)
         given = federation.ranks or {}
         return cls(r=r, fewer={client: given[client] for client in sorted(given) if given[client] < r})

@@ -155,7 +155,7 @@ def execution(run_dir: Path, config: RunConfig, together: int = 1) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Of Python and the packages that decide results."""
+    """The versions of Python and of the packages that decide results."""
     found = {"python": platform.python_version()}
     for name in VERSIONED:
         try:

@@ -286,7 +286,7 @@ def drawn_records(node: Node, request: TrainRequest, step: int) -> Tensor:
 
 
 def noise_purpose(node: Node, request: TrainRequest, step: int) -> tuple[str | int, ...]:
-    """Of the noise that this client adds in this step, and of no other."""
+    """The name of the noise that this client adds in this step, and in no other."""
     return ("noise", *_step_of(node, request, step))
 
 

@@ -37,11 +37,11 @@ class PixelIntake:
     keeps_states: ClassVar[bool] = False
 
     def most_tokens(self, max_length: int | None) -> int:
-        """The same of every image."""
+        """Tokens of an image; every image has as many."""
         return self.tokens
 
     def footprints(self, examples: Examples) -> NDArray[np.int64]:
-        """The same of every image."""
+        """Tokens of an image; every image has as many."""
         return np.full(len(examples), self.tokens, dtype=np.int64)
 
     def collate(self, examples: Examples, device: torch.device) -> dict[str, Tensor]:

@@ -14,8 +14,8 @@ from fedlora.cli.app import main
 from fedlora.config.load import dump_config
 from fedlora.errors import ConfigError
 from fedlora.runs.rundir import run_rounds
+from fedlora.runtime.check.measured import preview
 from fedlora.runtime.check.outline import outline
-from fedlora.runtime.check.preview import preview
 from fedlora.training.look import look
 from tests.pictures import save_model, save_pictures
 

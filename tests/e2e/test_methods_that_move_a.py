@@ -10,7 +10,7 @@ from fedlora.config.load import dump_config
 from fedlora.errors import ConfigError
 from fedlora.export.peft_directory import write_adapter
 from fedlora.federation.store import Store
-from fedlora.runtime.check.preview import preview
+from fedlora.runtime.check.measured import preview
 from fedlora.runtime.simulate import simulate
 
 AB = {"lora__trains": "ab"}

@@ -8,7 +8,7 @@ from torch.testing import assert_close
 from fedlora.config.load import config_digest
 from fedlora.errors import ConfigError
 from fedlora.federation.store import Store
-from fedlora.runtime.check.preview import preview
+from fedlora.runtime.check.measured import preview
 from fedlora.runtime.simulate import simulate
 
 

@@ -11,7 +11,7 @@ from dp_accounting.pld import PLDAccountant
 from fedlora.errors import ConfigError, IncompleteError, PrivacyError
 from fedlora.federation.events import ClientDone, RoundDone
 from fedlora.runs.rundir import HOLDINGS, STATES
-from fedlora.runtime.check.preview import preview
+from fedlora.runtime.check.measured import preview
 from fedlora.runtime.simulate import resume, simulate
 from tests.e2e.interrupt import Interrupt
 

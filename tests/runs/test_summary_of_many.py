@@ -21,7 +21,7 @@ from fedlora.runs import promise as promise_module
 from fedlora.runs.evidence import accounts
 from fedlora.runs.promise import Spending, privacy_summary
 from fedlora.runs.verify import verified
-from fedlora.runtime.check.preview import ClientPreview, Preview
+from fedlora.runtime.check.answer import ClientPreview, Preview
 from fedlora.values import DpEvent
 
 MANY = 3_000

@@ -11,7 +11,7 @@ from fedlora.errors import ConfigError, IncompleteError
 from fedlora.federation.events import Listener
 from fedlora.privacy.ledger_format import parse
 from fedlora.runs.rundir import run_rounds
-from fedlora.runtime.check.preview import preview
+from fedlora.runtime.check.measured import preview
 from fedlora.runtime.simulate import resume, simulate
 from fedlora.runtime.world.clock import told
 

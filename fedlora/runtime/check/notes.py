@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,9 +9,7 @@ from numpy.typing import NDArray
 from fedlora.config.asking import expected_cohort, most_asked
 from fedlora.config.schema import RunConfig
 from fedlora.data.table import shown
-
-if TYPE_CHECKING:
-    from fedlora.runtime.check.outline import ClientPreview
+from fedlora.runtime.check.answer import ClientPreview
 
 MOST_NAMED = 5
 """Classes that a note names."""
@@ -22,7 +19,7 @@ has a say in: of 360 texts in four classes, noise of 2.6 times left 45 % right, 
 
 
 def plan_notes(
-    config: RunConfig, clients: "Sequence[ClientPreview]", trained: int, unseen: Sequence[str], repeated: int
+    config: RunConfig, clients: Sequence[ClientPreview], trained: int, unseen: Sequence[str], repeated: int
 ) -> list[str]:
     """All that follows from the config and the records.
 
@@ -84,7 +81,7 @@ def _small_clients(config: RunConfig, sizes: Mapping[str, int]) -> list[str]:
     ]
 
 
-def _loud_noise(config: RunConfig, clients: "Sequence[ClientPreview]", trained: int) -> list[str]:
+def _loud_noise(config: RunConfig, clients: Sequence[ClientPreview], trained: int) -> list[str]:
     """Where the noise of the whole run is much longer than all that its records could add up to, were they of one mind.
 
     In n steps of clients, each a mean over b records clipped to C, these add up to n C at most; the noise of each step

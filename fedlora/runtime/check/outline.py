@@ -19,6 +19,7 @@ from fedlora.data.corpus import require_apart
 from fedlora.data.docstrings import packages_of
 from fedlora.data.own import file_records
 from fedlora.data.partition import client_names, partition
+from fedlora.runtime.check.answer import ClientPreview, Preview
 from fedlora.runtime.check.notes import plan_notes, unseen_classes
 from fedlora.runtime.check.rough_noise import between, rough_noise
 from fedlora.runtime.check.sites import sites
@@ -37,37 +38,6 @@ FRAME_BYTES = 1200
 """Of a request or a reply beside its numbers."""
 BYTES_A_TOKEN = 4.5
 """Of English text."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ClientPreview:
-    """One client's terms. epsilon: after max_participations, the most it can ever be."""
-
-    client: str
-    records: int
-    sample_rate: float
-    noise_multiplier: float | None
-    epsilon: float | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Preview:
-    """The answer of `fedlora check`. Bytes are per client and round; memory and time are estimates.
-
-    classes: of a classifier, in the order of its outputs.
-    measured: the model was loaded and run, and noise calibrated for each client; else all is from sizes and shapes.
-    """
-
-    clients: tuple[ClientPreview, ...]
-    classes: tuple[str, ...]
-    trained_parameters: int
-    steps_per_participation: int
-    bytes_up: int
-    bytes_down: int
-    memory_bytes: int
-    training_seconds: float
-    notes: tuple[str, ...]
-    measured: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,8 +10,9 @@ import torch
 from fedlora.config.schema import RunConfig
 from fedlora.federation.events import Listener
 from fedlora.privacy.accountants import epsilon
+from fedlora.runtime.check.answer import ClientPreview, Preview
 from fedlora.runtime.check.notes import plan_notes, unseen_classes
-from fedlora.runtime.check.outline import PROCESS_BYTES, ClientPreview, Preview, run_seconds
+from fedlora.runtime.check.outline import PROCESS_BYTES, run_seconds
 from fedlora.runtime.cores import usable_cores
 from fedlora.runtime.prepare import Prepared, prepare
 from fedlora.runtime.seats import model_holders, side_by_side
