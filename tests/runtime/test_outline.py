@@ -9,8 +9,8 @@ import pytest
 from fedlora.config.load import dump_config
 from fedlora.errors import ConfigError, DataError, ModelError, PrivacyError
 from fedlora.runtime.check.answer import Preview
-from fedlora.runtime.check.outline import outline
 from fedlora.runtime.check.measured import preview
+from fedlora.runtime.check.outline import outline
 from fedlora.runtime.scoring import prepared_for_scoring
 from tests.data.unfriendly import unfriendly_hub
 
