@@ -74,7 +74,7 @@ def export(
     kind = "merged model" if merge else "adapter"
     kind += "" if client is None else f" with the B of {client}"
     where = str(push if to is None else to)
-    lines = [f"{where}: {kind} written, loaded again, logits equal"]
+    lines = [f"{where}: {kind} written, loaded again, logits equal", *_unfinished(run_dir)]
     lines += [] if served is None else [f"vllm serve BASE {served} --lora-modules NAME={where}"]
     lines += [] if there is None else [f"pushed to {there.address}, {_seen(there, private=private)}"]
     value = {
@@ -105,6 +105,16 @@ def _seen(there: "Pushed", *, private: bool) -> str:
     if not there.private:
         return "public"
     return "private" if private else f"which stays private; make it public at {there.address}/settings"
+
+
+def _unfinished(run_dir: Path) -> list[str]:
+    """What to know of a run that has rounds to go."""
+    from fedlora.runs.rundir import finished_summary, run_config, run_rounds
+
+    if finished_summary(run_dir) is not None:
+        return []
+    done, of = run_rounds(run_dir)[-1]["round"], run_config(run_dir).federation.rounds
+    return [f"NOT FINISHED: this is the adapter of round {done} of {of}"]
 
 
 def _exported(

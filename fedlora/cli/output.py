@@ -106,12 +106,21 @@ def summary_text(summary: Mapping[str, Any], run_dir: Path) -> str:
         *(_personal(metric, summary) if summary.get("personal") else []),
         ("privacy", headline(summary)),
         *(_terms(summary) if summary["private"] else []),
-        ("rounds", f"{summary['rounds_completed']} with {summary['clients']} clients"),
+        ("rounds", f"{summary['rounds_completed']} with {summary['clients']} clients{_absent(summary)}"),
         ("time", f"{duration(summary['seconds'])} in rounds, without loading, calibrating and writing"),
         ("adapter", str(run_dir / "adapter")),
         ("report", str(run_dir / "report.html")),
     ]
     return pairs(rows)
+
+
+def _absent(summary: Mapping[str, Any]) -> str:
+    """How many clients never answered, and who they were if they are few."""
+    absent = [client for client, times in summary["participations"].items() if not times]
+    if not absent:
+        return ""
+    named = f": {', '.join(absent)}" if len(absent) <= 3 else ""
+    return f", of which {len(absent):,} never took part{named}"
 
 
 def _personal(metric: str, summary: Mapping[str, Any]) -> list[tuple[str, str]]:

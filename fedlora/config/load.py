@@ -114,7 +114,9 @@ def require_same(held: RunConfig, given: RunConfig, run_dir: Path) -> None:
             f"{key} is {shown(theirs.get(key))} there, {shown(ours.get(key))} here" for key in keys[:3]
         )
         more = f", and {len(keys) - 3} more" if len(keys) > 3 else ""
-        raise ConfigError(f"{run_dir} holds the run of another config ({words}{more}); choose another output")
+        raise ConfigError(
+            f"{run_dir} holds the run of another config ({words}{more}); choose another output, or --run-dir"
+        )
 
 
 def _computed(config: RunConfig) -> dict[str, Any]:

@@ -130,7 +130,9 @@ def _natural(own: Own) -> str:
     """Who else could hold the records."""
     if own.owners is None:
         return "dirichlet, shards, quantity, column: the natural one"
-    return f"one client for each value: {{kind: column, column: {_quoted(own.owners)}}}"
+    return (
+        f"a client for each value, with a cohort of as many: {{kind: column, column: {_quoted(own.owners)}}}"
+    )
 
 
 def _task(own: Own) -> list[str]:

@@ -89,9 +89,20 @@ def _usage(config: RunConfig, merged: bool) -> str:
         cut = f"truncation=True, max_length={config.data.max_length}"
         lines += ["", f'tokens = tokenizer("A text.", {cut}, return_tensors="pt")']
         lines += ["best = model(**tokens).logits.argmax().item()", f"print({label})"]
+    elif (prompt := _prompt(config)) is not None:
+        lines += ["", f'tokens = tokenizer({prompt!r}, return_tensors="pt", return_token_type_ids=False)']
+        lines += ["said = model.generate(**tokens, max_new_tokens=40)", "print(tokenizer.decode(said[0]))"]
     note = "transformers reports the classifier as missing from the base model: the adapter brings it.\n"
     shown = "\n".join(lines)
     return f"## Use\n\n```python\n{shown}\n```\n" + (f"\n{note}" if classifies and not merged else "")
+
+
+def _prompt(config: RunConfig) -> str | None:
+    """How a prompt is written for this model, where the tokenizer's chat template does not say."""
+    template = getattr(config.task, "template", None)
+    if getattr(config.data, "messages", None) is not None or template == "chat":
+        return None
+    return template.replace("{prompt}", "A prompt") if template and "{prompt}" in template else "A prompt"
 
 
 def _usage_on_images(config: RunConfig, merged: bool) -> str:

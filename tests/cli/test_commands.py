@@ -212,7 +212,8 @@ def test_an_unfinished_run_is_not_started_again_but_resumed(run_dir, config_file
         assert f"fedlora resume {run_dir}" in capsys.readouterr().err
         assert json.loads(out_of(capsys, "status", str(run_dir), "--format", "json"))["finished"] is False
         out_of(capsys, "report", str(run_dir), "--to", str(tmp_path / "now.html"))
-        out_of(capsys, "export", str(run_dir), "--to", str(tmp_path / "now"))
+        told = out_of(capsys, "export", str(run_dir), "--to", str(tmp_path / "now"))
+        assert "NOT FINISHED: this is the adapter of round " in told
         assert (tmp_path / "now" / "adapter_model.safetensors").exists() and (tmp_path / "now.html").exists()
     finally:
         aside.rename(run_dir / "summary.json")

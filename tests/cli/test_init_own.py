@@ -114,7 +114,7 @@ def test_the_two_parts_hold_every_row_once_and_no_text_in_both(reviews, tmp_path
 def test_a_column_that_says_whose_a_record_is_makes_clients_of_its_values(reviews, tmp_path, capsys):
     assert main(["init", str(tmp_path / "my"), "--data", str(reviews)]) == 0
     run = tmp_path / "my" / "run.yaml"
-    asked = run.read_text().partition("one client for each value: ")[2].partition("\n")[0]
+    asked = run.read_text().partition("with a cohort of as many: ")[2].partition("\n")[0]
     assert asked == '{kind: column, column: "site"}'  # no id, no text, no label
     assert main(["check", str(run), "--set", f"data.partition={asked}"]) == 0
     assert "east" in capsys.readouterr().out

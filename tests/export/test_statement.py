@@ -156,6 +156,14 @@ def test_the_final_table_says_what_to_try_where_nothing_was_learnt(
     assert ("Learnt: nothing that shows" in report_html({**summary, **scores}, ())) is not learnt
 
 
+def test_who_never_took_part_is_told(summary, tmp_path):
+    assert "never took part" not in summary_text(summary, tmp_path)
+    absent = {**summary, "participations": {"client-0": 3, "north": 0, "south": 0}}
+    assert "3 with 3 clients, of which 2 never took part: north, south" in summary_text(absent, tmp_path)
+    many = {**summary, "participations": {f"client-{n}": 0 for n in range(4)}}
+    assert "of which 4 never took part\n" in summary_text(many, tmp_path)
+
+
 def test_the_time_that_is_told_says_that_it_is_of_the_rounds(summary, rounds, tmp_path):
     told = {**summary, "seconds": 75.2}
     assert "1 min 15 s in rounds, without loading, calibrating and writing" in summary_text(told, tmp_path)

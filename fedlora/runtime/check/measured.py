@@ -79,7 +79,17 @@ def _training_seconds(prepared: Prepared) -> float:
     return run_seconds(config, forward, clients, test, workers)
 
 
+def _cut(prepared: Prepared) -> list[str]:
+    """How many records are as long as may be, and so most likely longer."""
+    most, held = prepared.config.data.max_length, prepared.clients.examples.examples
+    if most is None or not (full := int((held.sequence_lengths >= most).sum())):
+        return []
+    count = len(held.sequence_lengths)
+    return [f"{full:,} of {count:,} texts fill data.max_length {most}: what is longer is cut; raise it"]
+
+
 def _notes(prepared: Prepared, clients: Sequence[ClientPreview], trained: int) -> list[str]:
     unseen = unseen_classes(prepared.clients.examples.examples.labels, prepared.clients.classes)
-    told = plan_notes(prepared.config, clients, trained, unseen, prepared.clients.repeated)
+    told = [*_cut(prepared)]
+    told += plan_notes(prepared.config, clients, trained, unseen, prepared.clients.repeated)
     return told if prepared.world is None else [*told, note(forecast(prepared, prepared.world))]
