@@ -75,7 +75,9 @@ def init(
         raise _exists(Path(error.filename)) from None
     except OSError as error:
         raise ConfigError(f"{target} cannot be written ({error.strerror}); name another directory") from None
-    print(f"{target} written; look at it, then: fedlora {'check' if node else 'simulate'} {target}")
+    print(
+        f"{target} written; look at it, then: fedlora check {target}{'' if node else f', fedlora simulate {target}'}"
+    )
     for note in notes:
         print(note)
 
