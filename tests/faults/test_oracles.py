@@ -23,9 +23,11 @@ def adds_twice() -> None:
 
 
 def asks_otherwise() -> None:
-    around(
-        loop_module, "work", lambda real, *of: replace(real(*of), learning_rate=0.5 * real(*of).learning_rate)
-    )
+    def otherwise(real, *of):
+        request = real(*of)
+        return replace(request, work=replace(request.work, learning_rate=0.5 * request.work.learning_rate))
+
+    around(loop_module, "request_of", otherwise)
 
 
 def forgets_what_it_heard() -> None:
