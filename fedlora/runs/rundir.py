@@ -131,9 +131,14 @@ def load_classes(run_dir: Path) -> tuple[str, ...]:
 
 
 def save_classes(run_dir: Path, classes: Sequence[str]) -> None:
-    """The names are durable; those that are there already stay."""
+    """The names are durable."""
+    write_durably(run_dir / _CLASSES, json.dumps(classes) + "\n")
+
+
+def restore_classes(run_dir: Path, classes: Sequence[str]) -> None:
+    """The names are there again, where the file was lost."""
     if not (run_dir / _CLASSES).exists():
-        write_durably(run_dir / _CLASSES, json.dumps(classes) + "\n")
+        save_classes(run_dir, classes)
 
 
 def require_simulation(run_dir: Path) -> None:

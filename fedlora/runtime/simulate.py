@@ -30,6 +30,7 @@ from fedlora.runs.rundir import (
     finished_summary,
     locked,
     require_ours,
+    restore_classes,
     run_config,
     run_rounds,
     save_classes,
@@ -108,7 +109,6 @@ def resume(
         return run_dir
     with locked(run_dir):
         prepared = prepare(config, listener, shared)
-        save_classes(run_dir, prepared.clients.classes)  # where the file was lost
         with tracked(config, run_dir, listener) as told_too:
             _drive(prepared, run_dir, told_too, start, scoring_threads, stored)
     return run_dir
@@ -132,6 +132,7 @@ def _drive(
     record_beginning(prepared.config, run_dir)
     clients = prepared.clients
     record_inputs(prepared.config, run_dir, test=clients.test, train=clients.examples.examples)
+    restore_classes(run_dir, clients.classes)
     noise = None if prepared.config.privacy == "none" else SEEDED
     store = Store(run_dir, prepared.origin.run, noise, prepared.config.method.stale.dtype)
     score = _scorer(prepared, run_dir, scoring_threads or usable_cores())

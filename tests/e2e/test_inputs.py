@@ -122,6 +122,13 @@ def test_classes_that_were_lost_are_named_and_come_back_as_the_run_goes_on(cut):
     assert trained_adapters(cut)[1] == ("kitchen", "music", "weather")
 
 
+def test_classes_of_a_start_that_was_killed_are_not_the_next_runs(tiny_config, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "classes.json").write_text('["another", "runs"]\n')
+    simulate(tiny_config(federation__rounds=1, privacy="none"), tmp_path / "run", quiet)
+    assert trained_adapters(tmp_path / "run")[1] == ("kitchen", "music", "weather")
+
+
 def test_who_is_forgotten_may_take_the_records_away(cut, copies):
     forget(cut, "client-1", erasers(cut))
     assert "train" not in json.loads((cut / INPUTS).read_text())
