@@ -1,10 +1,10 @@
 """Watching a run from afar: the `monitor` command beside a server, and `status --server`, which asks it."""
 
 import math
-import signal
 import sys
-import threading
+import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
@@ -56,32 +56,28 @@ def monitor(
     wait: Annotated[bool, typer.Option("--wait", help="Start though the run has not begun yet.")] = False,
 ) -> None:
     """Serve a run's figures to whoever may look, until it is told to stop. It only reads RUN_DIR."""
+    from fedlora.interrupts import sigterm_as_ctrl_c
     from fedlora.monitor.service import monitored
 
-    stopped = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stopped.set())
-    with (
-        only_ours(),
-        monitored(
-            run_dir,
-            host=host,
-            port=port,
-            metrics_port=metrics_port,
-            certificate=certificate,
-            key=key,
-            wait=wait,
-        ) as bound,
-    ):
+    served = monitored(
+        run_dir,
+        host=host,
+        port=port,
+        metrics_port=metrics_port,
+        certificate=certificate,
+        key=key,
+        wait=wait,
+    )
+    # A handler that sets an Event would wait for ever if it came while the Event's own lock is taken.
+    with suppress(KeyboardInterrupt), sigterm_as_ctrl_c(), only_ours(), served as bound:
         words = "TLS" if bound.tls else "plain text, this machine only"
         print(f"{run_dir}: status at {bound.host}:{bound.port} ({words})", file=sys.stderr, flush=True)
         if bound.metrics_port is not None:
             scheme = "https" if bound.tls else "http"
             where = f"{scheme}://{bound.host}:{bound.metrics_port}/metrics"
             print(f"figures for Prometheus at {where}", file=sys.stderr, flush=True)
-        # An event without a timeout would keep signals waiting on some systems.
-        while not stopped.wait(3600):
-            pass
+        while True:
+            time.sleep(3600)
 
 
 def status_of_server(server: str, roots: Path | None, form: Format, *, follow: bool = False) -> None:

@@ -691,7 +691,7 @@ def test_the_command_serves_until_it_is_told_to_stop(run, tls):
         port = first.split("127.0.0.1:")[1].split()[0]
         found = ask_status(monitor_address(f"localhost:{port}", tls.roots))
         process.send_signal(signal.SIGTERM)
-        assert process.wait(20) == 0
+        assert process.wait(60) == 0
     assert found["rounds_completed"] == 2 and "(TLS)" in first and "https://" in second
 
 
