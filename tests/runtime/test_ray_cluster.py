@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from ray_processes import answering_workers, below, lives
 
 from fedlora.config.load import dump_config
 from fedlora.errors import ConfigError, IncompleteError
@@ -128,10 +129,9 @@ def test_a_client_that_three_workers_died_with_is_refused_and_can_be_asked_again
 
     def kill() -> None:
         while not over.wait(0.005):
-            for pid, title in below(os.getpid()).items():
-                if title.startswith("ray::HostActor.answer") and pid not in struck:
-                    struck.add(pid)
-                    os.kill(pid, signal.SIGKILL)
+            for pid in set(answering_workers()) - struck:
+                struck.add(pid)
+                os.kill(pid, signal.SIGKILL)
 
     killer = threading.Thread(target=kill)
     killer.start()
@@ -175,29 +175,3 @@ def begun(config: object, path: Path) -> subprocess.Popen:
     with path.with_suffix(".said").open("wb") as said:
         command = [sys.executable, "-m", "fedlora.cli.app", "simulate", str(path)]
         return subprocess.Popen(command, stdout=said, stderr=said)
-
-
-def below(root: int) -> dict[int, str]:
-    """Command lines of the processes that this one started, and that those did."""
-    status: dict[int, tuple[int, str]] = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-                status[int(entry.name)] = (parent, (entry / "cmdline").read_bytes().decode(errors="replace"))
-            except OSError:  # it is gone by now
-                continue
-
-    def is_below(pid: int) -> bool:
-        while pid in status and pid != root:
-            pid = status[pid][0]
-        return pid == root
-
-    return {pid: title for pid, (_, title) in status.items() if is_below(pid)}
-
-
-def lives(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False

@@ -13,7 +13,8 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 from ray.exceptions import RayError
-from test_ray_cluster import below, silent, state
+from ray_processes import answering_workers
+from test_ray_cluster import PATIENCE_S, silent, state
 
 from fedlora.errors import IncompleteError
 from fedlora.runtime.cluster import connected
@@ -36,18 +37,24 @@ MANY = {
 
 @contextmanager
 def poisonous(path: Path) -> Iterator[list[int]]:
-    """Whoever opens the file at `path` to read is killed; yields the pids so far."""
+    """The worker that opens the file at `path` to read is killed; yields the pids so far.
+
+    After PATIENCE_S without one, whoever waits there reads an empty file.
+    """
     path.parent.mkdir(parents=True)
     os.mkfifo(path)
     over = threading.Event()
     killed: list[int] = []
 
     def kill() -> None:
+        ends = time.monotonic() + PATIENCE_S
         while not over.wait(0.01):
-            for pid, title in below(os.getpid()).items():
-                if title.startswith("ray::Host.answer") and _waits_for_a_writer(pid) and pid not in killed:
+            for pid in answering_workers():
+                if pid not in killed and _waits_for_a_writer(pid):
                     killed.append(pid)
                     os.kill(pid, signal.SIGKILL)
+            if time.monotonic() > ends:
+                os.close(os.open(path, os.O_RDWR))
 
     killer = threading.Thread(target=kill)
     killer.start()

@@ -1,6 +1,5 @@
 """The same seed ends in the same state wherever the clients live."""
 
-import contextlib
 import json
 import os
 import signal
@@ -10,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from ray_processes import below, lives, own_workers
 
 from fedlora.config.load import dump_config
 from fedlora.config.schema import RunConfig
@@ -45,7 +45,7 @@ def test_a_killed_ray_worker_is_replaced_and_nothing_is_spent_twice(tiny_config,
 
     def kill_one(event: object) -> None:
         if isinstance(event, ClientDone) and event.round == 1:
-            os.kill(_own_workers()[0], signal.SIGKILL)
+            os.kill(own_workers()[0], signal.SIGKILL)
 
     local = simulate(tiny_config(), tmp_path / "local", lambda event: None)
     struck = simulate(config, tmp_path / "struck", kill_one)
@@ -53,28 +53,6 @@ def test_a_killed_ray_worker_is_replaced_and_nothing_is_spent_twice(tiny_config,
     for name in ("local", "struck"):
         counts = [len(p.read_text().splitlines()) - 1 for p in (tmp_path / name / "ledgers").iterdir()]
         assert sum(counts) == 6
-
-
-def _own_workers() -> list[int]:
-    """Ray's worker processes below this one: another run on the machine is none of our business."""
-    return sorted(pid for pid, title in _below(os.getpid()).items() if title.startswith("ray::Host"))
-
-
-def _below(root: int) -> dict[int, str]:
-    """Command lines of the processes that this one started, and that those did."""
-    status: dict[int, tuple[int, str]] = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            with contextlib.suppress(OSError):  # it may be gone by now
-                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-                status[int(entry.name)] = (parent, (entry / "cmdline").read_bytes().decode(errors="replace"))
-
-    def is_below(pid: int) -> bool:
-        while pid in status and pid != root:
-            pid = status[pid][0]
-        return pid == root
-
-    return {pid: title for pid, (_, title) in status.items() if is_below(pid)}
 
 
 @pytest.mark.fault("F49")
@@ -87,7 +65,7 @@ def test_a_run_whose_ray_dies_says_so_and_is_resumed_to_the_same_state(tiny_conf
     assert not (Path(config.output) / "summary.json").exists()
     assert state(resume(Path(config.output), lambda event: None)) == state(local)
     ends = time.monotonic() + 60
-    while left := [pid for pid in started if _lives(pid)]:
+    while left := [pid for pid in started if lives(pid)]:
         assert time.monotonic() < ends, {pid: started[pid] for pid in left}
         time.sleep(0.1)
 
@@ -111,16 +89,9 @@ def _ends_when_this_dies(config: RunConfig, folder: Path, whose: str) -> dict[in
     while not (log.exists() and len(log.read_text().splitlines()) > 1):
         assert time.monotonic() < ends and struck.poll() is None, said.read_text()
         time.sleep(0.02)
-    started = _below(struck.pid)
+    started = below(struck.pid)
     (pillar,) = [pid for pid, title in started.items() if whose in title]
     os.kill(pillar, signal.SIGKILL)
     assert struck.wait(120) == IncompleteError.exit_status, said.read_text()
     assert f"fedlora resume {run_dir}" in said.read_text()
     return started
-
-
-def _lives(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
