@@ -74,7 +74,7 @@ def test_a_second_executor_of_a_ledger_is_refused_and_the_first_leaves_with_stat
     assert len(second.read_text().splitlines()) == 1
 
     process.send_signal(signal.SIGTERM)
-    assert process.wait(10) == 0
+    assert process.wait(30) == 0
     assert first.read_text().count("waiting for the SuperNode") == 1
 
 
@@ -91,7 +91,7 @@ def test_it_loads_its_model_while_the_supernode_has_no_secret_yet_and_stops_when
     until(lambda: "waiting for the SuperNode" in said.read_text(), 60, processes)
     assert said.read_text().count("waiting for --secret-file") == 1
     processes.started["executor"].send_signal(signal.SIGTERM)
-    assert processes.started["executor"].wait(10) == 0
+    assert processes.started["executor"].wait(30) == 0
 
 
 def test_a_model_that_is_not_there_ends_it_at_once(processes, tmp_path, topic_files):
@@ -153,7 +153,7 @@ def test_one_process_answers_all_rounds_runs_no_code_of_the_servers_and_outlives
         process = processes.started[f"executor-{number}"]
         assert process.poll() is None, "not the process that was started"
         process.send_signal(signal.SIGTERM)
-        assert process.wait(10) == 0
+        assert process.wait(30) == 0
     assert (tmp_path / "executor-0.log").read_text().count("'train' message answered") == 3
     assert len(read_ledger(tmp_path / "node-0" / "ledger.jsonl").debits) == 3
 

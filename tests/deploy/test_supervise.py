@@ -70,7 +70,7 @@ def test_a_second_supervisor_is_refused_and_the_first_leaves_with_status_zero(fe
     assert "is served by another process" in federation.said("second")
     time.sleep(3)
     first.send_signal(signal.SIGTERM)
-    assert first.wait(10) == 0
+    assert first.wait(30) == 0
     assert federation.said("first").count("waiting for the SuperLink") == 1
 
 
@@ -157,11 +157,11 @@ def test_a_supervisor_that_was_killed_or_stopped_is_followed_by_one_that_submits
     federation.wait(lambda: 0 in federation.rounds())
     worker = federation.worker()
     server.kill()
-    server.wait(10)
+    server.wait(30)
     second = federation.serve("second")
     federation.wait(lambda: "following run" in federation.said("second"), 30)
     second.send_signal(signal.SIGTERM)
-    assert second.wait(10) == 0
+    assert second.wait(30) == 0
     third = federation.serve("third")
     federation.finish(third)
     assert federation.worker() == worker
@@ -182,8 +182,8 @@ def test_everything_on_the_servers_machine_killed_at_once_goes_on_at_the_same_ro
     federation.wait(lambda: 1 in federation.rounds())
     for pid in (federation.worker(), server.pid, federation.processes.started["link"].pid):
         os.kill(pid, signal.SIGKILL)
-    server.wait(10)
-    federation.processes.started["link"].wait(10)
+    server.wait(30)
+    federation.processes.started["link"].wait(30)
     again = federation.serve("again")
     federation.start_link()
     spent = federation.wait(lambda: 2 in federation.rounds(), 90)
