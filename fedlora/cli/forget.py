@@ -30,7 +30,7 @@ def forget(
 
     with only_ours(), usable(run_dir):
         done = forgetting.forget(run_dir, client, erasers(run_dir))
-        _without_picture(run_dir)
+        _report_without_picture(run_dir)
     heading = (
         f"{client} was forgotten already; nothing was done" if done.already else f"{client} is forgotten"
     )
@@ -43,8 +43,8 @@ def forget(
     show({**asdict(done), "unlearned": False}, f"{text}\n{_KEPT}", form)
 
 
-def _without_picture(run_dir: Path) -> None:
-    """The report of a finished run tells no more how many records of each label the client had."""
+def _report_without_picture(run_dir: Path) -> None:
+    """Writes the report of a finished run again: how many records of each label the client had is no longer known."""
     if not (run_dir / "report.html").exists():
         return
     from fedlora.export.deliver import report_of

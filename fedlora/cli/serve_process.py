@@ -8,12 +8,9 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fedlora.cli.attached import log_to_stderr
-
-if TYPE_CHECKING:
-    pass
 
 
 def main() -> int:

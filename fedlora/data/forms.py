@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedlora.config.columns import Form
-from fedlora.data.table import Table, is_text, quoted
+from fedlora.data.table import HALF, Table, is_text, quoted
 from fedlora.data.texts import ROLES, Conversation, Instruction, Picture, Preference, Text, Turn
 from fedlora.errors import DataError
 
@@ -34,9 +34,6 @@ def texts_of(table: Table, names: tuple[str, ...], form: Form, *, causal: bool) 
     return [make[form]([_Cell(table, name, row) for name in names]) for row in range(len(table.lines))]
 
 
-_HALF = "holds half a character (a lone surrogate), which no text can; mend or drop the row"
-
-
 @dataclass(frozen=True, slots=True)
 class _Cell:
     """One value of a table, and where it stands."""
@@ -53,7 +50,7 @@ class _Cell:
         if not isinstance(self.value, str):
             raise self.bad(f"holds {_kind(self.value)}, not text; drop the row or name another column")
         if not is_text(self.value):
-            raise self.bad(_HALF)
+            raise self.bad(HALF)
         return self.value
 
     def completion(self) -> str:
@@ -137,7 +134,7 @@ def _turn(cell: _Cell, number: int, message: object) -> Turn:
     if not isinstance(content, str):
         raise cell.bad(f"message {number} holds {_kind(content)} as content; write text")
     if not is_text(content):
-        raise cell.bad(f"message {number} {_HALF}")
+        raise cell.bad(f"message {number} {HALF}")
     return Turn(role=role, content=content)
 
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from fedlora.data.files import column_names, load_table
-from fedlora.data.table import SEMICOLONS, by_semicolons, is_text, nearest, shown
+from fedlora.data.table import HALF, SEMICOLONS, by_semicolons, is_text, nearest, shown
 from fedlora.errors import DataError
 
 TEST_SHARE = 0.1
@@ -56,10 +56,7 @@ def look_through(path: str, *, text: Sequence[str], label: str | None, causal: b
     columns = {name: _words(column) for name, column in table.columns.items()}
     for name, column in columns.items():
         if (broken := next((row for row, word in enumerate(column) if not is_text(word)), None)) is not None:
-            raise DataError(
-                f"{table.where(broken)}: column {name!r} holds half a character (a lone surrogate), which no text can; "
-                "mend or drop the row"
-            )
+            raise DataError(f"{table.where(broken)}: column {name!r} {HALF}")
     count = len(next(iter(columns.values()), ()))
     if count < FEWEST_ROWS:
         rows = f"{count or 'no'} row{'' if count == 1 else 's'}"

@@ -12,6 +12,7 @@ LONGEST_QUOTED = 30
 """Characters of a value that a message quotes."""
 
 SEMICOLONS = "its columns are separated by semicolons; save it with commas"
+HALF = "holds half a character (a lone surrogate), which no text can; mend or drop the row"
 
 NAME_LIKE = re.compile(r"[\w.-]{1,30}")
 """A column's name as people write them; a text, which stands there where the header line is missing, has blanks."""
@@ -56,7 +57,7 @@ def require_columns(origin: str, wanted: Iterable[str], found: Iterable[str]) ->
 
 def is_text(value: str) -> bool:
     """Whether it can be written as UTF-8: half a character, as JSON may hold it, cannot."""
-    return not any("\ud800" <= c <= "\udfff" for c in value) if not value.isascii() else True
+    return value.isascii() or not any("\ud800" <= c <= "\udfff" for c in value)
 
 
 def by_semicolons(names: Sequence[str]) -> bool:

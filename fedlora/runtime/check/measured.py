@@ -90,6 +90,6 @@ def _cut(prepared: Prepared) -> list[str]:
 
 def _notes(prepared: Prepared, clients: Sequence[ClientPreview], trained: int) -> list[str]:
     unseen = unseen_classes(prepared.clients.examples.examples.labels, prepared.clients.classes)
-    told = [*_cut(prepared)]
-    told += plan_notes(prepared.config, clients, trained, unseen, prepared.clients.repeated)
-    return told if prepared.world is None else [*told, note(forecast(prepared, prepared.world))]
+    plan = plan_notes(prepared.config, clients, trained, unseen, prepared.clients.repeated)
+    world = [] if prepared.world is None else [note(forecast(prepared, prepared.world))]
+    return [*_cut(prepared), *plan, *world]
