@@ -149,13 +149,12 @@ def test_workers_sit_where_their_seats_say(tiny_config, tmp_path):
         for cards in (1, 2):
             cluster.add_node(num_cpus=2, num_gpus=cards)
         setup = prepare(tiny_config(privacy="none"), lambda event: None).save_for_hosts(tmp_path)
-        (setup.holdings / "token").write_text("token")
         runtime = cuda(address=cluster.address)
         with connected(runtime, setup.run, tmp_path) as vitals:
             nodes = gpu_nodes(ray.nodes())
             peaks = {node.kind: Peak(taken=4 * GB // node.cards, total=10 * GB) for node in nodes}
             seats = on_cards(nodes, peaks, runtime, clients=99)
-            crew = Crew(setup, "token", seats, print, vitals)
+            crew = Crew(setup, seats, print, vitals)
             places = ray.get([worker.placed for worker in crew.workers], timeout=120)
             assert places == [seat.node for seat in seats]
             assert Counter(places) == {node.node: 2 for node in nodes}
