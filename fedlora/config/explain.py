@@ -8,6 +8,7 @@ import difflib
 import types
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
@@ -98,9 +99,14 @@ def _with_owner(problem: Problem, path: KeyPath, tag: str, choices: dict[str, An
 
 def _of_leaf(value: Any, annotation: Any, path: KeyPath) -> Iterator[Problem]:
     try:
-        TypeAdapter(annotation, config=ConfigDict(strict=True, allow_inf_nan=False)).validate_python(value)
+        _validator(annotation).validate_python(value)
     except ValidationError:
         yield Problem(path=path, wrong=f"{shown(value)} does not fit", mend=_mend_leaf(value, annotation))
+
+
+@cache
+def _validator(annotation: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(annotation, config=ConfigDict(strict=True, allow_inf_nan=False))
 
 
 def _mend_leaf(value: Any, annotation: Any) -> str:
