@@ -37,6 +37,7 @@ def bound_and_variant(arm, problem, directory):
     return bound, build(arm, problem, directory, bound, {})
 
 
+@pytest.mark.slow  # every peer takes its steps
 def test_the_quick_run_measures_every_arm_on_equal_sums(tmp_path):
     command = [sys.executable, str(BENCHMARKS / "private_step.py"), "--quick", "--only", "tiny"]
     command += ["--repeats", "1", "--results", str(tmp_path)]

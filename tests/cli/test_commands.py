@@ -322,7 +322,7 @@ def _hear_sigint() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_who_is_told_to_stop_says_how_to_go_on_and_resume_ends_where_the_whole_run_would(
     number, config_file, tmp_path, capsys
 ):

@@ -95,6 +95,7 @@ def _is_what_the_runs_say(found: dict, directory: Path) -> None:
         assert row["runs"][0]["state_sha256"] == summary["state_sha256"]
 
 
+@pytest.mark.slow  # Ray starts; a comparison does the same
 def test_a_run_that_fails_is_told_and_the_others_go_on(config_file, tmp_path, capsys, workers):
     to = tmp_path / "to"
     given = ["--grid", "lora.target_modules=[query],[nowhere]", "--set", "privacy=none", "--to", str(to)]

@@ -51,12 +51,8 @@ def test_a_private_run_keeps_its_budget_and_exports_a_plain_adapter(tiny_config,
     assert written["lora_alpha"] / written["r"] == adapters.scale
 
 
-SLOW = pytest.mark.slow  # Ray starts for each
-
-
-@pytest.mark.parametrize(
-    "name", ["fedex", pytest.param("rolora", marks=SLOW), pytest.param("switch", marks=SLOW)]
-)
+@pytest.mark.slow  # Ray starts for each
+@pytest.mark.parametrize("name", ["fedex", "rolora", "switch"])
 def test_every_runtime_ends_in_one_state(tiny_config, tmp_path, name):
     _, first = ran(tiny_config(**METHODS[name]), tmp_path / "local")
     _, second = ran(

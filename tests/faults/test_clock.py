@@ -41,7 +41,9 @@ def processes(tmp_path) -> Iterator[Processes]:
 
 
 @pytest.mark.fault("F40")
-@pytest.mark.parametrize("jump_s", [DAY_S, -DAY_S, 8.0, -400.0])
+@pytest.mark.parametrize(
+    "jump_s", [DAY_S, -400.0, *(pytest.param(s, marks=pytest.mark.slow) for s in (-DAY_S, 8.0))]
+)
 def test_a_round_ends_by_its_deadline_however_the_wall_clock_jumps(monkeypatch, jump_s):
     real, began = time.time, time.monotonic()
     # From the first moment on it is right, and wrong by so much a little later.

@@ -10,6 +10,7 @@ from fedlora.methods import mean as mean_module
 from tests.faults.kills import keeps_nothing, records_nothing
 from tests.faults.points import POINTS, around
 from tests.faults.server import fixture_of_loaded, fixture_of_served
+from tests.lanes import mostly_slow
 
 loaded, served = fixture_of_loaded, fixture_of_served
 
@@ -49,7 +50,7 @@ BROKEN = {
 }
 
 
-@pytest.mark.parametrize("how", list(BROKEN))
+@pytest.mark.parametrize("how", mostly_slow(BROKEN, "adds an update twice", "nodes record nothing"))
 def test_a_broken_federation_is_found_out(served, how):
     run = served()
     before, after, point, words = BROKEN[how]

@@ -18,6 +18,7 @@ from fedlora.runs.rundir import SPENT
 from tests.faults.kills import die, dies_after
 from tests.faults.points import BEGINNING, POINTS, around, no_memory_left
 from tests.faults.server import Life, Served, fixture_of_loaded, fixture_of_served
+from tests.lanes import mostly_slow
 
 KILLS = min(20, int(os.environ.get("FEDLORA_KILLS", "8")))
 ROUNDS = 10 if KILLS == 20 else 4
@@ -88,7 +89,10 @@ LEFT = {
 
 
 @pytest.mark.fault("F2", "F3", "F4", "F5", "F44")
-@pytest.mark.parametrize("point", list(POINTS))
+@pytest.mark.parametrize(
+    "point",
+    mostly_slow(POINTS, "S1 reply read", "S2 reply journalled", "S4 first of two in the sums", "S7 renamed"),
+)
 def test_a_server_that_dies_at_a_named_point_goes_on_from_what_is_on_disk(served, point):
     run = served()
     assert run.live(prepare=POINTS[point]).killed
@@ -105,7 +109,7 @@ def test_a_server_that_dies_at_a_named_point_goes_on_from_what_is_on_disk(served
 
 
 @pytest.mark.fault("F5")
-@pytest.mark.parametrize("point", list(BEGINNING))
+@pytest.mark.parametrize("point", mostly_slow(BEGINNING, "first checkpoint"))
 def test_a_server_that_dies_before_the_first_round_begins_the_same_run(served, point):
     run = served()
     assert run.live(prepare=BEGINNING[point]).killed

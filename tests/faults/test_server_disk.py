@@ -20,6 +20,7 @@ from tests.faults.points import POINTS, around, full_during, nth, state_of_round
 from tests.faults.server import Served, fixture_of_loaded, fixture_of_served
 from tests.faults.test_power import Disk
 from tests.faults.test_server import finished, in_mid_round, left
+from tests.lanes import mostly_slow
 
 loaded, served = fixture_of_loaded, fixture_of_served
 
@@ -39,7 +40,7 @@ NO_ROOM = ("File too large", "disk I/O error", "disk is full")
 
 
 @pytest.mark.fault("F35")
-@pytest.mark.parametrize("what", list(FULL))
+@pytest.mark.parametrize("what", mostly_slow(FULL, "line of the journal", "checkpoint"))
 def test_a_server_with_a_full_disk_stops_and_goes_on_from_where_it_was_when_there_is_room(served, what):
     run = served()
     owner, name, is_it, room, there = FULL[what]
@@ -80,7 +81,9 @@ BROKEN = {
 
 
 @pytest.mark.fault("F36")
-@pytest.mark.parametrize("what", list(BROKEN))
+@pytest.mark.parametrize(
+    "what", mostly_slow(BROKEN, "journal", "tensors of a checkpoint", "line of the round")
+)
 def test_a_server_whose_fsync_fails_once_stops_and_trusts_no_second_one(served, what):
     run = served()
     file, at, there = BROKEN[what]
@@ -106,7 +109,7 @@ OTHERS = {
 
 
 @pytest.mark.fault("F46")
-@pytest.mark.parametrize("what", list(OTHERS))
+@pytest.mark.parametrize("what", mostly_slow(OTHERS, "noise"))
 def test_a_server_started_again_with_another_config_refuses_and_names_the_directory(served, what):
     run = served()
     assert run.live(prepare=POINTS["S5 refactorised"]).killed

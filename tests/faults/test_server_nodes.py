@@ -19,6 +19,7 @@ from tests.faults.grid import App, Fate, arrives_twice, round_of
 from tests.faults.kills import die
 from tests.faults.server import Served, app_of, fixture_of_loaded, fixture_of_served
 from tests.faults.test_server import asked, finished, left
+from tests.lanes import mostly_slow
 
 loaded, served = fixture_of_loaded, fixture_of_served
 
@@ -194,7 +195,7 @@ FALSE: dict[str, Callable[[Served], Fate]] = {
 
 
 @pytest.mark.fault("F21", "F23")
-@pytest.mark.parametrize("what", list(FALSE))
+@pytest.mark.parametrize("what", mostly_slow(FALSE, "an old round", "another run", "another client's name"))
 def test_a_reply_that_is_not_what_was_asked_for_is_refused_and_the_run_goes_on_without_it(served, what):
     run = served()
     run.wire.fates[1, 2] = FALSE[what](run)

@@ -105,9 +105,8 @@ def assert_fits(found: dict[str, dict[str, int]], capability: int, alignment: st
         assert (needs["wgmma"] > 0) or not (narrow and capability == 90), (name, needs)
 
 
-@pytest.mark.parametrize(
-    "capability", [90, *(pytest.param(older, marks=pytest.mark.slow) for older in SHARED if older != 90)]
-)
+@pytest.mark.slow  # some kernels are compiled for each device
+@pytest.mark.parametrize("capability", SHARED)
 def test_kernels_of_usual_sizes_spill_no_register(capability, tmp_path):
     pytest.importorskip("triton")
     usual = "norm|weighted of (1|64)$|gradient (bf16|fp32).* (8 turned|64 turned|8)$"

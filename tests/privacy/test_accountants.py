@@ -53,16 +53,16 @@ def _agree(number):
     assert [agreed_epsilon(events, delta, name) for name in ("pld", "prv", "rdp")] == [pld, prv, rdp]
 
 
-@pytest.mark.parametrize("first", range(0, 40, 10))
+@pytest.mark.parametrize("first", range(0, 20, 10))
 def test_pld_and_prv_agree_and_rdp_lies_above(first):
     for number in range(first, first + 10):
         _agree(number)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("first", range(40, 200, 40))
+@pytest.mark.parametrize("first", range(20, 200, 20))
 def test_pld_and_prv_agree_and_rdp_lies_above_in_the_rest_of_200_settings(first):
-    for number in range(first, first + 40):
+    for number in range(first, first + 20):
         _agree(number)
 
 
