@@ -69,7 +69,8 @@ def _connect(runtime: Runtime, namespace: str) -> None:
 
 
 def _start(runtime: Runtime, namespace: str) -> None:
-    # Now and then one of Ray's processes dies before it has written a line, and Ray notices half a minute later.
+    # A process of Ray's that is forked beside live gRPC may die before it has written a line (fedlora/__init__.py), if
+    # gRPC was imported before us; Ray notices half a minute later.
     for attempt in range(1, STARTS + 1):
         try:
             ray.init(**_here(runtime), namespace=namespace)

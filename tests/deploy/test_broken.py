@@ -23,6 +23,7 @@ from fedlora.transport import flower_client
 from fedlora.transport.flower_client import frame_content
 from fedlora.transport.wire import MAGIC, decode_reply, encode_reply, encode_request
 from fedlora.values import ClientUpdate, LocalWork, RefusalReason, TrainRequest, Witness
+from tests.damage import flipped
 from tests.deploy import test_journal as journals
 from tests.deploy.nodes import debits, reason, without_records
 
@@ -78,7 +79,7 @@ def one_round_has_one_reply(case: Case) -> None:
 def an_altered_reply_stays_here(case: Case) -> None:
     first = case.answer()
     (path,) = case.outbox()
-    path.write_bytes(path.read_bytes()[:-1] + b"!")
+    path.write_bytes(flipped(path.read_bytes()))
     said = case.answer()
     assert len(said) != len(first) and reason(said) == RefusalReason.LEDGER
 

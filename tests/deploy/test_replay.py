@@ -20,6 +20,7 @@ from fedlora.runs.rundir import SPENT, Roster, save_roster
 from fedlora.training.load import load_model
 from fedlora.transport.wire import decode_reply, encode_request
 from fedlora.values import Member, Reply, TrainRequest
+from tests.damage import flipped
 from tests.deploy.nodes import node_config
 from tests.deploy.test_journal import SOUNDNESS
 
@@ -122,6 +123,6 @@ def test_a_replay_finds_an_update_that_was_changed(served):
     run_dir, live = served
     live()
     changed = sorted((run_dir / "replies").glob("*.frame"))[0]
-    changed.write_bytes(changed.read_bytes()[:-1] + b"\0")
+    changed.write_bytes(flipped(changed.read_bytes()))
     with pytest.raises(IncompleteError, match="missing or damaged"):
         list(replay(run_dir))

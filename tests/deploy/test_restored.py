@@ -10,6 +10,7 @@ from fedlora.deploy.node import DeployedNode
 from fedlora.privacy.ledger import read_ledger
 from fedlora.transport.wire import decode_reply, encode_request
 from fedlora.values import ClientUpdate, RefusalReason, Witness
+from tests.damage import flipped
 from tests.deploy.nodes import debits, first_request, node_config, reason
 
 
@@ -53,7 +54,7 @@ def test_a_reply_that_was_altered_on_disk_is_not_sent(config, request_one, caplo
     DeployedNode(config).answer(frame)
     (path,) = replies_of(config)
     kept = path.read_bytes()
-    for altered in (kept[:-1], kept[:-1] + bytes([kept[-1] ^ 1]), kept[:-40] + bytes(40)):
+    for altered in (kept[:-1], flipped(kept), kept[:-40] + bytes(40)):
         path.write_bytes(altered)
         assert reason(DeployedNode(config).answer(frame)) == RefusalReason.LEDGER
         assert "debit 1 has released" in caplog.text

@@ -13,6 +13,7 @@ import pytest
 
 from fedlora.privacy.outbox import Outbox
 from fedlora.values import ClientUpdate, Refusal, RefusalReason
+from tests.damage import flipped
 from tests.faults.kills import (
     PARTICIPATIONS,
     POINTS,
@@ -181,7 +182,7 @@ def test_a_reply_that_changed_on_disk_is_not_sent(new_site):
     assert site.ask(1, prepare=POINTS["C5b release recorded"]).killed
     (path,) = Path(f"{site.config.ledger}.outbox").glob("*.reply")
     kept = Outbox(path.parent).find("r", 1)
-    path.write_bytes(path.read_bytes()[:-1] + b"\0")
+    path.write_bytes(flipped(path.read_bytes()))
     assert kept is not None
     assert isinstance(site.ask(1).reply, Refusal)
     assert site.violations() == []

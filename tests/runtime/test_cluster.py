@@ -1,5 +1,11 @@
-"""Ray on this machine: started again when one of its processes did not come up."""
+"""Ray on this machine: started again when one of its processes did not come up, and why one would not."""
 
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import grpc
 import pytest
 import ray
 
@@ -62,3 +68,19 @@ def test_ctrl_c_is_not_a_start_that_failed(tmp_path, monkeypatch):
     monkeypatch.setattr(cluster.ray, "init", interrupted)
     with pytest.raises(KeyboardInterrupt), connected(TWO, "interrupted", tmp_path):
         pass
+
+
+def test_a_process_that_is_forked_beside_live_grpc_is_alone():
+    """With threads of gRPC begun again in it, it aborts at times: a child of Ray's then dies before its first word."""
+    server = grpc.server(ThreadPoolExecutor(1))
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+        grpc.channel_ready_future(channel).result(30)
+        child = os.fork()
+        if child == 0:
+            time.sleep(0.1)
+            os._exit(len(list(Path("/proc/self/task").iterdir())))
+        threads = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    server.stop(None)
+    assert threads == 1

@@ -10,6 +10,7 @@ import torch
 from fedlora.errors import ConfigError, GuardError
 from fedlora.training.personal import KEPT_ROUNDS, OwnB, Personal
 from fedlora.values import Adapters, Factors, LocalWork, TrainRequest
+from tests.damage import flipped
 
 
 def b(value: float) -> dict[str, torch.Tensor]:
@@ -90,10 +91,6 @@ def test_one_whose_reply_was_given_must_be_there(tmp_path):
             ConfigError, match=f"the B of round {answered} of run '{run}', which was answered, is gone"
         ):
             personal.require(run, before, answered)
-
-
-def flipped(data: bytes) -> bytes:
-    return data[:-1] + bytes([data[-1] ^ 1])
 
 
 DAMAGES = {

@@ -41,6 +41,7 @@ from fedlora.training.prefix import frozen_prefix, lowest_adapted
 from fedlora.training.states import cached_bytes, with_states
 from fedlora.training.tasks import ALONE, evaluate, losses, micro_batches, record_accuracies
 from fedlora.values import Adapters, Factors, LocalWork, TrainRequest
+from tests.damage import flipped
 
 LAYERS = 4
 SIZES = {"hidden_size": 16, "num_hidden_layers": LAYERS, "num_attention_heads": 2, "intermediate_size": 32}
@@ -238,7 +239,7 @@ def damaged(content):
     yield content[:-1]
     yield content + b"\0"
     yield b""
-    yield content[:-1] + bytes([content[-1] ^ 1])
+    yield flipped(content)
     yield b"<f4" + content[3:]
 
 
