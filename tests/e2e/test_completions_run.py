@@ -133,7 +133,7 @@ def test_preferences_are_learned_in_private_by_clients_one_by_one(tiny_config, p
     rounds = run_rounds(run_dir)
     assert rounds[0]["metric"] == "accuracy" and rounds[0]["score"] == 0.5
     assert rounds[0]["loss"] == pytest.approx(np.log(2), rel=1e-5)
-    # The mean of three: under this noise one round falls back by chance, and by rounding on another processor.
+    # The mean of three: one round falls back by chance under this noise, which is another where files lie elsewhere.
     assert statistics.fmean(line["score"] for line in rounds[2:]) > 0.6, "chance is a half"
     assert statistics.fmean(line["loss"] for line in rounds[2:]) < 0.6
     assert rounds[-1]["epsilon_max"] <= 8.0
