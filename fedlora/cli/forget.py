@@ -44,7 +44,7 @@ def forget(
 
 
 def _report_without_picture(run_dir: Path) -> None:
-    """Writes the report of a finished run again: how many records of each label the client had is no longer known."""
+    """Writes a finished run's report again, now without how many records of each label the client had."""
     if not (run_dir / "report.html").exists():
         return
     from fedlora.export.deliver import report_of

@@ -13,9 +13,9 @@ from fedlora.audit.mutations import broken
 from fedlora.audit.trace import Implementation
 from fedlora.privacy.noise import OsEntropyNoise
 from fedlora.privacy.opacus_engine import OpacusEngine
+from tests.lanes import mostly_slow
 
 CLAIMS = (1.0, 3.0, 8.0)
-WITH_POWER = [pytest.param(claimed, marks=() if claimed == 3.0 else pytest.mark.slow) for claimed in CLAIMS]
 DELTA = 1e-5
 # What refutes each one; for steps the test that sees most of it.
 CAUGHT_BY = {
@@ -47,12 +47,12 @@ def test_what_is_shipped_passes_and_the_bound_is_sharp(claimed):
     assert 0 < found.tiers.one_run.lower_bound < found.tiers.one_run.f_dp < claimed
 
 
-@pytest.mark.parametrize("claimed", WITH_POWER)
+@pytest.mark.parametrize("claimed", mostly_slow(CLAIMS, 3.0))
 def test_what_is_shipped_passes_where_everything_broken_does_not(claimed):
     assert result(claimed).verdict is Verdict.NO_VIOLATION
 
 
-@pytest.mark.parametrize("claimed", WITH_POWER)
+@pytest.mark.parametrize("claimed", mostly_slow(CLAIMS, 3.0))
 @pytest.mark.parametrize("name", CAUGHT_BY)
 def test_a_broken_implementation_is_refuted_by_the_test_made_for_it(claimed, name):
     red = result(claimed)
@@ -65,14 +65,14 @@ def test_a_broken_implementation_is_refuted_by_the_test_made_for_it(claimed, nam
         assert not tiers.sampler.refuted
 
 
-@pytest.mark.parametrize("claimed", WITH_POWER)
+@pytest.mark.parametrize("claimed", mostly_slow(CLAIMS, 3.0))
 def test_the_power_table_has_every_broken_implementation(claimed):
     assert (
         set(result(claimed).power) == set(CAUGHT_BY) == {mutant.name for mutant in broken(Implementation())}
     )
 
 
-@pytest.mark.parametrize("claimed", WITH_POWER)
+@pytest.mark.parametrize("claimed", mostly_slow(CLAIMS, 3.0))
 def test_shuffled_batches_are_invisible_to_every_canary(claimed):
     """Which is why the sampler has a tier of its own."""
     assert result(claimed).power["shuffled instead of Poisson"].refuting(result(claimed).claim) == (

@@ -15,6 +15,7 @@ from fedlora.cli.app import explain, main
 from fedlora.cli.run_dir import usable
 from fedlora.config.load import dump_config, load_config
 from fedlora.errors import ConfigError, IncompleteError, LedgerError
+from tests.lanes import mostly_slow
 
 
 def fedlora(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -322,7 +323,7 @@ def _hear_sigint() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("number", mostly_slow([signal.SIGINT, signal.SIGTERM], signal.SIGTERM))
 def test_who_is_told_to_stop_says_how_to_go_on_and_resume_ends_where_the_whole_run_would(
     number, config_file, tmp_path, capsys
 ):

@@ -16,6 +16,7 @@ from fedlora.doctor.server import Address, server_lines
 from fedlora.provision.node_keys import nodes_to_register
 from fedlora.provision.provision import provision
 from tests.deploy.processes import Processes, free_port, until
+from tests.lanes import mostly_slow
 from tests.runtime.test_flower import cohort_of, federation, honest, request, slow_first
 
 DAY_S = 86_400.0
@@ -41,9 +42,7 @@ def processes(tmp_path) -> Iterator[Processes]:
 
 
 @pytest.mark.fault("F40")
-@pytest.mark.parametrize(
-    "jump_s", [DAY_S, -400.0, *(pytest.param(s, marks=pytest.mark.slow) for s in (-DAY_S, 8.0))]
-)
+@pytest.mark.parametrize("jump_s", mostly_slow([DAY_S, -400.0, -DAY_S, 8.0], DAY_S, -400.0))
 def test_a_round_ends_by_its_deadline_however_the_wall_clock_jumps(monkeypatch, jump_s):
     real, began = time.time, time.monotonic()
     # From the first moment on it is right, and wrong by so much a little later.

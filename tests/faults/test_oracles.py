@@ -50,7 +50,9 @@ BROKEN = {
 }
 
 
-@pytest.mark.parametrize("how", mostly_slow(BROKEN, "adds an update twice", "nodes record nothing"))
+@pytest.mark.parametrize(
+    "how", mostly_slow(BROKEN, "adds an update twice", "nodes keep nothing", "nodes record nothing")
+)
 def test_a_broken_federation_is_found_out(served, how):
     run = served()
     before, after, point, words = BROKEN[how]

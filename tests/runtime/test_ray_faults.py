@@ -39,7 +39,7 @@ MANY = {
 def poisonous(path: Path) -> Iterator[list[int]]:
     """The worker that opens the file at `path` to read is killed; yields the pids so far.
 
-    After PATIENCE_S without one, whoever waits there reads an empty file.
+    Once PATIENCE_S are over, whoever waits there reads an empty file.
     """
     path.parent.mkdir(parents=True)
     os.mkfifo(path)

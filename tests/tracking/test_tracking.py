@@ -17,6 +17,7 @@ from fedlora.tracking import telling
 from fedlora.tracking.figures import figures, told_config, told_summary
 from fedlora.tracking.telling import Telling, require_trackers
 from fedlora.tracking.tracker import Tracked
+from tests.lanes import mostly_slow
 
 LINE = {
     "round": 3, "asked": ["a", "b", "c"], "answered": ["a", "b"], "refused": {"c": "budget"}, "rejected": {},
@@ -248,7 +249,7 @@ def logged(content, block=32768):
 READERS = {"tensorboard": read_tensorboard, "mlflow": read_mlflow, "wandb": read_wandb}
 
 
-@pytest.mark.parametrize("name", ["tensorboard", "wandb", pytest.param("mlflow", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", mostly_slow(READERS, "tensorboard", "wandb"))
 def test_the_packages_own_reader_finds_each_round_of_an_interrupted_run_once(
     tiny_config, tmp_path, monkeypatch, name
 ):
