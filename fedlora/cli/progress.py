@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
 
 from fedlora.export.words import duration, epsilon, score
-from fedlora.federation.events import ClientDone, Event, Listener, RoundDone, RunDone, RunStarted, Stage
+from fedlora.federation.events import ClientDone, Event, Listener, Note, RoundDone, RunDone, RunStarted, Stage
 
 
 @contextmanager
@@ -36,7 +36,7 @@ def watching(stream: TextIO | None = None) -> Iterator[Listener]:
 
 
 class PlainLines:
-    """One line a stage and one a round."""
+    """One line a stage, a note and a round."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -47,6 +47,8 @@ class PlainLines:
         match event:
             case Stage(name=name):
                 self._line(name)
+            case Note(words=words):
+                self._line(f"note: {words}")
             case RunStarted(clients=clients, rounds=rounds, private=private):
                 self._rounds = rounds
                 self._line(f"{clients} clients, {rounds} rounds{'' if private else ', NOT PRIVATE'}")
@@ -73,6 +75,8 @@ class MovingLine:
         match event:
             case Stage(name=name):
                 self._bars.update(self._stage, description=name)
+            case Note(words=words):  # above the line, where it stays
+                self._bars.console.print(f"note: {words}", markup=False, highlight=False)
             case RunStarted(rounds=rounds, private=private):
                 self._news = "" if private else "NOT PRIVATE"
                 self._bars.update(

@@ -16,6 +16,13 @@ class Stage:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Note:
+    """Something to know of the run, in a sentence; it changes nothing."""
+
+    words: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RunStarted:
     """All is set up; the first round follows."""
 
@@ -49,7 +56,7 @@ class RunDone:
     summary: dict[str, Any]
 
 
-Event: TypeAlias = Stage | RunStarted | ClientDone | RoundDone | RunDone
+Event: TypeAlias = Stage | Note | RunStarted | ClientDone | RoundDone | RunDone
 Listener: TypeAlias = Callable[[Event], None]
 
 

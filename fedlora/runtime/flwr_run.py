@@ -20,7 +20,7 @@ from fedlora.config.load import load_config, require_same
 from fedlora.config.schema import RunConfig
 from fedlora.errors import ConfigError
 from fedlora.federation.cohort import Cohort
-from fedlora.federation.events import ClientDone, Event, Listener, RoundDone, Stage
+from fedlora.federation.events import ClientDone, Event, Listener, Note, RoundDone, Stage
 from fedlora.federation.loop import Stored
 from fedlora.runs.rundir import finished_summary, run_config
 from fedlora.runtime import flower
@@ -108,6 +108,8 @@ def say(event: Event) -> None:
     match event:
         case Stage(name=name):
             log.info("%s", name)
+        case Note(words=words):
+            log.warning("%s", words)
         case ClientDone(round=number, client=client, outcome=outcome) if outcome != "answered":
             log.warning("round %d: %s: %s", number, client, outcome)
         case RoundDone(round=line):

@@ -12,7 +12,7 @@ from fedlora.config.schema import RunConfig
 from fedlora.disk import write_durably
 from fedlora.errors import ConfigError
 from fedlora.federation.cohort import Cohort
-from fedlora.federation.events import Listener, RoundDone, RunDone, RunStarted, Stage
+from fedlora.federation.events import Listener, Note, RoundDone, RunDone, RunStarted, Stage
 from fedlora.federation.guards import Guarded
 from fedlora.federation.loop import Score, Stored, line_zero, rounds
 from fedlora.federation.store import Store
@@ -36,6 +36,7 @@ from fedlora.runs.rundir import (
     save_classes,
 )
 from fedlora.runs.summary import write_summary
+from fedlora.runtime.check.measured import notes
 from fedlora.runtime.cores import usable_cores
 from fedlora.runtime.host import HostSetup
 from fedlora.runtime.prepare import Prepared, Shared, prepare
@@ -80,6 +81,8 @@ def simulate(
         return run_dir
     require_ours(run_dir)
     prepared = prepare(config, listener, shared)
+    for note in notes(prepared):
+        listener(Note(words=note))
     run_dir.mkdir(parents=True, exist_ok=True)
     with locked(run_dir):
         save_classes(run_dir, prepared.clients.classes)
@@ -162,7 +165,7 @@ def _drive(
     drop_digest_of_records(run_dir)
     write_summary(run_dir, summary)
     if (note := clip_note(run_rounds(run_dir), prepared.config.privacy)) is not None:
-        listener(Stage(name=f"note: {note}"))
+        listener(Note(words=note))
     listener(RunDone(summary=summary))
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from fedlora.cli.progress import watching
-from fedlora.federation.events import RoundDone, RunStarted, Stage
+from fedlora.federation.events import Note, RoundDone, RunStarted, Stage
 
 ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 COLOUR = re.compile(r"\x1b\[[0-9;]*[34][0-9](;[0-9]+)*m|\x1b\[[0-9;]*9[0-7]m")
@@ -31,6 +31,7 @@ def seen(stream: io.StringIO) -> str:
     }
     with watching(stream) as listener:
         listener(Stage(name="reading files"))
+        listener(Note(words="of [two] clients"))
         listener(RunStarted(clients=2, rounds=4, private=True, run_dir=Path("run")))
         listener(RoundDone(round=line, eta_s=130.4))
     return stream.getvalue()
@@ -39,6 +40,7 @@ def seen(stream: io.StringIO) -> str:
 def test_elsewhere_a_round_is_a_plain_line_with_times_in_human_units():
     assert seen(io.StringIO()).splitlines() == [
         "reading files",
+        "note: of [two] clients",
         "2 clients, 4 rounds",
         "round 1/4  1 of 2 answered  accuracy 43.1 %  epsilon 3.2  2 min 10 s left",
     ]
@@ -58,5 +60,6 @@ def test_a_terminal_gets_a_moving_line_and_no_colour_where_none_is_wanted(monkey
     if plain:
         monkeypatch.setenv("NO_COLOR", "1")
     told = seen(Terminal())
+    assert "note: of [two] clients\n" in told
     assert ESCAPE.search(told) and "2 min 10 s left" in ESCAPE.sub("", told)
     assert bool(COLOUR.search(told)) is not plain

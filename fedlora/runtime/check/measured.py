@@ -1,7 +1,6 @@
 """What a run will be, told without training: clients, noise, epsilon, bytes, memory and time."""
 
 import time
-from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -11,7 +10,7 @@ from fedlora.config.schema import RunConfig
 from fedlora.federation.events import Listener
 from fedlora.privacy.accountants import epsilon
 from fedlora.runtime.check.answer import ClientPreview, Preview
-from fedlora.runtime.check.notes import plan_notes, unseen_classes
+from fedlora.runtime.check.notes import plan_notes, promise_notes, unseen_classes
 from fedlora.runtime.check.outline import PROCESS_BYTES, run_seconds
 from fedlora.runtime.cores import usable_cores
 from fedlora.runtime.prepare import Prepared, prepare
@@ -32,19 +31,45 @@ def preview(config: RunConfig, listener: Listener) -> Preview:
     model_bytes = sum(t.nbytes for t in (*peft_model.parameters(), *peft_model.buffers()))
     by_size = {size: _client(prepared, size) for size in sorted(prepared.clients.terms)}
     clients = tuple(replace(by_size[m.examples], client=m.client) for m in prepared.clients.members)
-    trained = sum(p.numel() for p in prepared.model.trained.values())
     processes = model_holders(config.runtime, usable_cores())
     return Preview(
         clients=clients,
         classes=prepared.clients.classes,
-        trained_parameters=trained,
+        trained_parameters=_trained(prepared),
         steps_per_participation=config.federation.local_steps,
         bytes_up=up,
         bytes_down=down,
         memory_bytes=processes * (PROCESS_BYTES + model_bytes),
         training_seconds=_training_seconds(prepared),
-        notes=tuple(_notes(prepared, clients, trained)),
+        notes=(*promise_notes(config), *notes(prepared), *_forecast(prepared)),
     )
+
+
+def notes(prepared: Prepared) -> list[str]:
+    """What to know of a run before its first round, in sentences.
+
+    Not what its promise is worth, which its end says, nor who is there in its world, which takes longer to find out.
+    """
+    clients = prepared.clients
+    sizes = {member.client: member.examples for member in clients.members}
+    mechanisms = [clients.terms[size].mechanism for size in sizes.values()]
+    plan = plan_notes(
+        prepared.config,
+        sizes,
+        noise=[mechanism.noise_multiplier for mechanism in mechanisms if mechanism is not None],
+        trained=_trained(prepared),
+        unseen=unseen_classes(clients.examples.examples.labels, clients.classes),
+        repeated=clients.repeated,
+    )
+    return [*_cut(prepared), *plan]
+
+
+def _forecast(prepared: Prepared) -> list[str]:
+    return [] if prepared.world is None else [note(forecast(prepared, prepared.world))]
+
+
+def _trained(prepared: Prepared) -> int:
+    return sum(p.numel() for p in prepared.model.trained.values())
 
 
 def _client(prepared: Prepared, records: int) -> ClientPreview:
@@ -86,10 +111,3 @@ def _cut(prepared: Prepared) -> list[str]:
         return []
     count = len(held.sequence_lengths)
     return [f"{full:,} of {count:,} texts fill data.max_length {most}: what is longer is cut; raise it"]
-
-
-def _notes(prepared: Prepared, clients: Sequence[ClientPreview], trained: int) -> list[str]:
-    unseen = unseen_classes(prepared.clients.examples.examples.labels, prepared.clients.classes)
-    plan = plan_notes(prepared.config, clients, trained, unseen, prepared.clients.repeated)
-    world = [] if prepared.world is None else [note(forecast(prepared, prepared.world))]
-    return [*_cut(prepared), *plan, *world]

@@ -9,7 +9,6 @@ from numpy.typing import NDArray
 from fedlora.config.asking import expected_cohort, most_asked
 from fedlora.config.schema import RunConfig
 from fedlora.data.table import shown
-from fedlora.runtime.check.answer import ClientPreview
 
 MOST_NAMED = 5
 """Classes that a note names."""
@@ -18,21 +17,42 @@ LOUD = 4
 has a say in: of 360 texts in four classes, noise of 2.6 times left 45 % right, where 22 % were before."""
 
 
+def promise_notes(config: RunConfig) -> list[str]:
+    """What the promise of any such run is worth, which its end says too."""
+    privacy = config.privacy
+    if privacy == "none":
+        return ["NOT PRIVATE: privacy is none; what clients send can reveal their records"]
+    told = [
+        "seeded noise: a simulation is no guarantee to anybody; real nodes draw noise from the operating system"
+    ]
+    if privacy.tuned_on == "undeclared":
+        told.append(
+            "privacy.tuned_on is undeclared: the privacy statement will say that tuning may have cost more"
+        )
+    return told
+
+
 def plan_notes(
-    config: RunConfig, clients: Sequence[ClientPreview], trained: int, unseen: Sequence[str], repeated: int
+    config: RunConfig,
+    sizes: Mapping[str, int],
+    *,
+    noise: Sequence[float],
+    trained: int,
+    unseen: Sequence[str],
+    repeated: int,
 ) -> list[str]:
-    """All that follows from the config and the records.
+    """All that follows from the config and the records, but for what its promise is worth.
 
     Args:
         config: the run.
-        clients: what each is held to.
+        sizes: client -> its records.
+        noise: noise multipliers of the clients; none: not private.
         trained: numbers that are trained; 0: not known.
         unseen: classes without a training record.
         repeated: different test texts that are to train on too, of a private run.
     """
-    sizes = {client.client: client.records for client in clients}
-    told = [*_flower(config), *_promise(config, sizes), *_small_clients(config, sizes)]
-    told += _loud_noise(config, clients, trained)
+    told = [*_flower(config), *_budget(config, sizes), *_small_clients(config, sizes)]
+    told += _loud_noise(config, sizes, noise, trained)
     if repeated:
         told.append(
             f"{repeated:,} of the test texts are among those to train on: what is told of them is exact, and no "
@@ -81,18 +101,19 @@ def _small_clients(config: RunConfig, sizes: Mapping[str, int]) -> list[str]:
     ]
 
 
-def _loud_noise(config: RunConfig, clients: Sequence[ClientPreview], trained: int) -> list[str]:
+def _loud_noise(
+    config: RunConfig, sizes: Mapping[str, int], noise: Sequence[float], trained: int
+) -> list[str]:
     """Where the noise of the whole run is much longer than all that its records could add up to, were they of one mind.
 
     In n steps of clients, each a mean over b records clipped to C, these add up to n C at most; the noise of each step
     is sigma C / b in each of d numbers, in all sqrt(n d) sigma C / b.
     """
-    noise = [client.noise_multiplier for client in clients if client.noise_multiplier is not None]
     if not noise or not trained:
         return []
     federation = config.federation
-    steps = federation.rounds * expected_cohort(federation, len(clients)) * federation.local_steps
-    batch = min(federation.batch_size, sum(client.records for client in clients) / len(clients))
+    steps = federation.rounds * expected_cohort(federation, len(sizes)) * federation.local_steps
+    batch = min(federation.batch_size, sum(sizes.values()) / len(sizes))
     if math.sqrt(trained / steps) * (sum(noise) / len(noise)) <= LOUD * batch:
         return []
     return [
@@ -102,14 +123,12 @@ def _loud_noise(config: RunConfig, clients: Sequence[ClientPreview], trained: in
     ]
 
 
-def _promise(config: RunConfig, sizes: Mapping[str, int]) -> list[str]:
-    """What to know of the promise before a run."""
+def _budget(config: RunConfig, sizes: Mapping[str, int]) -> list[str]:
+    """Where the budget and the run do not fit each other."""
     privacy, federation, clients = config.privacy, config.federation, len(sizes)
     if privacy == "none":
-        return ["NOT PRIVATE: privacy is none; what clients send can reveal their records"]
-    told = [
-        "seeded noise: a simulation is no guarantee to anybody; real nodes draw noise from the operating system"
-    ]
+        return []
+    told: list[str] = []
     expected, most = (
         federation.rounds * expected_cohort(federation, clients) / clients,
         privacy.max_participations,
@@ -123,10 +142,6 @@ def _promise(config: RunConfig, sizes: Mapping[str, int]) -> list[str]:
         told.append(
             f"nobody can be asked more than {can} times, but the noise is for {most}: write "
             f"privacy.max_participations: {can}, which makes it less at the same epsilon"
-        )
-    if privacy.tuned_on == "undeclared":
-        told.append(
-            "privacy.tuned_on is undeclared: the privacy statement will say that tuning may have cost more"
         )
     largest = max(sizes.values())
     if privacy.target_delta > 0.1 / largest:

@@ -20,7 +20,7 @@ from fedlora.data.docstrings import packages_of
 from fedlora.data.own import file_records
 from fedlora.data.partition import client_names, partition
 from fedlora.runtime.check.answer import ClientPreview, Preview
-from fedlora.runtime.check.notes import plan_notes, unseen_classes
+from fedlora.runtime.check.notes import plan_notes, promise_notes, unseen_classes
 from fedlora.runtime.check.rough_noise import between, rough_noise
 from fedlora.runtime.check.sites import sites
 from fedlora.runtime.cores import usable_cores
@@ -80,7 +80,15 @@ def outline(config: RunConfig) -> Preview:
         memory_bytes=processes * (PROCESS_BYTES + (0 if seen is None else 4 * seen.numbers)),
         training_seconds=0.0 if seen is None else _seconds(config, seen, sizes),
         notes=(
-            *plan_notes(config, clients, trained, sizes.unseen, sizes.repeated),
+            *promise_notes(config),
+            *plan_notes(
+                config,
+                sizes.clients,
+                noise=[noise for client in clients if (noise := client.noise_multiplier) is not None],
+                trained=trained,
+                unseen=sizes.unseen,
+                repeated=sizes.repeated,
+            ),
             *_notes(config, seen, sizes),
         ),
         measured=False,
