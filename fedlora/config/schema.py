@@ -237,7 +237,8 @@ class RunConfig(Section):
     """One run, whole."""
 
     seed: Annotated[int, Field(ge=0)]
-    """Of partition, cohorts, first A and, in simulation only, draws and noise."""
+    """Of partition, cohorts, first A and, in simulation only, draws and noise. These two follow from the rest of
+    the config as well: the same file by another path brings others."""
     model: Model
     task: Task
     lora: Lora
