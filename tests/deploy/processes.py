@@ -89,6 +89,14 @@ def free_port() -> int:
             return port
 
 
+def lives(pid: int) -> bool:
+    """It is there, and no zombie, which does nothing either."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
 def healthy(port: int) -> bool:
     """Whether a process of Flower's answers there."""
     try:

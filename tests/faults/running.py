@@ -15,6 +15,7 @@ import yaml
 from fedlora.deploy.replay import replay
 from fedlora.federation.store import Store, state_digest
 from tests.deploy.federation import Federation
+from tests.deploy.processes import lives
 from tests.faults.proxy import FaultProxy, Way
 
 DEADLINE_S = 10.0
@@ -203,10 +204,9 @@ class Running:
 
 
 def until_gone(pid: int) -> None:
-    """The process is gone, or a zombie, which writes nothing either."""
+    """The process is gone soon."""
     ends = time.monotonic() + 10
-    stat = Path(f"/proc/{pid}/stat")
-    while stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z":
+    while lives(pid):
         assert time.monotonic() < ends
         time.sleep(0.05)
 

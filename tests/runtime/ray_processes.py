@@ -36,10 +36,3 @@ def answering_workers() -> list[int]:
 
 def _titled(words: str) -> list[int]:
     return sorted(pid for pid, title in below(os.getpid()).items() if title.startswith(words))
-
-
-def lives(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False

@@ -11,12 +11,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from ray_processes import answering_workers, below, lives
+from ray_processes import answering_workers, below
 
 from fedlora.config.load import dump_config
 from fedlora.errors import ConfigError, IncompleteError
 from fedlora.federation.events import ClientDone
 from fedlora.runtime.simulate import resume, simulate
+from tests.deploy.processes import lives
 
 pytestmark = pytest.mark.slow
 

@@ -9,13 +9,14 @@ import time
 from pathlib import Path
 
 import pytest
-from ray_processes import below, lives, own_workers
+from ray_processes import below, own_workers
 
 from fedlora.config.load import dump_config
 from fedlora.config.schema import RunConfig
 from fedlora.errors import IncompleteError
 from fedlora.federation.events import ClientDone
 from fedlora.runtime.simulate import resume, simulate
+from tests.deploy.processes import lives
 
 
 @pytest.fixture(scope="module", autouse=True)
