@@ -60,6 +60,8 @@ node.add_to(app)
 serve.add_to(app)
 completion.add_to(app)
 
+_INTERRUPTED = 130
+"""What typer makes of Ctrl-C, without a word."""
 _QUIET = {
     "TRANSFORMERS_VERBOSITY": "error",
     "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
@@ -109,6 +111,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             [word for word in given if word != "--debug"], prog_name="fedlora", standalone_mode=False
         )
         sys.stdout.flush()
+        if status == _INTERRUPTED:
+            raise KeyboardInterrupt
         return status if isinstance(status, int) else 0
     except BrokenPipeError:
         # Whoever read our output has gone; Python would complain once more when it flushes at exit.

@@ -145,7 +145,7 @@ def status_text(title: str, found: Mapping[str, Any], unfinished: str) -> str:
         ("state", "finished" if found["finished"] else unfinished),
         ("rounds", f"{found['rounds_completed']} of {found['rounds']}"),
         ("clients", str(found["clients"])),
-        (f"test {metric}", f"{before} before, {now} now"),
+        (f"test {metric}", f"{before} before, {now} when last scored"),
         ("epsilon", promise),
         (
             "refusals",

@@ -8,6 +8,8 @@ from typing import Any, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
+from rich.table import Column, Table
+from rich.text import Text
 
 from fedlora.export.words import duration, epsilon, score
 from fedlora.federation.events import ClientDone, Event, Listener, Note, RoundDone, RunDone, RunStarted, Stage
@@ -27,8 +29,10 @@ def watching(stream: TextIO | None = None) -> Iterator[Listener]:
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
+        BarColumn(
+            bar_width=None, table_column=Column(max_width=24)
+        ),  # of a narrow terminal the bar goes first
+        MofNCompleteColumn(table_column=Column(no_wrap=True)),
     )
     console = Console(file=target)
     with Progress(*columns, TextColumn("{task.fields[news]}"), console=console, transient=True) as bars:
@@ -76,7 +80,9 @@ class MovingLine:
             case Stage(name=name):
                 self._bars.update(self._stage, description=name)
             case Note(words=words):  # above the line, where it stays
-                self._bars.console.print(f"note: {words}", markup=False, highlight=False)
+                note = Table.grid(padding=(0, 1))
+                note.add_row("note:", Text(words))
+                self._bars.console.print(note)
             case RunStarted(rounds=rounds, private=private):
                 self._news = "" if private else "NOT PRIVATE"
                 self._bars.update(

@@ -13,8 +13,8 @@ SHOWN = 5
 _BACK = "resume the run when clients are back"
 _ELSEWHERE = "or ask less in a run of another output"
 _MOVES = {
-    RefusalReason.BUDGET: "the budget there does not pay for this round: have `budget` in those node.yaml raised "
-    f"(`privacy` of a simulation, in another output), {_ELSEWHERE}",
+    RefusalReason.BUDGET: "the budget there does not pay for this round: have `budget` in those node.yaml raised, "
+    f"{_ELSEWHERE}; a simulation begins again in another output, with fewer rounds or another `privacy`",
     RefusalReason.BAD_REQUEST: "their node.yaml does not allow what was asked: each node's own log says which key; "
     f"have it changed there, {_ELSEWHERE}",
     RefusalReason.NO_DATA: "they hold no record: have `data` in those node.yaml mended",

@@ -1,6 +1,7 @@
 """The commands as a person meets them: what they print, what they leave, and the status they end with."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -321,6 +322,24 @@ def test_report_can_be_written_elsewhere(run_dir, tmp_path, capsys):
 def _hear_sigint() -> None:
     """A shell's background jobs, and so their children, are born deaf to Ctrl-C; a terminal's are not."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def test_ctrl_c_at_any_other_moment_is_one_message_and_status_four(tmp_path):
+    config = tmp_path / "run.yaml"
+    os.mkfifo(config)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fedlora", "check", str(config)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=_hear_sigint,
+    )
+    writer = os.open(config, os.O_WRONLY)  # waits until the command is about to read
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    os.close(writer)
+    assert process.returncode == 4 and out == ""
+    assert err == "interrupted; nothing was lost, give the same command again\n"
 
 
 @pytest.mark.parametrize("number", mostly_slow([signal.SIGINT, signal.SIGTERM], signal.SIGTERM))

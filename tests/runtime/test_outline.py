@@ -11,7 +11,7 @@ from fedlora.errors import ConfigError, DataError, ModelError, PrivacyError
 from fedlora.federation.events import Event, Note, RunStarted
 from fedlora.runtime.check.answer import Preview
 from fedlora.runtime.check.measured import preview
-from fedlora.runtime.check.outline import outline
+from fedlora.runtime.check.outline import outline, run_seconds
 from fedlora.runtime.scoring import prepared_for_scoring
 from fedlora.runtime.simulate import simulate
 from tests.data.unfriendly import unfriendly_hub
@@ -251,6 +251,27 @@ def test_a_test_file_that_mostly_holds_the_texts_to_train_on_is_refused(tiny_con
             elif isinstance(found := look_at(config), Preview):
                 assert any(note.startswith(f"{count} of the test texts are") for note in found.notes)
     outline(tiny_config(data__test=str(path), privacy="none"))
+
+
+def test_who_runs_out_of_budget_is_told_and_when_the_run_stops(tiny_config):
+    def told(**changes):
+        both = {"data__partition": {"kind": "iid", "clients": 4}, "federation__rounds": 9, **changes}
+        return next(note for note in outline(tiny_config(**both)).notes if "may answer" in note)
+
+    few = {"privacy__max_participations": 3}
+    assert "asked about 9.0 times but may answer 3 times: after round 3 the run stops" in told(
+        federation__cohort=4, **few
+    )
+    some = told(federation__cohort=2, **few)
+    assert "asked about 4.5 times but may answer 3 times: rounds go on without it" in some
+    assert "once fewer than 1 can answer, the run stops" in some
+
+
+def test_a_batch_beyond_a_clients_records_takes_no_longer(tiny_config):
+    def seconds(batch_size: int) -> float:
+        return run_seconds(tiny_config(federation__batch_size=batch_size), 1e-3, [10, 30], 5, 1)
+
+    assert seconds(10) < seconds(20) < seconds(30) == seconds(3000)
 
 
 def test_a_run_that_may_be_served_says_whose_clients_these_are(tiny_config):

@@ -100,8 +100,8 @@ def _training_seconds(prepared: Prepared) -> float:
     evaluate(prepared.model, probe)
     forward = (time.monotonic() - began) / len(probe)
     workers = side_by_side(config.runtime, usable_cores())
-    clients, test = len(prepared.clients.members), len(prepared.clients.test)
-    return run_seconds(config, forward, clients, test, workers)
+    sizes = [member.examples for member in prepared.clients.members]
+    return run_seconds(config, forward, sizes, len(prepared.clients.test), workers)
 
 
 def _cut(prepared: Prepared) -> list[str]:
@@ -110,4 +110,6 @@ def _cut(prepared: Prepared) -> list[str]:
     if most is None or not (full := int((held.sequence_lengths >= most).sum())):
         return []
     count = len(held.sequence_lengths)
-    return [f"{full:,} of {count:,} texts fill data.max_length {most}: what is longer is cut; raise it"]
+    return [
+        f"{full:,} of {count:,} texts fill data.max_length {most}: what is longer is cut; more takes time and memory"
+    ]

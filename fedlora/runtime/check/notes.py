@@ -129,14 +129,17 @@ def _budget(config: RunConfig, sizes: Mapping[str, int]) -> list[str]:
     if privacy == "none":
         return []
     told: list[str] = []
-    expected, most = (
-        federation.rounds * expected_cohort(federation, clients) / clients,
-        privacy.max_participations,
-    )
+    rounds, most = federation.rounds, privacy.max_participations
+    expected = rounds * expected_cohort(federation, clients) / clients
     if expected > most:
+        ends = (
+            f"after round {most} the run stops"
+            if expected == rounds and config.world is None
+            else f"rounds go on without it, and once fewer than {federation.min_clients} can answer, the run stops"
+        )
         told.append(
-            f"a client will be asked about {expected:.1f} times but may answer {most} times: later rounds go on "
-            "without it; raise privacy.max_participations (more noise) or lower federation.rounds"
+            f"a client will be asked about {expected:.1f} times but may answer {most} times: {ends}; raise "
+            "privacy.max_participations (more noise) or lower federation.rounds"
         )
     if (can := most_asked(clients, federation)) < most:
         told.append(

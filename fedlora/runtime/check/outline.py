@@ -191,18 +191,22 @@ def _seconds(config: RunConfig, seen: Look, sizes: _Sizes) -> float:
     )
     forward = 2 * matrices * sizes.tokens / _speed()
     workers = side_by_side(config.runtime, usable_cores())
-    return run_seconds(config, forward, len(sizes.clients), sizes.test, workers)
+    return run_seconds(config, forward, list(sizes.clients.values()), sizes.test, workers)
 
 
-def run_seconds(config: RunConfig, forward: float, clients: int, test: int, workers: int) -> float:
-    """About how long the whole run takes. forward: seconds of one record's pass; test: records scored each time."""
-    federation = config.federation
-    drawn = (
-        federation.rounds
-        * expected_cohort(federation, clients)
-        * federation.local_steps
-        * federation.batch_size
-    )
+def run_seconds(config: RunConfig, forward: float, sizes: Sequence[int], test: int, workers: int) -> float:
+    """About how long the whole run takes.
+
+    Args:
+        config: the run.
+        forward: seconds of one record's pass.
+        sizes: records of each client.
+        test: records scored each time.
+        workers: clients that train at once.
+    """
+    federation, clients = config.federation, len(sizes)
+    a_step = sum(min(size, federation.batch_size) for size in sizes) / clients
+    drawn = federation.rounds * expected_cohort(federation, clients) * federation.local_steps * a_step
     scored = (1 + federation.rounds // federation.evaluate_every) * test
     return forward * (drawn * BACKWARD_COST / workers + scored)
 
