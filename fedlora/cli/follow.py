@@ -68,7 +68,6 @@ def monitor(
         key=key,
         wait=wait,
     )
-    # A handler that sets an Event would wait for ever if it came while the Event's own lock is taken.
     with suppress(KeyboardInterrupt), sigterm_as_ctrl_c(), only_ours(), served as bound:
         words = "TLS" if bound.tls else "plain text, this machine only"
         print(f"{run_dir}: status at {bound.host}:{bound.port} ({words})", file=sys.stderr, flush=True)
@@ -76,8 +75,8 @@ def monitor(
             scheme = "https" if bound.tls else "http"
             where = f"{scheme}://{bound.host}:{bound.metrics_port}/metrics"
             print(f"figures for Prometheus at {where}", file=sys.stderr, flush=True)
-        while True:
-            time.sleep(3600)
+        while True:  # short naps: a signal that came just before one, or to another thread, ends none
+            time.sleep(0.2)
 
 
 def status_of_server(server: str, roots: Path | None, form: Format, *, follow: bool = False) -> None:

@@ -680,18 +680,43 @@ def test_many_connections_that_say_nothing_do_not_keep_a_reader_out(run, tls):
             connection.close()
 
 
-def test_the_command_serves_until_it_is_told_to_stop(run, tls):
-    code = "import sys, typer\nfrom fedlora.cli import follow\napp = typer.Typer()\napp.callback()(lambda: None)\n"
-    code += "follow.add_to(app)\napp(sys.argv[1:])"
-    words = [sys.executable, "-c", code, "monitor", str(run), "--port", "0", "--metrics-port", "0"]
+MONITOR = """
+import signal, sys, threading, typer
+from fedlora.cli import follow
+
+def stop():
+    if sys.stdin.readline():
+        signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
+
+threading.Thread(target=stop, daemon=True).start()
+app = typer.Typer()
+app.callback()(lambda: None)
+follow.add_to(app)
+app(sys.argv[1:])
+"""
+"""The command, with a thread that gets a SIGTERM when it is told."""
+
+
+@pytest.mark.parametrize("thread", ["main", "other"])
+def test_the_command_serves_until_it_is_told_to_stop(run, tls, thread):
+    """A sleep does not end by a signal that the kernel hands to another thread."""
+    words = [sys.executable, "-c", MONITOR, "monitor", str(run), "--port", "0", "--metrics-port", "0"]
     words += ["--certificate", str(tls.certificate), "--key", str(tls.key)]
-    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env=dict(os.environ)) as process:
-        assert process.stderr is not None
+    pipes = {"stdin": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(words, **pipes, text=True, env=dict(os.environ)) as process:
+        assert process.stdin is not None and process.stderr is not None
         first, second = process.stderr.readline(), process.stderr.readline()
         port = first.split("127.0.0.1:")[1].split()[0]
         found = ask_status(monitor_address(f"localhost:{port}", tls.roots))
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(60) == 0
+        time.sleep(1)  # it sleeps by now
+        if thread == "main":
+            process.send_signal(signal.SIGTERM)
+        else:
+            print(file=process.stdin, flush=True)
+        try:
+            assert process.wait(60) == 0
+        finally:
+            process.kill()
     assert found["rounds_completed"] == 2 and "(TLS)" in first and "https://" in second
 
 
