@@ -29,9 +29,8 @@ def watching(stream: TextIO | None = None) -> Iterator[Listener]:
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}"),
-        BarColumn(
-            bar_width=None, table_column=Column(max_width=24)
-        ),  # of a narrow terminal the bar goes first
+        # Of a narrow terminal the bar goes first.
+        BarColumn(bar_width=None, table_column=Column(max_width=24)),
         MofNCompleteColumn(table_column=Column(no_wrap=True)),
     )
     console = Console(file=target)

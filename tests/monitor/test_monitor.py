@@ -708,10 +708,10 @@ def test_the_command_serves_until_it_is_told_to_stop(run, tls, thread):
         first, second = process.stderr.readline(), process.stderr.readline()
         port = first.split("127.0.0.1:")[1].split()[0]
         found = ask_status(monitor_address(f"localhost:{port}", tls.roots))
-        time.sleep(1)  # it sleeps by now
         if thread == "main":
             process.send_signal(signal.SIGTERM)
         else:
+            time.sleep(1)  # the main one sleeps by now
             print(file=process.stdin, flush=True)
         try:
             assert process.wait(60) == 0
