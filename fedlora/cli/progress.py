@@ -29,8 +29,7 @@ def watching(stream: TextIO | None = None) -> Iterator[Listener]:
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}"),
-        # Of a narrow terminal the bar goes first.
-        BarColumn(bar_width=None, table_column=Column(max_width=24)),
+        BarColumn(bar_width=24),  # on a narrow terminal it makes room for the others
         MofNCompleteColumn(table_column=Column(no_wrap=True)),
     )
     console = Console(file=target)

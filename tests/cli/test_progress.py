@@ -67,6 +67,6 @@ def test_a_terminal_gets_a_moving_line_and_no_colour_where_none_is_wanted(monkey
 
 def test_of_a_narrow_terminal_the_bar_goes_first(monkeypatch):
     monkeypatch.setenv("TERM", "xterm-256color")
-    monkeypatch.setenv("COLUMNS", "84")
+    monkeypatch.setenv("COLUMNS", "72")
     told = ESCAPE.sub("", seen(Terminal()))
-    assert re.search(r"round \S+ 1/4 1 of 2 answered  accuracy 43.1 %  epsilon 3.2  2 min 10 s left", told)
+    assert re.search(r"round 1/4 1 of 2 answered  accuracy 43.1 %  epsilon 3.2  2 min 10 s left", told)
